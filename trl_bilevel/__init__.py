@@ -1,0 +1,28 @@
+"""Bilevel data selection and online self-refining generation for Hugging Face TRL (arXiv 2511.21056)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .trainer.bilevel_sft_config import BilevelSFTConfig
+    from .trainer.bilevel_sft_trainer import BilevelSFTTrainer, NonFiniteScoreError
+
+# Imported on first use, so that `import trl_bilevel` and `trl-bilevel --help` do not wait for torch.
+_PUBLIC = {
+    "BilevelSFTConfig": "trl_bilevel.trainer.bilevel_sft_config",
+    "BilevelSFTTrainer": "trl_bilevel.trainer.bilevel_sft_trainer",
+    "NonFiniteScoreError": "trl_bilevel.trainer.bilevel_sft_trainer",
+}
+
+__all__ = ["BilevelSFTConfig", "BilevelSFTTrainer", "NonFiniteScoreError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

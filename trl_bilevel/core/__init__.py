@@ -1,0 +1,1 @@
+"""The mathematics: pure tensor functions, no trainer, no model."""

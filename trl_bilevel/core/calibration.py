@@ -1,0 +1,90 @@
+"""From a ranking to weights: match the scores of the training rows to those of held-back validation rows.
+
+A selector that only moves logits by scores ranks well long before its weights are any use: the step size has no scale. Trusted
+rows that had no part in the training give it one. If `f_train` is the density of the scores of the training rows and `f_good`
+that of trusted rows the models have not seen, then importance weights `w(g) = f_good(g) / f_train(g)` make the weighted rows
+score like trusted ones. They are the posterior of being good, up to a constant: uniform where the training rows
+score like trusted rows (nothing to select), and sharper the further apart the two are. No step size, no threshold.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.optimize import isotonic_regression
+from torch import Tensor
+
+# Resolution of the densities, in points over the range of scores.
+GRID = 512
+# Strength of the prior on the spread of trusted scores (half that of the training scores), in rows.
+PRIOR_ROWS = 4.0
+PRIOR_SPREAD = 0.5
+# No row's weight falls below this share of the largest one: it keeps a trickle of signal, and the logits finite.
+FLOOR = 1e-3
+
+
+def calibrated_logits(scores: Tensor, trusted_scores: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Logits whose softmax weights make the training rows score like trusted rows.
+
+    `f_train` is a kernel density estimate, `f_good` a Gaussian (few trusted rows: its spread is shrunk towards half of the
+    training rows' and carries the error of its mean), and their ratio is made monotone in the score by isotonic regression:
+    a better score never weighs less.
+
+    Args:
+        scores (`Tensor` float32 `[U]`): one per unit, finite.
+        trusted_scores (`Tensor` float32 `[c]`): of trusted rows that neither end of the difference was trained on.
+        rows (`Tensor` int64 `[U]`, *optional*): rows per unit.
+
+    Returns:
+        `Tensor` float32 `[U]`: log weights, at most 0. All zero if the scores do not differ.
+
+    Raises:
+        ValueError: if there is no trusted score, or a score is not finite.
+    """
+    if trusted_scores.numel() == 0:
+        raise ValueError("Calibration needs at least one held-back validation row, got none.")
+    if not bool(torch.isfinite(scores).all() and torch.isfinite(trusted_scores).all()):
+        raise ValueError("Calibration needs finite scores; got NaN or infinite ones.")
+    x, y = scores.double().cpu(), trusted_scores.double().cpu()
+    weight = torch.ones_like(x) if rows is None else rows.double().cpu()
+    mean = (weight * x).sum() / weight.sum()
+    spread = ((weight * (x - mean) ** 2).sum() / weight.sum()).sqrt()
+    if float(spread) < 1e-9:
+        return torch.zeros_like(scores)
+    x, y = (x - mean) / spread, (y - mean) / spread
+
+    grid = torch.linspace(float(x.min()), float(x.max()), GRID, dtype=torch.float64)
+    train = _smooth_density(x, weight, grid)
+    good = _trusted_density(y, grid)
+    ratio = isotonic_regression((good / train).numpy(), weights=train.numpy()).x
+    logits = torch.from_numpy(ratio).clamp(min=0).add(1e-300).log()
+    logits = (logits - logits.max()).clamp(min=math.log(FLOOR))
+    return _interpolate(grid, logits, x).float().to(scores.device)
+
+
+def _smooth_density(x: Tensor, weight: Tensor, grid: Tensor) -> Tensor:
+    """Gaussian kernel density of weighted points on a grid: a histogram, smoothed by convolution. O(U + GRID^2)."""
+    step = grid[1] - grid[0]
+    index = ((x - grid[0]) / step).round().long().clamp(0, GRID - 1)
+    histogram = torch.zeros(GRID, dtype=torch.float64).index_add(0, index, weight / weight.sum())
+    # Half of Silverman's bandwidth: the scores of mixed data have several modes. Never finer than the grid.
+    bandwidth = torch.clamp(0.45 * torch.tensor(float(x.numel())) ** -0.2, min=float(step))
+    kernel = torch.exp(-0.5 * ((grid.unsqueeze(0) - grid.unsqueeze(1)) / bandwidth) ** 2)
+    return (kernel @ histogram / (bandwidth * math.sqrt(2 * math.pi))).clamp(min=1e-12)
+
+
+def _trusted_density(y: Tensor, grid: Tensor) -> Tensor:
+    """Predictive Gaussian density of trusted scores on a grid."""
+    count = y.numel()
+    deviation = ((y - y.mean()) ** 2).sum()
+    variance = (deviation + PRIOR_ROWS * PRIOR_SPREAD**2) / (count - 1 + PRIOR_ROWS) * (1 + 1 / count)
+    return torch.exp(-0.5 * (grid - y.mean()) ** 2 / variance) / (2 * math.pi * variance).sqrt()
+
+
+def _interpolate(grid: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """Linear interpolation of `values` on an even grid at `x`."""
+    position = ((x - grid[0]) / (grid[1] - grid[0])).clamp(0, GRID - 1)
+    left = position.floor().long().clamp(max=GRID - 2)
+    share = position - left
+    return values[left] * (1 - share) + values[left + 1] * share

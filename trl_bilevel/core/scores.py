@@ -1,0 +1,43 @@
+"""Scores: how much training on a row helps the validation loss. Larger is better. Pure functions of per-row losses.
+
+All losses are means over the row's own response tokens (nats per token), so that a score does not depend on the batch the
+row happens to be in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def loss_score(model_losses: Tensor) -> Tensor:
+    """`-ell_i(theta)`, `[b]`: the score of the published selector.
+
+    Mixes "harmful" with "hard": low-effort answers become easy, so it learns to prefer them.
+    """
+    return -model_losses
+
+
+def difference_score(reference_losses: Tensor, model_losses: Tensor) -> Tensor:
+    """`ell_i(reference) - ell_i(model)`, `[b]`: what the pull of the validation set does to the row's loss.
+
+    The row's own difficulty cancels. `value_function`: the reference is the tracker of the lower level (trained without
+    validation), the model is pulled by validation; this is the gradient of the penalty of V-PBGD by the row's weight
+    (SEAL, Algorithm 1), up to sign. `lookahead`: the reference is the model, the second one the model after K validation
+    steps.
+    """
+    return reference_losses - model_losses
+
+
+def row_losses(log_probs: Tensor, label_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood and number of scored tokens of every row.
+
+    Args:
+        log_probs (`Tensor` `[B, S]`): per-token log-probabilities, zero on ignored positions.
+        label_mask (`Tensor` bool `[B, S]`): true on scored positions.
+
+    Returns:
+        `tuple` of `Tensor` float32 `[B]`: sums and counts (counts at least 1, so that a row without tokens has loss 0).
+    """
+    sums = -(log_probs.float() * label_mask).sum(-1)
+    return sums, label_mask.sum(-1).clamp(min=1).to(torch.float32)

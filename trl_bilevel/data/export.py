@@ -1,0 +1,38 @@
+"""The caller's rows with their weights."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from .identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID
+
+
+def data_ranks(weights: Tensor) -> Tensor:
+    """Rank of each weight, int64 `[N]`: 0 is the highest; ties in row order; NaN (not trained on) last."""
+    keys = torch.nan_to_num(weights, nan=-1.0)
+    order = torch.argsort(keys, descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order))
+    return ranks
+
+
+def weighted_dataset(rows: Dataset, weights: Tensor, top_k: int | None = None) -> Dataset:
+    """`rows` with the columns `sample_id`, `data_weight` (float32; missing where NaN) and `data_rank`.
+
+    Args:
+        rows (`Dataset`): the caller's rows.
+        weights (`Tensor` float32 `[len(rows)]`).
+        top_k (`int`, *optional*): keep the rows of rank below `top_k` only.
+
+    Raises:
+        ValueError: if `top_k` is not between 1 and the number of rows.
+    """
+    if top_k is not None and not 1 <= top_k <= len(rows):
+        raise ValueError(f"`top_k` must lie between 1 and the number of rows ({len(rows)}), got {top_k}.")
+    ranks = data_ranks(weights)
+    out = rows.add_column(SAMPLE_ID, list(range(len(rows))))
+    values = [None if weight != weight else weight for weight in weights.tolist()]
+    out = out.add_column(DATA_WEIGHT, values).add_column(DATA_RANK, ranks.tolist())
+    return out if top_k is None else out.select((ranks < top_k).nonzero().squeeze(1).tolist())

@@ -1,0 +1,84 @@
+"""Row identity: the caller's row number travels with every row, from before preparation to the loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+SAMPLE_ID = "sample_id"
+DATA_WEIGHT = "data_weight"
+DATA_RANK = "data_rank"
+RESERVED_COLUMNS = (SAMPLE_ID, DATA_WEIGHT, DATA_RANK)
+
+# Marks validation rows in a concatenated batch: they have no sample weight.
+VALIDATION_ID = -1
+
+
+def add_sample_ids(dataset: Dataset) -> Dataset:
+    """The dataset with a `sample_id` column: the row number, 0 to `len(dataset) - 1`.
+
+    Raises:
+        ValueError: if the dataset has a column of one of our names (`sample_id`, `data_weight`, `data_rank`).
+    """
+    taken = [name for name in RESERVED_COLUMNS if name in dataset.column_names]
+    if taken:
+        raise ValueError(
+            f"`train_dataset` has the column(s) {taken}, which BilevelSFTTrainer writes itself. Rename them, e.g. "
+            f'`train_dataset.rename_column("{taken[0]}", "my_{taken[0]}")`.'
+        )
+    return dataset.add_column(SAMPLE_ID, list(range(len(dataset))))
+
+
+class SampleIdCollator:
+    """Wraps a data collator: takes `sample_id` out of the rows and adds it to the batch as an int64 tensor `[B]`.
+
+    Rows without an id (evaluation rows) pass through unchanged.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate `features`; the ids come out in the order of the batch's rows."""
+        if not features or SAMPLE_ID not in features[0]:
+            return self.collator(features)
+        ids = [feature[SAMPLE_ID] for feature in features]
+        batch = self.collator([{k: v for k, v in feature.items() if k != SAMPLE_ID} for feature in features])
+        if len(batch["input_ids"]) != len(ids):
+            raise ValueError(
+                f"The data collator {type(self.collator).__name__} turned {len(ids)} rows into "
+                f"{len(batch['input_ids'])}: sample weights need one batch row per data row."
+            )
+        batch[SAMPLE_ID] = torch.tensor(ids, dtype=torch.int64)
+        return batch
+
+
+def fingerprint(dataset: Dataset, rows: int = 1024) -> str:
+    """A short hash of a dataset: its length and up to `rows` evenly spaced rows. The same content gives the same hash."""
+    count = len(dataset)
+    digest = hashlib.sha256(str(count).encode())
+    step = max(1, -(-count // rows))
+    for row in dataset.select(range(0, count, step)):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def count_overlap(train: Dataset, validation: Dataset, batch_size: int = 1000) -> int:
+    """Number of rows of `validation` whose token sequence also occurs in `train` (both prepared)."""
+    wanted: dict[bytes, int] = {}
+    for ids in validation["input_ids"]:
+        key = _key(ids)
+        wanted[key] = wanted.get(key, 0) + 1
+    found: set[bytes] = set()
+    for batch in train.select_columns("input_ids").iter(batch_size=batch_size):
+        found.update(key for ids in batch["input_ids"] if (key := _key(ids)) in wanted)
+    return sum(wanted[key] for key in found)
+
+
+def _key(ids: list[int]) -> bytes:
+    return hashlib.blake2b(repr(list(ids)).encode(), digest_size=16).digest()

@@ -1,0 +1,19 @@
+"""Weight estimators: one contract (`base.Estimator`), one file each."""
+
+from .base import Estimator, EstimatorHost
+from .loss import LossEstimator
+from .lookahead import LookaheadEstimator
+from .value_function import ValueFunctionEstimator
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    estimator.name: estimator for estimator in (ValueFunctionEstimator, LookaheadEstimator, LossEstimator)
+}
+
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "EstimatorHost",
+    "LookaheadEstimator",
+    "LossEstimator",
+    "ValueFunctionEstimator",
+]

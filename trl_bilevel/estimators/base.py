@@ -1,0 +1,181 @@
+"""The contract of a weight estimator, and what it may ask of the trainer.
+
+A score says how much training on a row helps the validation loss. An estimator supplies one number per row that the model's
+own loss is compared with (the *reference loss*), and a pure function that turns both into the score. The trainer calls
+
+1. `begin_step(window)` once per optimizer step, before any forward of the model, with all training micro-batches of the step;
+   it returns the reference loss of each of their rows (or `None` if the estimator needs none, or takes no scores now);
+2. `score(model_losses, reference_losses)` for each micro-batch, with the model's losses read off its ordinary forward;
+3. `row_scores(batch)` for rows scored out of turn, by forwards without gradient (the scoring pass).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+Batch = Mapping[str, Any]
+
+
+class EstimatorHost(Protocol):
+    """What a trainer offers to an estimator."""
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that training changes, in a fixed order."""
+
+    def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Forward of the model as it stands: summed loss and number of scored tokens per row, `[B]` each."""
+
+    def validation_batches(self, step: int) -> Sequence[Batch]:
+        """This process's validation rows of a step, in micro-batches."""
+
+    def global_sum(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over the processes."""
+
+    def learning_rate(self) -> float:
+        """The learning rate of the coming optimizer step."""
+
+    def current_step(self) -> int:
+        """Optimizer steps done."""
+
+
+class Estimator(ABC):
+    """One way of scoring rows. See the module's docstring for the life of a step."""
+
+    name: ClassVar[str]
+    #: True if scores mean nothing unless the model is trained on the validation rows too (lambda > 0).
+    needs_validation_term: ClassVar[bool] = False
+    #: True if `score` needs reference losses (and takes no score on steps without them).
+    needs_reference: ClassVar[bool] = True
+
+    def __init__(self, host: EstimatorHost):
+        self.host = host
+
+    @abstractmethod
+    def begin_step(self, window: Sequence[Batch]) -> list[Tensor] | None:
+        """Reference losses `[b]` (float32, mean per response token) of the rows of each micro-batch, or `None`."""
+
+    @abstractmethod
+    def score(self, model_losses: Tensor, reference_losses: Tensor | None) -> Tensor:
+        """Scores `[b]` from the model's losses and the reference losses, both `[b]` float32. Larger is better."""
+
+    @abstractmethod
+    def row_scores(self, batch: Batch) -> Tensor:
+        """Scores `[b]` of a batch of training rows from forwards without gradient, on the model and state as they are."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State to save, as named tensors."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors()` gave."""
+
+    def release(self) -> None:
+        """Drop all state: no further score will be asked for."""
+
+
+def mean_losses(sums: Tensor, counts: Tensor) -> Tensor:
+    """Mean loss per response token of each row, `[B]`, detached."""
+    return (sums / counts).detach()
+
+
+class ShadowParameters:
+    """A second set of values for the model's trainable parameters, held outside the model.
+
+    One frozen base serves both: inside `with shadow.swapped():` the model computes with the second set, afterwards with its
+    own, bit for bit (the tensors change places, nothing is copied). Works for adapters on frozen (also 4-bit) bases and for
+    full fine-tuning alike; the cost is one more copy of the *trainable* parameters.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
+        self.parameters = list(parameters)
+        self.values = [torch.nn.Parameter(p.detach().clone()) for p in self.parameters]
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Let the model compute with the second set."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for own, other in zip(self.parameters, self.values, strict=True):
+            own.data, other.data = other.data, own.data
+
+    @torch.no_grad()
+    def copy_from_model(self) -> None:
+        """Take over the model's present values."""
+        for own, other in zip(self.parameters, self.values, strict=True):
+            other.copy_(own)
+
+    def take_gradients(self) -> None:
+        """Move the gradients that a backward left on the model's parameters to the second set."""
+        for own, other in zip(self.parameters, self.values, strict=True):
+            other.grad, own.grad = own.grad, None
+
+
+def train_shadow(
+    host: EstimatorHost,
+    shadow: ShadowParameters,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    max_grad_norm: float,
+) -> list[Tensor]:
+    """One optimizer step of the second set on the mean token loss of `batches`, gradients summed over the processes.
+
+    Forward and backward run within the swap, so that gradient checkpointing recomputes with the right values. The model's own
+    gradients must be empty.
+
+    Returns:
+        The per-row mean losses `[b]` of each batch, before the step.
+    """
+    losses: list[Tensor] = []
+    tokens = host.global_sum(sum_tokens(batches, shadow.values[0].device)).clamp(min=1)
+    with shadow.swapped():
+        for batch in batches:
+            sums, counts = host.row_losses(batch)
+            (sums.sum() / tokens).backward()
+            losses.append(mean_losses(sums, counts))
+        shadow.take_gradients()
+    for value in shadow.values:
+        # A process without rows still takes part in the sum.
+        value.grad = host.global_sum(torch.zeros_like(value) if value.grad is None else value.grad)
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_(shadow.values, max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = host.learning_rate()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def sum_tokens(batches: Sequence[Batch], device: torch.device) -> Tensor:
+    """Number of tokens that a causal model scores in the batches, `[]` int64; 0 for no batch."""
+    counts = [(batch["labels"][..., 1:] != -100).sum().to(device) for batch in batches]
+    return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64, device=device)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """State of an AdamW optimizer as named tensors."""
+    return {
+        f"{prefix}.{index}.{name}": value
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Restore what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}."):
+            index, name = key[len(prefix) + 1 :].split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,233 @@
+"""Configuration of [`BilevelSFTTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from ..estimators import ESTIMATORS
+
+GRANULARITIES = ("sample", "group")
+ACTIVATIONS = ("softmax", "sigmoid")
+UPDATES = ("calibrated", "sparse_centred", "adam")
+
+# What each preset sets; an explicit argument that contradicts one is overridden, and the config says so.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "weight_estimator": "loss",
+        "selector_update": "adam",
+        "selector_learning_rate": 1e-4,
+        "selector_betas": (0.9, 0.95),
+        "selector_entropy_coef": 0.0,
+        "selector_warmup_steps": 0,
+    },
+    "seal": {
+        "weight_estimator": "loss",
+        "selector_update": "adam",
+        "selector_learning_rate": 5e-3,
+        "selector_betas": (0.9, 0.95),
+        "selector_entropy_coef": 0.0,
+        "selector_warmup_steps": 0,
+    },
+}
+
+
+@dataclass
+class BilevelSFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`BilevelSFTTrainer`].
+
+    Inherits every parameter of [`~trl.SFTConfig`] and adds those of the upper level: the validation term, the weight
+    estimator and the selector.
+
+    Parameters:
+        weight_estimator (`str`, *optional*, defaults to `"value_function"`):
+            Where scores come from: `"value_function"`, `"lookahead"`, `"loss"` (published, for reproduction) or `"none"`
+            (uniform weights).
+        validation_loss_weight (`float`, *optional*, defaults to `0.5`):
+            lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0 the validation rows drive
+            the weights and are never trained on by the model.
+        validation_loss_weight_decay (`float`, *optional*, defaults to `0.0`):
+            Taken off lambda at the start of every further epoch (the paper's setting: 0.1). Never below 0.05.
+        validation_batch_size (`int`, *optional*):
+            Validation rows per optimizer step, over all processes. Defaults to the number of training rows of a step, at
+            most the size of the validation set.
+        validation_weights (`dict[str, float]`, *optional*):
+            Weight of each validation set when several are given; normalised to sum one. Defaults to equal weights.
+        validation_every (`int`, *optional*, defaults to `1`):
+            Add the validation term on every k-th step only, k times as strong.
+        estimator_refresh_steps (`int`, *optional*):
+            M. `lookahead`: steps between refreshes (default 32). `value_function`: train the tracker and take scores on
+            every M-th step only (default 1).
+        lookahead_steps (`int`, *optional*, defaults to `4`):
+            K, validation steps of a look-ahead.
+        selector_update (`str`, *optional*, defaults to `"calibrated"`):
+            How scores become weights. `"calibrated"`: before training, a short pilot run on throwaway parameters scores every
+            row once; the weights make the training rows score like validation rows that the pilot held back.
+            `"sparse_centred"`: the standardised scores of every batch move the logits of its rows. `"adam"`: dense Adam on
+            the gradient of the weighted loss (published, for reproduction).
+        selector_learning_rate (`float`, *optional*, defaults to `0.5`):
+            Step size of the logits for `"sparse_centred"` and `"adam"`.
+        selector_entropy_coef (`float`, *optional*, defaults to `0.02`):
+            Strength of the pull towards uniform weights for `"sparse_centred"` and `"adam"`.
+        selector_betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
+            Moment decays for `"adam"`.
+        selector_granularity (`str`, *optional*, defaults to `"sample"`):
+            `"sample"`: a weight per row; `"group"`: one per value of `selector_group_column`.
+        selector_group_column (`str`, *optional*):
+            Column of the training set that names each row's group (its source, say).
+        selector_activation (`str`, *optional*, defaults to `"softmax"`):
+            `"softmax"` or `"sigmoid"` (bounds the ratio between two weights from above more softly).
+        selector_preset (`str`, *optional*):
+            `"paper"` or `"seal"`: estimator, update, step size and betas of the published code.
+        selector_warmup_steps (`float`, *optional*, defaults to `0.17`):
+            `"sparse_centred"`, `"adam"`: optimizer steps with uniform weights before scores count, or a fraction of all steps
+            if below 1. Both ends of a loss difference have to learn the mixture first.
+        selector_freeze_step (`int`, *optional*):
+            Optimizer step from which the weights stay as they are.
+        filter_rate (`float`, *optional*, defaults to `0.0`):
+            Hard gate: after the warm-up, the share of rows with the lowest weights that gets weight 0, in [0, 1).
+        pilot_steps (`int`, *optional*, defaults to `24`):
+            `"calibrated"`: steps of the pilot run, on throwaway parameters, before all rows are scored.
+        pilot_learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Learning rate of the pilot run's AdamW. The default suits LoRA; for full fine-tuning take 1e-5 to 5e-5.
+        pilot_batch_size (`int`, *optional*):
+            Training rows per pilot step, over all processes. Defaults to the training rows of an optimizer step.
+        ess_alarm (`float`, *optional*, defaults to `0.02`):
+            Warn when the effective sample size falls below this share of the rows.
+        ignore_selector_fingerprint (`bool`, *optional*, defaults to `False`):
+            Load a selector state although training data or selector settings have changed.
+    """
+
+    weight_estimator: str = field(
+        default="value_function",
+        metadata={"help": "Where scores come from: 'value_function', 'lookahead', 'loss' or 'none'."},
+    )
+    validation_loss_weight: float = field(
+        default=0.5, metadata={"help": "lambda, weight of the validation loss in the objective, in [0, 1)."}
+    )
+    validation_loss_weight_decay: float = field(
+        default=0.0, metadata={"help": "Taken off lambda at the start of every further epoch; never below 0.05."}
+    )
+    validation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Validation rows per optimizer step, over all processes. Default: as many as training rows."},
+    )
+    validation_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Weight of each validation set when several are given. Default: equal."}
+    )
+    validation_every: int = field(
+        default=1, metadata={"help": "Add the validation term on every k-th step only, k times as strong."}
+    )
+    estimator_refresh_steps: int | None = field(
+        default=None,
+        metadata={"help": "lookahead: steps between refreshes (32). value_function: score on every M-th step (1)."},
+    )
+    lookahead_steps: int = field(default=4, metadata={"help": "Validation steps of a look-ahead."})
+    selector_update: str = field(
+        default="calibrated",
+        metadata={"help": "How scores become weights: 'calibrated', 'sparse_centred' or 'adam'."},
+    )
+    selector_learning_rate: float = field(
+        default=0.5, metadata={"help": "Step size of the logits for 'sparse_centred' and 'adam'."}
+    )
+    selector_entropy_coef: float = field(
+        default=0.02, metadata={"help": "Pull towards uniform weights for 'sparse_centred' and 'adam'."}
+    )
+    selector_betas: tuple[float, float] = field(
+        default=(0.9, 0.999), metadata={"help": "Moment decays for 'adam'.", "nargs": 2, "type": float}
+    )
+    selector_granularity: str = field(
+        default="sample", metadata={"help": "'sample': a weight per row; 'group': per value of the group column."}
+    )
+    selector_group_column: str | None = field(
+        default=None, metadata={"help": "Column of the training set that names each row's group."}
+    )
+    selector_activation: str = field(default="softmax", metadata={"help": "'softmax' or 'sigmoid'."})
+    selector_preset: str | None = field(
+        default=None, metadata={"help": "'paper' or 'seal': settings of the published code."}
+    )
+    selector_warmup_steps: float = field(
+        default=0.17,
+        metadata={"help": "Steps with uniform weights before scores count, or a fraction of all steps if below 1."},
+    )
+    selector_freeze_step: int | None = field(
+        default=None, metadata={"help": "Step from which the weights stay as they are."}
+    )
+    filter_rate: float = field(
+        default=0.0, metadata={"help": "Share of rows with the lowest weights that gets weight 0, in [0, 1)."}
+    )
+    pilot_steps: int = field(
+        default=24, metadata={"help": "Steps of the pilot run ('calibrated'), on throwaway parameters."}
+    )
+    pilot_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the pilot run; the default suits LoRA."}
+    )
+    pilot_batch_size: int | None = field(
+        default=None, metadata={"help": "Training rows per pilot step. Default: those of an optimizer step."}
+    )
+    ess_alarm: float = field(
+        default=0.02, metadata={"help": "Warn when the effective sample size falls below this share of the rows."}
+    )
+    ignore_selector_fingerprint: bool = field(
+        default=False, metadata={"help": "Load a selector state although data or selector settings have changed."}
+    )
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "validation_weights"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.selector_preset is not None:
+            _one_of("selector_preset", self.selector_preset, PRESETS)
+            for name, value in PRESETS[self.selector_preset].items():
+                setattr(self, name, value)
+        _one_of("weight_estimator", self.weight_estimator, [*ESTIMATORS, "none"])
+        _one_of("selector_granularity", self.selector_granularity, GRANULARITIES)
+        _one_of("selector_activation", self.selector_activation, ACTIVATIONS)
+        _one_of("selector_update", self.selector_update, UPDATES)
+        self.selector_betas = (float(self.selector_betas[0]), float(self.selector_betas[1]))
+        _in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
+        _in_range("filter_rate", self.filter_rate, 0.0, 1.0)
+        _in_range("ess_alarm", self.ess_alarm, 0.0, 1.0)
+        _in_range("selector_entropy_coef", self.selector_entropy_coef, 0.0, 1.0)
+        for name in (
+            "validation_batch_size",
+            "validation_every",
+            "estimator_refresh_steps",
+            "lookahead_steps",
+            "pilot_steps",
+            "pilot_batch_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in (
+            "selector_learning_rate",
+            "selector_warmup_steps",
+            "validation_loss_weight_decay",
+            "pilot_learning_rate",
+        ):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {getattr(self, name)}.")
+        if self.selector_granularity == "group" and self.selector_group_column is None:
+            raise ValueError(
+                "`selector_granularity='group'` needs `selector_group_column`, the column that names each row's group."
+            )
+        if self.validation_loss_weight == 0 and self.weight_estimator == "loss":
+            raise ValueError(
+                "`validation_loss_weight=0` with `weight_estimator='loss'` leaves the validation set without any "
+                "influence: the score of a row is its own loss. Set `validation_loss_weight` above 0, or use "
+                "`weight_estimator='value_function'` or `'lookahead'`."
+            )
+
+
+def _one_of(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}), got {value!r}.")

@@ -1,0 +1,60 @@
+"""What the estimators see of a TRL trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.scores import row_losses
+from ..data.identity import SAMPLE_ID
+
+if TYPE_CHECKING:
+    from .bilevel_sft_trainer import BilevelSFTTrainer
+
+
+class TrainerHost:
+    """Implements `estimators.EstimatorHost` on a `BilevelSFTTrainer`.
+
+    Forwards run on the unwrapped model (`accelerate` has put autocast into it): DDP's reducer belongs to the model's own
+    backward, the estimators reduce their few gradients themselves.
+    """
+
+    def __init__(self, trainer: BilevelSFTTrainer):
+        self.trainer = trainer
+        self._parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that training changes, in the model's order."""
+        return self._parameters
+
+    def row_losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Summed loss and number of scored tokens per row, `[B]`, through TRL's fused LM head (no full logits)."""
+        inputs = self.trainer._prepare_inputs({k: v for k, v in batch.items() if k != SAMPLE_ID})
+        with self.trainer.compute_loss_context_manager():
+            outputs = self.trainer.model(**inputs, use_cache=False, fused_lm_head=True)
+        return row_losses(outputs.log_probs, outputs.label_mask)
+
+    def validation_batches(self, step: int) -> Sequence[Mapping[str, Any]]:
+        """This process's validation rows of a step, in micro-batches of at most the training batch size."""
+        trainer = self.trainer
+        drawn = trainer.validation.step_batch(
+            step, trainer.args.gradient_accumulation_steps, trainer.args.process_index, trainer.args.world_size
+        )
+        return [trainer._prepare_inputs(dict(batch)) for batch in drawn.batches if batch is not None]
+
+    def global_sum(self, value: Tensor) -> Tensor:
+        """Sum over the processes."""
+        if self.trainer.args.world_size == 1:
+            return value
+        return self.trainer.accelerator.reduce(value.to(self.trainer.args.device), reduction="sum")
+
+    def learning_rate(self) -> float:
+        """Learning rate of the coming step."""
+        return float(self.trainer.optimizer.param_groups[0]["lr"])
+
+    def current_step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.trainer.state.global_step)

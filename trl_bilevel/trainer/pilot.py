@@ -1,0 +1,165 @@
+"""The pilot run: a short rehearsal of the training on throwaway parameters, after which every row is scored once.
+
+Scores of different rows are comparable only if they are taken at the same point of training, and they are worth something
+only after both ends of the difference have learned the mixture. So the trainable parameters are trained for a few dozen
+steps, every row is scored, and the parameters are put back, bit for bit: the real training starts with the weights, and
+never learns the bad rows in the first place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.batches import ValidationSampler
+from ..data.identity import SAMPLE_ID
+from ..estimators import Estimator
+from ..estimators.base import ShadowParameters, sum_tokens
+from .host import TrainerHost
+from .validation import ValidationSets
+
+if TYPE_CHECKING:
+    from .bilevel_sft_trainer import BilevelSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class PilotHost(TrainerHost):
+    """The trainer as estimators see it during the pilot run: own clock, own learning rate, fewer validation rows."""
+
+    def __init__(self, trainer: BilevelSFTTrainer, validation: ValidationSets, learning_rate: float):
+        super().__init__(trainer)
+        self.validation = validation
+        self.rate = learning_rate
+        self.step = 0
+
+    def validation_batches(self, step: int) -> Sequence[Mapping[str, Any]]:
+        """This process's validation rows of a step."""
+        drawn = self.validation.step_batch(step, 1, self.trainer.args.process_index, self.trainer.args.world_size)
+        return [self.trainer._prepare_inputs(dict(batch)) for batch in drawn.batches if batch is not None]
+
+    def learning_rate(self) -> float:
+        """The pilot's constant learning rate."""
+        return self.rate
+
+    def current_step(self) -> int:
+        """Pilot steps done."""
+        return self.step
+
+
+class Pilot:
+    """Runs the pilot of a trainer.
+
+    Args:
+        trainer: a constructed trainer; its model's trainable parameters are used and restored.
+        estimator_factory: makes the estimator on a host.
+        validation (`ValidationSets`): rows that pull the pilot.
+        held_back (`ValidationSets`): rows that only get scored.
+        steps (`int`), batch_size (`int`, rows over all processes), learning_rate (`float`), validation_loss_weight
+            (`float`): settings of the pilot.
+    """
+
+    def __init__(
+        self,
+        trainer: BilevelSFTTrainer,
+        *,
+        estimator_factory: Any,
+        validation: ValidationSets,
+        held_back: ValidationSets,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        validation_loss_weight: float,
+    ):
+        self.trainer = trainer
+        self.host = PilotHost(trainer, validation, learning_rate)
+        self.estimator: Estimator = estimator_factory(self.host)
+        self.validation = validation
+        self.held_back = held_back
+        self.steps = steps
+        self.validation_loss_weight = validation_loss_weight
+        self.sampler = ValidationSampler(len(trainer.train_dataset), batch_size, trainer.args.seed + 7919)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Rehearse, score, restore.
+
+        Returns:
+            `tuple` of `Tensor` float32: scores of the caller's rows `[row_count]` (NaN where preparation dropped the row),
+            and of the held-back validation rows `[c]`.
+        """
+        trainer = self.trainer
+        parameters = self.host.trainable_parameters()
+        initial = ShadowParameters(parameters)
+        was_training = trainer.model.training
+        try:
+            trainer.model.train()
+            self._train(parameters)
+            trainer.model.eval()
+            scores = torch.zeros(trainer.row_count, dtype=torch.float32, device=trainer.args.device)
+            for batch in self._bar(list(self._train_batches()), "Scoring training rows"):
+                scores[batch[SAMPLE_ID].to(scores.device)] = self.estimator.row_scores(batch)
+            scores = self.host.global_sum(scores).cpu()
+            scores[~trainer.selection.kept] = torch.nan
+            validation = torch.cat(
+                [
+                    self.estimator.row_scores(batch)
+                    for _, batch in self.held_back.all_batches(trainer.args.per_device_eval_batch_size)
+                ]
+            )
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, initial.values, strict=True):
+                    parameter.copy_(value)
+            trainer.model.train(was_training)
+            self.estimator.release()
+        return scores, validation.cpu()
+
+    def _train(self, parameters: list[torch.nn.Parameter]) -> None:
+        args = self.trainer.args
+        optimizer = torch.optim.AdamW(parameters, lr=self.host.rate, weight_decay=0.0)
+        weight = self.validation_loss_weight
+        for step in self._bar(range(self.steps), "Pilot run"):
+            self.host.step = step
+            rows = self.sampler.rows(step)[args.process_index :: args.world_size]
+            train = [self._collate(rows)] if rows else []
+            self.estimator.begin_step(train)
+            for share, batches in ((1 - weight, train), (weight, self.host.validation_batches(step))):
+                tokens = self.host.global_sum(sum_tokens(batches, args.device)).clamp(min=1)
+                for batch in batches:
+                    sums, _ = self.host.row_losses(batch)
+                    (share * sums.sum() / tokens).backward()
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.host.global_sum(parameter.grad)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.host.step = self.steps
+
+    def _collate(self, rows: list[int]) -> dict[str, Any]:
+        trainer = self.trainer
+        dataset = trainer.train_dataset
+        columns = ("input_ids", "labels", SAMPLE_ID)
+        batch = trainer.data_collator([{k: dataset[row][k] for k in columns} for row in rows])
+        return trainer._prepare_inputs(batch)
+
+    def _train_batches(self) -> Iterator[dict[str, Any]]:
+        """This process's rows, similar lengths together so that little is padded."""
+        trainer = self.trainer
+        lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        mine = order[trainer.args.process_index :: trainer.args.world_size]
+        size = trainer.args.per_device_eval_batch_size
+        for start in range(0, len(mine), size):
+            yield self._collate(mine[start : start + size])
+
+    def _bar(self, items: Any, description: str) -> Any:
+        args = self.trainer.args
+        hidden = args.disable_tqdm or not self.trainer.is_world_process_zero()
+        return tqdm(items, desc=description, disable=hidden, leave=False)

@@ -1,0 +1,277 @@
+"""The offline weights of a run: selector state, gate, alarms, statistics, files. No trainer in here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..core import selector as core
+from ..core.calibration import calibrated_logits
+from ..core.statistics import evenly_spaced, weight_quantiles
+
+if TYPE_CHECKING:
+    from .bilevel_sft_config import BilevelSFTConfig
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "selector.safetensors"
+SUMMARY_FILE = "selector.json"
+ESTIMATOR_PREFIX = "estimator."
+# Statistics that need a look at many weights use at most this many rows, evenly spaced.
+STATISTICS_ROWS = 65_536
+
+
+@dataclass
+class Groups:
+    """The units of a group selector.
+
+    Attributes:
+        names (`list[str]`): one name per group.
+        of_row (`Tensor` int64 `[N]`): the group of each of the caller's rows.
+    """
+
+    names: list[str]
+    of_row: Tensor
+
+
+class Selection:
+    """Holds and updates the weights of `row_count` training rows of which `kept` survived preparation.
+
+    Args:
+        config: the selector's settings.
+        kept (`Tensor` bool `[row_count]`): rows that are trained on.
+        groups (`Groups`, *optional*): for `selector_granularity="group"`.
+        fingerprint (`str`): of the training data; stored, and compared on loading.
+        device: where the state lives.
+    """
+
+    def __init__(
+        self,
+        config: BilevelSFTConfig,
+        kept: Tensor,
+        *,
+        groups: Groups | None,
+        fingerprint: str,
+        device: torch.device,
+    ):
+        self.config = config
+        self.kept = kept
+        self.groups = groups
+        self.fingerprint = fingerprint
+        rows = None
+        active = kept
+        if groups is not None:
+            groups.of_row = groups.of_row.to(device)
+            rows = torch.bincount(groups.of_row[kept], minlength=len(groups.names))
+            active = rows > 0
+        self.state = core.init_selector(
+            active.to(device),
+            rows=None if rows is None else rows.to(device),
+            activation=config.selector_activation,  # type: ignore[arg-type]
+            adam=config.selector_update == "adam",
+        )
+        self.calibrated = False
+        self._uniform = True
+        self._gate: tuple[Tensor, Tensor] | None = None
+        self._alarmed = False
+        self._recent: list[Tensor] = []
+
+    @property
+    def uniform(self) -> bool:
+        """True as long as no weight has been moved."""
+        return self._uniform
+
+    def units(self, ids: Tensor) -> Tensor:
+        """Units of the given rows (sample ids), int64 `[b]`."""
+        return ids if self.groups is None else self.groups.of_row[ids]
+
+    def weights(self, ids: Tensor) -> Tensor:
+        """Weights of the given rows, float32 `[b]`, mean one over the rows trained on; the gate included."""
+        weights = core.sample_weights(self.state, self.units(ids.to(self.state.logits.device)))
+        if self._gate is not None:
+            threshold, scale = self._gate
+            weights = torch.where(weights < threshold, 0.0, weights * scale)
+        return weights
+
+    def all_weights(self) -> Tensor:
+        """Weights of all of the caller's rows, float32 `[row_count]` on the CPU; NaN for rows that preparation dropped."""
+        weights = self.weights(torch.arange(len(self.kept))).cpu()
+        return torch.where(self.kept, weights, torch.nan)
+
+    def update(self, ids: Tensor, scores: Tensor) -> None:
+        """Take in the scores `[b]` of the rows `ids` `[b]` of one optimizer step (all processes)."""
+        device = self.state.logits.device
+        units, scores = self.units(ids.to(device)), scores.to(device)
+        self._recent.append(torch.stack([scores.mean(), scores.std(unbiased=False)]))
+        config = self.config
+        if config.selector_update == "adam":
+            core.update_adam(
+                self.state,
+                units,
+                scores,
+                learning_rate=config.selector_learning_rate,
+                entropy_coef=config.selector_entropy_coef,
+                betas=config.selector_betas,
+            )
+        else:
+            core.update_sparse_centred(
+                self.state,
+                units,
+                scores,
+                learning_rate=config.selector_learning_rate,
+                entropy_coef=config.selector_entropy_coef,
+            )
+        self._uniform = False
+
+    def calibrate(self, scores: Tensor, validation_scores: Tensor) -> None:
+        """Set all weights at once from the scores of every kept row and of held-back validation rows.
+
+        Args:
+            scores (`Tensor` float32 `[row_count]`): NaN for rows without a score (dropped in preparation).
+            validation_scores (`Tensor` float32 `[c]`).
+        """
+        device = self.state.logits.device
+        scores, live = scores.to(device), ~torch.isneginf(self.state.logits)
+        if self.groups is not None:
+            known = ~torch.isnan(scores)
+            sums = torch.zeros_like(self.state.logits).index_add(0, self.groups.of_row[known], scores[known])
+            scores = sums / self.state.rows
+        known = scores[live]
+        rows = None if self.state.rows is None else self.state.rows[live]
+        logits = calibrated_logits(known, validation_scores.to(device), rows)
+        core.replace_logits(self.state, live, logits)
+        self.state.score_mean[live] = (known - known.mean()) / known.std(unbiased=False).clamp(min=1e-8)
+        self._recent.append(torch.stack([known.mean(), known.std(unbiased=False)]))
+        self.calibrated = True
+        self._uniform = False
+        self.refresh_gate()
+
+    def refresh_gate(self) -> None:
+        """Recompute the threshold of the hard gate (`filter_rate`) from at most `STATISTICS_ROWS` rows."""
+        if self.config.filter_rate == 0 or self._uniform:
+            return
+        self._gate = None
+        weights = self.weights(self._statistics_rows())
+        threshold = torch.quantile(weights, self.config.filter_rate)
+        passed = torch.where(weights < threshold, 0.0, weights)
+        self._gate = (threshold, weights.mean() / passed.mean())
+
+    def _statistics_rows(self) -> Tensor:
+        rows = self.kept.nonzero().squeeze(1) if not bool(self.kept.all()) else None
+        count = len(self.kept) if rows is None else len(rows)
+        index = evenly_spaced(count, STATISTICS_ROWS)
+        return index if rows is None else rows[index]
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log. Costs O(65536) at most; called when the trainer logs."""
+        ess = float(core.effective_sample_size(self.state) / self.state.totals[3])
+        weights = self.weights(self._statistics_rows())
+        out = {"selector/ess": ess, "selector/entropy": float(core.weight_entropy(self.state))}
+        levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+        for level, value in zip(levels, weight_quantiles(weights, levels).tolist(), strict=True):
+            out[f"selector/weight_q{round(100 * level):02d}"] = value
+        if self._recent:
+            mean, std = torch.stack(self._recent).mean(0).tolist()
+            out |= {"selector/score_mean": mean, "selector/score_std": std}
+            self._recent.clear()
+        if self.groups is not None:
+            out |= {f"selector/share/{name}": share for name, share in self.group_shares().items()}
+        if ess < self.config.ess_alarm and not self._alarmed:
+            self._alarmed = True
+            logger.warning(
+                f"The weights have nearly collapsed: their effective sample size is {ess:.1%} of the rows (alarm at "
+                f"{self.config.ess_alarm:.1%}). Raise `selector_entropy_coef`, lower `selector_learning_rate`, or give "
+                "more validation rows."
+            )
+        return out
+
+    def group_shares(self) -> dict[str, float]:
+        """Share of the total weight per group; the shares sum to one."""
+        assert self.groups is not None and self.state.rows is not None
+        index = torch.arange(len(self.groups.names), device=self.state.logits.device)
+        mass = core.sample_weights(self.state, index) * self.state.rows
+        return dict(zip(self.groups.names, (mass / mass.sum()).tolist(), strict=True))
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change between saving and loading."""
+        config = self.config
+        names = ("weight_estimator", "selector_update", "selector_granularity", "selector_group_column")
+        return {name: getattr(config, name) for name in (*names, "selector_activation")} | {
+            "rows": len(self.kept),
+            "rows_kept": int(self.kept.sum()),
+            "train_fingerprint": self.fingerprint,
+        }
+
+    def save(self, folder: str | os.PathLike[str], estimator: Mapping[str, Tensor]) -> None:
+        """Write `selector.safetensors` and `selector.json` into `folder`, each atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = self.state.tensors() | {
+            ESTIMATOR_PREFIX + k: v.detach().cpu().contiguous() for k, v in estimator.items()
+        }
+        summary = {
+            "format": 1,
+            "settings": self.settings(),
+            "calibrated": self.calibrated,
+            "uniform": self._uniform,
+            "gate": None if self._gate is None else [float(x) for x in self._gate],
+        }
+        _atomically(folder / STATE_FILE, lambda path: save_file(tensors, path))
+        _atomically(folder / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=2)))
+
+    def load(self, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """Restore what `save` wrote; returns the estimator's tensors.
+
+        Raises:
+            FileNotFoundError: if the folder has no selector state.
+            ValueError: if the state is damaged, or belongs to other data or settings.
+        """
+        folder = Path(folder)
+        if not (folder / SUMMARY_FILE).is_file() or not (folder / STATE_FILE).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no selector state ({STATE_FILE}, {SUMMARY_FILE}): it is not a checkpoint of a bilevel run. "
+                "Resuming would silently forget the learned weights."
+            )
+        try:
+            summary = json.loads((folder / SUMMARY_FILE).read_text())
+            tensors = load_file(folder / STATE_FILE)
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"The selector state in {folder} is damaged ({error}). Resume from another one.") from error
+        own, saved = self.settings(), summary["settings"]
+        changed = [f"{k}: {saved.get(k)!r} then, {own[k]!r} now" for k in own if own[k] != saved.get(k)]
+        if changed and not self.config.ignore_selector_fingerprint:
+            raise ValueError(
+                f"The selector state in {folder} belongs to other training data or settings ({'; '.join(changed)}). "
+                "Resume with the same data and settings, or set `ignore_selector_fingerprint=True` if you know that the "
+                "rows still mean the same."
+            )
+        self.state.load_tensors({k: v for k, v in tensors.items() if not k.startswith(ESTIMATOR_PREFIX)})
+        self.calibrated, self._uniform = summary["calibrated"], summary["uniform"]
+        device = self.state.logits.device
+        gate = summary["gate"]
+        self._gate = None if gate is None else (torch.tensor(gate[0], device=device), torch.tensor(gate[1], device=device))
+        return {k[len(ESTIMATOR_PREFIX) :]: v for k, v in tensors.items() if k.startswith(ESTIMATOR_PREFIX)}
+
+
+def _atomically(path: Path, write: Any) -> None:
+    """Write to a temporary file beside `path`, then move it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def make_groups(names: Sequence[Any]) -> Groups:
+    """Groups from one value per row, in order of first appearance."""
+    index: dict[str, int] = {}
+    codes = [index.setdefault(str(name), len(index)) for name in names]
+    return Groups(names=list(index), of_row=torch.tensor(codes, dtype=torch.int64))

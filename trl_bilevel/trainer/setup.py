@@ -1,0 +1,318 @@
+"""What happens once, at the construction and at the start of a run: checks, preparation, the making of parts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import SFTConfig
+
+from ..core.scores import row_losses
+from ..data.identity import RESERVED_COLUMNS, SAMPLE_ID, count_overlap
+from ..estimators import ESTIMATORS, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
+from ..estimators.base import mean_losses
+from .bilevel_sft_config import BilevelSFTConfig
+from .pilot import Pilot
+from .selection import Groups, make_groups
+from .validation import ValidationSets
+
+if TYPE_CHECKING:
+    from .bilevel_sft_trainer import BilevelSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+# The threshold of the hard gate is recomputed this often when weights move in every step.
+GATE_REFRESH_STEPS = 50
+# Share of each validation set that the pilot run holds back to calibrate the weights, and the least number of rows.
+HELD_BACK_SHARE = 0.25
+MIN_CALIBRATION_ROWS = 8
+
+
+def resolve_config(args: SFTConfig | None, model: Any) -> BilevelSFTConfig:
+    """A `BilevelSFTConfig` from what the user gave, as TRL's trainers do it."""
+    if isinstance(args, BilevelSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return BilevelSFTConfig(f"{name.split('/')[-1]}-Bilevel-SFT")
+    values = args.to_dict()
+    values["hub_token"] = args.hub_token  # to_dict hides it
+    return BilevelSFTConfig(**values)
+
+
+def check_datasets(
+    args: BilevelSFTConfig, train: Any, validation: Dataset | Mapping[str, Dataset] | None
+) -> dict[str, Dataset]:
+    """Check the caller's data; returns the validation sets by name (empty if none is needed or given)."""
+    if train is None:
+        raise ValueError("`train_dataset` is required.")
+    if not isinstance(train, Dataset):
+        raise TypeError(
+            f"`train_dataset` must be a `datasets.Dataset`, got `{type(train).__name__}`: weights are kept per row, so the "
+            "rows must be countable. Materialise a streaming dataset first, e.g. `Dataset.from_list(list(stream))`."
+        )
+    if len(train) == 0:
+        raise ValueError("`train_dataset` is empty.")
+    taken = [name for name in RESERVED_COLUMNS if name in train.column_names]
+    if taken:
+        raise ValueError(
+            f"`train_dataset` has the column(s) {taken}, which BilevelSFTTrainer writes itself. Rename them, e.g. "
+            f'`train_dataset.rename_column("{taken[0]}", "my_{taken[0]}")`.'
+        )
+    if args.selector_granularity == "group" and args.selector_group_column not in train.column_names:
+        raise ValueError(
+            f"`selector_group_column={args.selector_group_column!r}` is not a column of `train_dataset`, which has "
+            f"{train.column_names}."
+        )
+    needed = args.weight_estimator != "none" or args.validation_loss_weight > 0
+    if validation is None:
+        if needed:
+            raise ValueError(
+                f"`validation_dataset` is required with `weight_estimator={args.weight_estimator!r}` and "
+                f"`validation_loss_weight={args.validation_loss_weight}`: it says what good means. For plain SFT set "
+                "`weight_estimator='none'` and `validation_loss_weight=0`."
+            )
+        return {}
+    sets = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
+    if not sets:
+        raise ValueError("`validation_dataset` is an empty dict: give at least one dataset.")
+    for name, dataset in sets.items():
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`validation_dataset` {name!r} must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+        if len(dataset) == 0:
+            raise ValueError(f"`validation_dataset` {name!r} is empty: give at least a few dozen trusted rows.")
+    weights = args.validation_weights
+    if weights is not None:
+        assert isinstance(weights, dict)
+        if set(weights) != set(sets) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+            raise ValueError(
+                f"`validation_weights={weights}` must give a weight of at least 0 to each of the validation sets "
+                f"{sorted(sets)}, and not 0 to all."
+            )
+    return sets
+
+
+def check_supported(trainer: BilevelSFTTrainer) -> None:
+    """Refuse what cannot work, with the reason. Plain SFT (no weights, no validation term) is never refused."""
+    args = trainer.args
+    if args.weight_estimator == "none" and args.validation_loss_weight == 0:
+        return
+    reasons = {
+        "`packing=True`": args.packing,
+        "`padding_free=True`": trainer.padding_free,
+    }
+    for setting, on in reasons.items():
+        if on:
+            raise ValueError(
+                f"{setting} is not supported yet: weights are per row, and rows are merged there. Unset it."
+            )
+    if trainer._is_vision_dataset or trainer._is_vlm:
+        raise ValueError("Vision-language models are not supported: validation rows join text batches only.")
+    if args.loss_type != "nll":
+        raise ValueError(
+            f"`loss_type={args.loss_type!r}` is not supported: weights multiply the negative log-likelihood of a row. Use "
+            "`loss_type='nll'`."
+        )
+    if args.label_smoothing_factor > 0 or trainer.compute_loss_func is not None:
+        raise ValueError(
+            "`label_smoothing_factor` and `compute_loss_func` are not supported: they build the loss without the per-token "
+            "log-probabilities that the weights multiply. Unset them."
+        )
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Tensor, context and sequence parallelism are not supported: they split the rows whose losses are compared."
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            "DeepSpeed and FSDP are not supported yet: the estimators exchange whole parameter tensors, which are sharded "
+            "there. Use DDP or a single GPU."
+        )
+    if not trainer.model_accepts_loss_kwargs:
+        raise ValueError(
+            f"{type(trainer.model).__name__} does not accept `num_items_in_batch`, so the loss cannot be normalised over "
+            "the accumulation window."
+        )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError("`average_tokens_across_devices=False` is not supported with several processes. Unset it.")
+    if not any(p.requires_grad for p in trainer.model.parameters()):
+        raise ValueError("The model has no trainable parameter: pass a `peft_config`, or a model that is not frozen.")
+    if args.weight_estimator == "none":
+        return
+    if args.weight_estimator == "loss":
+        warnings.warn(
+            "`weight_estimator='loss'` ranks rows by their loss, so it prefers easy bad rows (boilerplate, stubs, refusals "
+            "of work) to good ones: measured AUC below 0.35 on them, where 0.5 is chance. It is kept to reproduce published "
+            "results; use 'value_function' for training.",
+            UserWarning,
+            stacklevel=4,
+        )
+    estimator = ESTIMATORS[args.weight_estimator]
+    if estimator.needs_validation_term and args.validation_loss_weight == 0 and args.selector_update != "calibrated":
+        raise ValueError(
+            f"`validation_loss_weight=0` with `weight_estimator={args.weight_estimator!r}` and "
+            f"`selector_update={args.selector_update!r}` leaves the validation set without influence. Set "
+            "`validation_loss_weight` above 0, or `selector_update='calibrated'`, or `weight_estimator='lookahead'`."
+        )
+    if args.remove_unused_columns and trainer.args.dataset_kwargs and trainer._skip_prepare_dataset:
+        missing = {"input_ids", "labels"} - set(trainer.train_dataset.column_names)
+        if missing:
+            raise ValueError(f"`skip_prepare_dataset=True` needs the columns input_ids and labels; missing: {missing}.")
+
+
+def report_dropped(kept: Tensor, batch_rows: int) -> None:
+    """Say how many rows preparation dropped; refuse a set that cannot fill one batch."""
+    dropped = int((~kept).sum())
+    if dropped:
+        logger.warning(
+            f"{dropped} of {len(kept)} training rows were dropped in preparation (nothing to learn from within "
+            "`max_length`). They keep their row number and have no weight (NaN in `sample_weights()`)."
+        )
+    if int(kept.sum()) < batch_rows:
+        raise ValueError(
+            f"`train_dataset` has {int(kept.sum())} usable rows, fewer than one batch of {batch_rows} rows "
+            "(`per_device_train_batch_size` x processes). Lower the batch size or give more rows."
+        )
+
+
+def make_row_groups(args: BilevelSFTConfig, train: Dataset) -> Groups | None:
+    """Groups of the caller's rows, or `None` for a weight per row."""
+    if args.selector_granularity != "group":
+        return None
+    return make_groups(train[args.selector_group_column])
+
+
+def prepare_validation(
+    trainer: BilevelSFTTrainer, sets: Mapping[str, Dataset], formatting_func: Any
+) -> ValidationSets | None:
+    """Tokenise the validation sets as TRL does the training set, and check what is left of them."""
+    if not sets:
+        return None
+    args = trainer.args
+    prepared = {}
+    for name, dataset in sets.items():
+        rows = dataset
+        if not trainer._skip_prepare_dataset:
+            rows = trainer._prepare_dataset(
+                dataset, trainer.processing_class, args, False, formatting_func, f"validation {name}"
+            )
+        if len(rows) == 0:
+            raise ValueError(
+                f"All {len(dataset)} rows of `validation_dataset` {name!r} were dropped in preparation: no token to score "
+                f"within `max_length={args.max_length}`. Raise `max_length`, or use `truncation_mode='keep_end'`."
+            )
+        if len(rows) < len(dataset):
+            logger.warning(f"{len(dataset) - len(rows)} of {len(dataset)} rows of validation set {name!r} were dropped.")
+        overlap = count_overlap(trainer.train_dataset, rows)
+        if overlap:
+            warnings.warn(
+                f"{overlap} of {len(rows)} rows of `validation_dataset` {name!r} are also training rows: their weights "
+                "will be flattered, and the validation loss will not notice overfitting. Remove them from one side.",
+                UserWarning,
+                stacklevel=3,
+            )
+        prepared[name] = rows
+    if args.weight_estimator != "none" and args.selector_update == "calibrated":
+        total = sum(map(len, prepared.values()))
+        if total < MIN_CALIBRATION_ROWS:
+            raise ValueError(
+                f"`validation_dataset` has {total} usable rows; `selector_update='calibrated'` needs at least "
+                f"{MIN_CALIBRATION_ROWS}, of which it holds a quarter back. Give more rows, or use "
+                "`selector_update='sparse_centred'`."
+            )
+    return _validation_sets(trainer, prepared)
+
+
+def _validation_sets(trainer: BilevelSFTTrainer, datasets: Mapping[str, Dataset]) -> ValidationSets:
+    args = trainer.args
+    given = args.validation_weights or dict.fromkeys(datasets, 1.0)
+    total = sum(given[name] for name in datasets)
+    return ValidationSets(
+        datasets,
+        {name: given[name] / total for name in datasets},
+        batch_size=args.validation_batch_size or rows_per_step(trainer),
+        collate=trainer.data_collator,
+        seed=args.seed,
+        pad_token_id=trainer._tokenizer.pad_token_id,
+    )
+
+
+def rows_per_step(trainer: BilevelSFTTrainer) -> int:
+    """Training rows of one optimizer step, over all processes."""
+    args = trainer.args
+    return args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+
+
+@torch.no_grad()
+def evaluate_validation(trainer: BilevelSFTTrainer) -> dict[str, float]:
+    """Mean over rows of the per-token mean loss of each validation set, and their weighted `"total"`."""
+    if trainer.validation is None:
+        raise ValueError("There is no validation loss: the trainer has no `validation_dataset`.")
+    training = trainer.model.training
+    trainer.model.eval()
+    losses: dict[str, list[Tensor]] = {name: [] for name in trainer.validation.datasets}
+    for name, batch in trainer.validation.all_batches(trainer.args.per_device_eval_batch_size):
+        batch.pop(SAMPLE_ID)
+        inputs = trainer._prepare_inputs(batch)
+        with trainer.compute_loss_context_manager():
+            outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
+        losses[name].append(mean_losses(*row_losses(outputs.log_probs, outputs.label_mask)))
+    trainer.model.train(training)
+    means = {name: float(torch.cat(parts).mean()) for name, parts in losses.items()}
+    return means | {"total": sum(trainer.validation.weights[name] * loss for name, loss in means.items())}
+
+
+def make_estimator(args: BilevelSFTConfig, host: EstimatorHost) -> Estimator:
+    """The estimator that the config names, on a host."""
+    if args.weight_estimator == "value_function":
+        return ValueFunctionEstimator(
+            host,
+            every=args.estimator_refresh_steps or 1,
+            max_grad_norm=args.max_grad_norm,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+    if args.weight_estimator == "lookahead":
+        return LookaheadEstimator(
+            host,
+            lookahead_steps=args.lookahead_steps,
+            refresh_steps=args.estimator_refresh_steps or 32,
+            max_grad_norm=args.max_grad_norm,
+        )
+    return ESTIMATORS[args.weight_estimator](host)
+
+
+def warmup_steps(trainer: BilevelSFTTrainer) -> int:
+    """`selector_warmup_steps` in optimizer steps (a value below 1 is a share of the run)."""
+    given = trainer.args.selector_warmup_steps
+    return int(given) if given >= 1 else math.ceil(given * trainer.state.max_steps)
+
+
+def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
+    """The pilot run of a trainer, with its validation rows dealt into those that pull and those that are held back."""
+    assert trainer.validation is not None
+    args = trainer.args
+    pulling, held_back = {}, {}
+    for index, (name, rows) in enumerate(trainer.validation.datasets.items()):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + 104_729 + index)).tolist()
+        held = max(1, round(HELD_BACK_SHARE * len(rows))) if len(rows) > 1 else 0
+        pulling[name] = rows.select(sorted(order[held:]))
+        if held:
+            held_back[name] = rows.select(sorted(order[:held]))
+    return Pilot(
+        trainer,
+        estimator_factory=lambda host: make_estimator(args, host),
+        validation=_validation_sets(trainer, pulling),
+        held_back=_validation_sets(trainer, held_back),
+        steps=args.pilot_steps,
+        batch_size=args.pilot_batch_size or rows_per_step(trainer),
+        learning_rate=args.pilot_learning_rate,
+        validation_loss_weight=0.5,
+    )
