@@ -1,10 +1,11 @@
 """From a ranking to weights: match the scores of the training rows to those of held-back validation rows.
 
-A selector that only moves logits by scores ranks well long before its weights are any use: the step size has no scale. Trusted
-rows that had no part in the training give it one. If `f_train` is the density of the scores of the training rows and `f_good`
-that of trusted rows the models have not seen, then importance weights `w(g) = f_good(g) / f_train(g)` make the weighted rows
-score like trusted ones. They are the posterior of being good, up to a constant: uniform where the training rows
-score like trusted rows (nothing to select), and sharper the further apart the two are. No step size, no threshold.
+A selector that only moves logits by scores ranks well long before its weights are any use: the step size has no
+scale. Trusted rows that had no part in the training give it one. If `f_train` is the density of the scores of the
+training rows and `f_good` that of trusted rows the models have not seen, then importance weights `w(g) = f_good(g) /
+f_train(g)` make the weighted rows score like trusted ones. They are the posterior of being good, up to a constant:
+uniform where the training rows score like trusted rows (nothing to select), and sharper the further apart the two
+are. No step size, no threshold.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ FLOOR = 1e-3
 def calibrated_logits(scores: Tensor, trusted_scores: Tensor, rows: Tensor | None = None) -> Tensor:
     """Logits whose softmax weights make the training rows score like trusted rows.
 
-    `f_train` is a kernel density estimate, `f_good` a Gaussian (few trusted rows: its spread is shrunk towards half of the
-    training rows' and carries the error of its mean), and their ratio is made monotone in the score by isotonic regression:
-    a better score never weighs less.
+    `f_train` is a kernel density estimate, `f_good` a Gaussian (few trusted rows: its spread is shrunk towards half
+    of the training rows' and carries the error of its mean), and their ratio is made monotone in the score by isotonic
+    regression: a better score never weighs less.
 
     Args:
         scores (`Tensor` float32 `[U]`): one per unit, finite.

@@ -1,10 +1,10 @@
 """The selector: explicit weights of the offline rows, learned from scores.
 
-One fp32 logit `s_k` per *unit* (a row, or a group of rows). With an activation `a` (softmax: `exp`, sigmoid: the logistic
-function) the weight of every row of unit `k` is `w_k = N a(s_k) / sum_j n_j a(s_j)`, where `n_j` is the number of rows of
-unit `j` and `N = sum_j n_j`: the mean weight over the rows is one, and equal logits give weight one exactly
-(arXiv 2511.21056, the selector of the bilevel data selection problem; normalised to mean one so that uniform weights are
-plain fine-tuning).
+One fp32 logit `s_k` per *unit* (a row, or a group of rows). With an activation `a` (softmax: `exp`, sigmoid: the
+logistic function) the weight of every row of unit `k` is `w_k = N a(s_k) / sum_j n_j a(s_j)`, where `n_j` is the
+number of rows of unit `j` and `N = sum_j n_j`: the mean weight over the rows is one, and equal logits give weight one
+exactly (arXiv 2511.21056, the selector of the bilevel data selection problem; normalised to mean one so that uniform
+weights are plain fine-tuning).
 
 The sums over units that the weights need are kept up to date by the change of the batch, in float64: an update costs
 O(batch), whatever the number of rows. All functions are pure tensor code, on any device, without host-device syncs.
@@ -20,7 +20,8 @@ from torch import Tensor
 
 Activation = Literal["softmax", "sigmoid"]
 
-# Logits are kept in a range where exp() of a difference is finite in float32 and float64 sums lose nothing that matters.
+# Logits are kept in a range where exp() of a difference is finite in float32 and float64 sums lose nothing that
+# matters.
 LOGIT_BOUND = 20.0
 
 
@@ -174,7 +175,8 @@ def weight_entropy(state: SelectorState) -> Tensor:
 
 
 def _set_logits(state: SelectorState, units: Tensor, new: Tensor, share: Tensor) -> None:
-    """Write `new` logits of `units` and carry the sums along; `share` is one over the unit's multiplicity in `units`."""
+    """Write `new` logits of `units` and carry the sums along; `share` is one over the unit's multiplicity in `units`.
+    """
     new = new.clamp(-LOGIT_BOUND, LOGIT_BOUND)
     change = _terms(new, state.activation) - _terms(state.logits[units], state.activation)
     if state.rows is not None:
@@ -226,9 +228,9 @@ def update_sparse_centred(
 ) -> Tensor:
     """Move the logits of the rows in the batch by their standardised score, and pull them towards uniform.
 
-    `s_k <- (1 - entropy_coef) s_k + learning_rate z_k` for the units of the batch only. The pull is the gradient step of
-    the negative entropy for logits near zero; without it weights collapse (ESS to 1), since one useful row is enough to
-    attain the bilevel optimum.
+    `s_k <- (1 - entropy_coef) s_k + learning_rate z_k` for the units of the batch only. The pull is the gradient step
+    of the negative entropy for logits near zero; without it weights collapse (ESS to 1), since one useful row is
+    enough to attain the bilevel optimum.
 
     Args:
         units (`Tensor` int64 `[b]`): units of the batch; repeated units count once, with their mean score.
@@ -254,8 +256,8 @@ def minibatch_gradient(state: SelectorState, units: Tensor, losses: Tensor) -> T
     """Gradient of the weighted minibatch loss `(1/B) sum_{i in B} w_i loss_i` by all logits, in closed form.
 
     `d/ds_k = phi_k (N/B) [sum_{i in B, u(i)=k} a_k loss_i / A - n_k a_k / A * sum_{i in B} a_i loss_i / A]`, with
-    `A = sum_j n_j a_j` and `phi = d log a / ds` (1 for softmax, `1 - sigmoid(s)` for sigmoid). For softmax over rows this is
-    `(N/B) p_k (1[k in B] loss_k - sum_{i in B} p_i loss_i)`. Dense in `k`.
+    `A = sum_j n_j a_j` and `phi = d log a / ds` (1 for softmax, `1 - sigmoid(s)` for sigmoid). For softmax over rows
+    this is `(N/B) p_k (1[k in B] loss_k - sum_{i in B} p_i loss_i)`. Dense in `k`.
 
     Args:
         units (`Tensor` int64 `[B]`), losses (`Tensor` `[B]`).
@@ -273,7 +275,8 @@ def minibatch_gradient(state: SelectorState, units: Tensor, losses: Tensor) -> T
 
 
 def negative_entropy_gradient(state: SelectorState) -> Tensor:
-    """Gradient of `sum_i p_i log p_i` over rows by all logits: `phi_k n_k p_k (log p_k - sum_i p_i log p_i)`, `[U]`."""
+    """Gradient of `sum_i p_i log p_i` over rows by all logits: `phi_k n_k p_k (log p_k - sum_i p_i log p_i)`, `[U]`.
+    """
     total = state.totals[0]
     log_a = log_activation(state.logits.double(), state.activation)
     p = log_a.exp() / total

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    """`(sum w)^2 / sum w^2` of weights `[N]`, `[]`: between 1 and N; NaN entries (rows not trained on) do not count."""
+    """`(sum w)^2 / sum w^2` of weights `[N]`, `[]`: between 1 and N; NaN entries (rows not trained on) do not count.
+    """
     weights = weights[~torch.isnan(weights)].double()
     return weights.sum() ** 2 / (weights**2).sum()
 
@@ -29,5 +30,7 @@ def weight_quantiles(weights: Tensor, probabilities: tuple[float, ...] = (0.05, 
 
 
 def evenly_spaced(count: int, limit: int) -> Tensor:
-    """At most `limit` indices spread evenly over `range(count)`, int64: a fixed sample for statistics of O(limit) cost."""
+    """At most `limit` indices spread evenly over `range(count)`, int64: a fixed sample for statistics of O(limit)
+    cost.
+    """
     return torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()

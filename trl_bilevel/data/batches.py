@@ -47,8 +47,8 @@ def concatenate_batches(first: Mapping[str, Any], second: Mapping[str, Any], pad
     """One padded batch with the rows of both.
 
     Args:
-        first, second (`dict` of `Tensor`): collated batches with the same keys; `[B, S]` inputs may differ in `S` and are
-            padded on the right; `[B]` tensors (ids) are appended.
+        first, second (`dict` of `Tensor`): collated batches with the same keys; `[B, S]` inputs may differ in `S` and
+            are padded on the right; `[B]` tensors (ids) are appended.
         pad_token_id (`int`): fills `input_ids`.
 
     Raises:

@@ -1,8 +1,8 @@
 """Weight estimators: one contract (`base.Estimator`), one file each."""
 
 from .base import Estimator, EstimatorHost
-from .loss import LossEstimator
 from .lookahead import LookaheadEstimator
+from .loss import LossEstimator
 from .value_function import ValueFunctionEstimator
 
 ESTIMATORS: dict[str, type[Estimator]] = {

@@ -1,10 +1,12 @@
 """The contract of a weight estimator, and what it may ask of the trainer.
 
-A score says how much training on a row helps the validation loss. An estimator supplies one number per row that the model's
-own loss is compared with (the *reference loss*), and a pure function that turns both into the score. The trainer calls
+A score says how much training on a row helps the validation loss. An estimator supplies one number per row that the
+model's own loss is compared with (the *reference loss*), and a pure function that turns both into the score. The
+trainer calls
 
-1. `begin_step(window)` once per optimizer step, before any forward of the model, with all training micro-batches of the step;
-   it returns the reference loss of each of their rows (or `None` if the estimator needs none, or takes no scores now);
+1. `begin_step(window)` once per optimizer step, before any forward of the model, with all training micro-batches of
+   the step; it returns the reference loss of each of their rows (or `None` if the estimator needs none, or takes no
+   scores now);
 2. `score(model_losses, reference_losses)` for each micro-batch, with the model's losses read off its ordinary forward;
 3. `row_scores(batch)` for rows scored out of turn, by forwards without gradient (the scoring pass).
 """
@@ -66,7 +68,8 @@ class Estimator(ABC):
 
     @abstractmethod
     def row_scores(self, batch: Batch) -> Tensor:
-        """Scores `[b]` of a batch of training rows from forwards without gradient, on the model and state as they are."""
+        """Scores `[b]` of a batch of training rows from forwards without gradient, on the model and state as they are.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """State to save, as named tensors."""
@@ -87,9 +90,9 @@ def mean_losses(sums: Tensor, counts: Tensor) -> Tensor:
 class ShadowParameters:
     """A second set of values for the model's trainable parameters, held outside the model.
 
-    One frozen base serves both: inside `with shadow.swapped():` the model computes with the second set, afterwards with its
-    own, bit for bit (the tensors change places, nothing is copied). Works for adapters on frozen (also 4-bit) bases and for
-    full fine-tuning alike; the cost is one more copy of the *trainable* parameters.
+    One frozen base serves both: inside `with shadow.swapped():` the model computes with the second set, afterwards
+    with its own, bit for bit (the tensors change places, nothing is copied). Works for adapters on frozen (also
+    4-bit) bases and for full fine-tuning alike; the cost is one more copy of the *trainable* parameters.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
@@ -130,8 +133,8 @@ def train_shadow(
 ) -> list[Tensor]:
     """One optimizer step of the second set on the mean token loss of `batches`, gradients summed over the processes.
 
-    Forward and backward run within the swap, so that gradient checkpointing recomputes with the right values. The model's own
-    gradients must be empty.
+    Forward and backward run within the swap, so that gradient checkpointing recomputes with the right values. The
+    model's own gradients must be empty.
 
     Returns:
         The per-row mean losses `[b]` of each batch, before the step.

@@ -13,13 +13,13 @@ from .base import Batch, Estimator, EstimatorHost, ShadowParameters, mean_losses
 
 
 class LookaheadEstimator(Estimator):
-    """Score `ell_i(theta) - ell_i(theta_V)`, `theta_V` = the model after `lookahead_steps` validation steps.
+    """Score by `ell_i(theta) - ell_i(theta_V)`, relative to `ell_i(theta)`; `theta_V` = the model after `lookahead_steps` validation steps.
 
-    Refreshed every `refresh_steps` optimizer steps from the model as it is then. Says nothing before the model has learned
-    the training mixture, so scores taken at the very start are worthless.
+    Refreshed every `refresh_steps` optimizer steps from the model as it is then. Says nothing before the model has
+    learned the training mixture, so scores taken at the very start are worthless.
 
-    Cost: `lookahead_steps` validation steps per refresh, one forward without gradient of the training rows per step, and
-    one more copy of the trainable parameters (plus their AdamW state during a refresh).
+    Cost: `lookahead_steps` validation steps per refresh, one forward without gradient of the training rows per step,
+    and one more copy of the trainable parameters (plus their AdamW state during a refresh).
 
     Args:
         host: the trainer.
@@ -61,7 +61,7 @@ class LookaheadEstimator(Estimator):
             return [mean_losses(*self.host.row_losses(batch)) for batch in window]
 
     def score(self, model_losses: Tensor, reference_losses: Tensor | None) -> Tensor:
-        """`ell_i(theta) - ell_i(theta_V)`, `[b]`."""
+        """`1 - ell_i(theta_V) / ell_i(theta)`, `[b]`."""
         assert reference_losses is not None
         return difference_score(model_losses, reference_losses)
 

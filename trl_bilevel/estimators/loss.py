@@ -15,8 +15,8 @@ from .base import Batch, Estimator, mean_losses
 class LossEstimator(Estimator):
     """Score `-ell_i(theta)` with theta pulled by validation (the selector gradient of the authors' code).
 
-    Free, but easy bad rows invert it: boilerplate and stubs become easy, get a low loss, and so the most weight. Measured
-    AUC on boilerplate: below 0.1.
+    Free, but easy bad rows invert it: boilerplate and stubs become easy, get a low loss, and so the most weight.
+    Measured AUC on boilerplate: below 0.1.
     """
 
     name: ClassVar[str] = "loss"

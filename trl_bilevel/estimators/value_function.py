@@ -22,15 +22,15 @@ from .base import (
 
 
 class ValueFunctionEstimator(Estimator):
-    """Score `ell_i(theta_hat) - ell_i(theta)` (V-PBGD; SEAL, Algorithm 1).
+    """Score by `ell_i(theta_hat) - ell_i(theta)`, relative to `ell_i(theta_hat)` (V-PBGD; SEAL, Algorithm 1).
 
-    `theta_hat`, the tracker of the lower level, is trained on the same training rows as the model, unweighted and without
-    validation rows; the model is pulled by validation. A row that validation makes more likely than training alone does is
-    useful. The row's own difficulty cancels.
+    `theta_hat`, the tracker of the lower level, is trained on the same training rows as the model, unweighted and
+    without validation rows; the model is pulled by validation. A row that validation makes more likely than training
+    alone does is useful. The row's own difficulty cancels.
 
-    Cost: one more forward and backward of the training rows on every step the tracker is trained (about 2x), one more copy
-    of the trainable parameters and three of their size for its AdamW state and gradients (small for adapters; for full
-    fine-tuning about as much again as the model, its gradients and optimizer take).
+    Cost: one more forward and backward of the training rows on every step the tracker is trained (about 2x), one more
+    copy of the trainable parameters and three of their size for its AdamW state and gradients (small for adapters;
+    for full fine-tuning about as much again as the model, its gradients and optimizer take).
 
     Args:
         host: the trainer.
@@ -56,9 +56,7 @@ class ValueFunctionEstimator(Estimator):
         self.every = every
         self.max_grad_norm = max_grad_norm
         self.shadow: ShadowParameters | None = ShadowParameters(host.trainable_parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.shadow.values, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.shadow.values, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def begin_step(self, window: Sequence[Batch]) -> list[Tensor] | None:
         """Train the tracker one step on the window; its losses before the step are the reference."""
@@ -67,7 +65,7 @@ class ValueFunctionEstimator(Estimator):
         return train_shadow(self.host, self.shadow, self.optimizer, window, self.max_grad_norm)
 
     def score(self, model_losses: Tensor, reference_losses: Tensor | None) -> Tensor:
-        """`ell_i(theta_hat) - ell_i(theta)`, `[b]`."""
+        """`1 - ell_i(theta) / ell_i(theta_hat)`, `[b]`."""
         assert reference_losses is not None
         return difference_score(reference_losses, model_losses)
 

@@ -11,6 +11,7 @@ from ..estimators import ESTIMATORS
 
 GRANULARITIES = ("sample", "group")
 ACTIVATIONS = ("softmax", "sigmoid")
+WEIGHTINGS = ("resample", "loss")
 UPDATES = ("calibrated", "sparse_centred", "adam")
 
 # What each preset sets; an explicit argument that contradicts one is overridden, and the config says so.
@@ -44,30 +45,35 @@ class BilevelSFTConfig(SFTConfig):
 
     Parameters:
         weight_estimator (`str`, *optional*, defaults to `"value_function"`):
-            Where scores come from: `"value_function"`, `"lookahead"`, `"loss"` (published, for reproduction) or `"none"`
-            (uniform weights).
+            Where scores come from: `"value_function"`, `"lookahead"`, `"loss"` (published, for reproduction) or
+            `"none"` (uniform weights).
         validation_loss_weight (`float`, *optional*, defaults to `0.5`):
-            lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0 the validation rows drive
-            the weights and are never trained on by the model.
+            lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0 the validation rows
+            drive the weights and are never trained on by the model.
         validation_loss_weight_decay (`float`, *optional*, defaults to `0.0`):
             Taken off lambda at the start of every further epoch (the paper's setting: 0.1). Never below 0.05.
         validation_batch_size (`int`, *optional*):
-            Validation rows per optimizer step, over all processes. Defaults to the number of training rows of a step, at
-            most the size of the validation set.
+            Validation rows per optimizer step, over all processes. Defaults to the number of training rows of a step,
+            at most the size of the validation set.
         validation_weights (`dict[str, float]`, *optional*):
             Weight of each validation set when several are given; normalised to sum one. Defaults to equal weights.
         validation_every (`int`, *optional*, defaults to `1`):
             Add the validation term on every k-th step only, k times as strong.
         estimator_refresh_steps (`int`, *optional*):
-            M. `lookahead`: steps between refreshes (default 32). `value_function`: train the tracker and take scores on
-            every M-th step only (default 1).
+            M. `lookahead`: steps between refreshes (default 32). `value_function`: train the tracker and take scores
+            on every M-th step only (default 1).
         lookahead_steps (`int`, *optional*, defaults to `4`):
             K, validation steps of a look-ahead.
         selector_update (`str`, *optional*, defaults to `"calibrated"`):
-            How scores become weights. `"calibrated"`: before training, a short pilot run on throwaway parameters scores every
-            row once; the weights make the training rows score like validation rows that the pilot held back.
-            `"sparse_centred"`: the standardised scores of every batch move the logits of its rows. `"adam"`: dense Adam on
-            the gradient of the weighted loss (published, for reproduction).
+            How scores become weights. `"calibrated"`: before training, a short pilot run on throwaway parameters
+            scores every row once; the weights make the training rows score like validation rows that the pilot held
+            back. `"sparse_centred"`: the standardised scores of every batch move the logits of its rows. `"adam"`:
+            dense Adam on the gradient of the weighted loss (published, for reproduction).
+        selector_weighting (`str`, *optional*):
+            How weights reach the model. `"resample"` (default for `"calibrated"`): rows are visited in proportion to
+            their weights, so no step is spent on rows of no weight. `"loss"` (default, and only choice, for the
+            updates that move weights in every step): rows are visited evenly, and their losses are multiplied by the
+            weights. Both have the same expected gradient.
         selector_learning_rate (`float`, *optional*, defaults to `0.5`):
             Step size of the logits for `"sparse_centred"` and `"adam"`.
         selector_entropy_coef (`float`, *optional*, defaults to `0.02`):
@@ -83,8 +89,8 @@ class BilevelSFTConfig(SFTConfig):
         selector_preset (`str`, *optional*):
             `"paper"` or `"seal"`: estimator, update, step size and betas of the published code.
         selector_warmup_steps (`float`, *optional*, defaults to `0.17`):
-            `"sparse_centred"`, `"adam"`: optimizer steps with uniform weights before scores count, or a fraction of all steps
-            if below 1. Both ends of a loss difference have to learn the mixture first.
+            `"sparse_centred"`, `"adam"`: optimizer steps with uniform weights before scores count, or a fraction of
+            all steps if below 1. Both ends of a loss difference have to learn the mixture first.
         selector_freeze_step (`int`, *optional*):
             Optimizer step from which the weights stay as they are.
         filter_rate (`float`, *optional*, defaults to `0.0`):
@@ -113,7 +119,9 @@ class BilevelSFTConfig(SFTConfig):
     )
     validation_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Validation rows per optimizer step, over all processes. Default: as many as training rows."},
+        metadata={
+            "help": "Validation rows per optimizer step, over all processes. Default: as many as training rows."
+        },
     )
     validation_weights: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Weight of each validation set when several are given. Default: equal."}
@@ -129,6 +137,12 @@ class BilevelSFTConfig(SFTConfig):
     selector_update: str = field(
         default="calibrated",
         metadata={"help": "How scores become weights: 'calibrated', 'sparse_centred' or 'adam'."},
+    )
+    selector_weighting: str | None = field(
+        default=None,
+        metadata={
+            "help": "'resample' (visits in proportion to weights) or 'loss' (weighted losses). Default: by update."
+        },
     )
     selector_learning_rate: float = field(
         default=0.5, metadata={"help": "Step size of the logits for 'sparse_centred' and 'adam'."}
@@ -187,6 +201,16 @@ class BilevelSFTConfig(SFTConfig):
         _one_of("selector_granularity", self.selector_granularity, GRANULARITIES)
         _one_of("selector_activation", self.selector_activation, ACTIVATIONS)
         _one_of("selector_update", self.selector_update, UPDATES)
+        if self.selector_weighting is None:
+            self.selector_weighting = "resample" if self.selector_update == "calibrated" else "loss"
+        _one_of("selector_weighting", self.selector_weighting, WEIGHTINGS)
+        if self.selector_weighting == "resample" and self.selector_update != "calibrated":
+            raise ValueError(
+                f"`selector_weighting='resample'` needs `selector_update='calibrated'`, got {self.selector_update!r}: "
+                f"rows are "
+                "drawn at the start of an epoch, before online updates know their weights. Use "
+                "`selector_weighting='loss'`."
+            )
         self.selector_betas = (float(self.selector_betas[0]), float(self.selector_betas[1]))
         _in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
         _in_range("filter_rate", self.filter_rate, 0.0, 1.0)

@@ -15,13 +15,12 @@ from ..core.schedule import validation_loss_weight
 from ..core.scores import row_losses
 from ..data.export import weighted_dataset
 from ..data.identity import SAMPLE_ID, SampleIdCollator, add_sample_ids, fingerprint
+from ..data.sampling import WeightedSampler, content_order
 from ..estimators.base import Estimator, mean_losses
 from . import setup
-from .bilevel_sft_config import BilevelSFTConfig
 from .host import TrainerHost
 from .quantization import disable_bf16_repacking
 from .selection import Selection
-from .validation import ValidationSets
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +35,9 @@ class BilevelSFTTrainer(SFTTrainer):
     """
     Trainer for supervised fine-tuning on data of mixed quality, guided by a small trusted validation set.
 
-    Learns a loss weight per training row (or per group of rows) such that the model trained on the weighted rows has the
-    least validation loss (bilevel data selection, https://huggingface.co/papers/2511.21056), and trains the model on
-    `lambda * L_val + (1 - lambda) * mean_i w_i ell_i`.
+    Learns a loss weight per training row (or per group of rows) such that the model trained on the weighted rows has
+    the least validation loss (bilevel data selection, https://huggingface.co/papers/2511.21056), and trains the model
+    on `lambda * L_val + (1 - lambda) * mean_i w_i ell_i`.
 
     Example:
 
@@ -57,8 +56,8 @@ class BilevelSFTTrainer(SFTTrainer):
 
     Args:
         model, data_collator, eval_dataset, processing_class, ...:
-            As for [`~trl.SFTTrainer`]; all of its arguments are taken. `eval_dataset` only reports: it never touches the
-            weights.
+            As for [`~trl.SFTTrainer`]; all of its arguments are taken. `eval_dataset` only reports: it never touches
+            the weights.
         args ([`BilevelSFTConfig`], *optional*):
             Configuration. A plain [`~trl.SFTConfig`] is taken too, with the defaults of the upper level.
         train_dataset ([`~datasets.Dataset`]):
@@ -70,9 +69,9 @@ class BilevelSFTTrainer(SFTTrainer):
     Raises:
         ValueError, TypeError: for input that cannot work; the message names the argument, the value and the remedy.
 
-    Differs from [`~trl.SFTTrainer`] in that the rows' numbers travel to the loss, validation rows join each training batch,
-    every row's log-probabilities are multiplied by its weight before TRL sums them, and the selector is saved with the
-    model. With `weight_estimator="none"` and `validation_loss_weight=0` it *is* `SFTTrainer`.
+    Differs from [`~trl.SFTTrainer`] in that the rows' numbers travel to the loss, validation rows join each training
+    batch, every row's log-probabilities are multiplied by its weight before TRL sums them, and the selector is saved
+    with the model. With `weight_estimator="none"` and `validation_loss_weight=0` it *is* `SFTTrainer`.
     """
 
     _tag_names = ["trl", "sft", "trl-bilevel", "bilevel-sft"]
@@ -126,16 +125,17 @@ class BilevelSFTTrainer(SFTTrainer):
         )
         self.validation = setup.prepare_validation(self, validation, sft_arguments.get("formatting_func"))
         self.estimator: Estimator | None = None
-        self._started = False
+        self._order: Tensor | None = None
         self._reset_window()
+        self.add_callback(setup.StartCallback(self))
 
     # What a user asks for
 
     def sample_weights(self) -> Tensor:
         """Weights of the caller's rows, float32 `[len(train_dataset)]` on the CPU, in the caller's order.
 
-        Mean one over the rows that are trained on; NaN for rows that preparation dropped (longer prompts than `max_length`,
-        say).
+        Mean one over the rows that are trained on; NaN for rows that preparation dropped (longer prompts than
+        `max_length`, say).
         """
         return self.selection.all_weights()
 
@@ -148,11 +148,22 @@ class BilevelSFTTrainer(SFTTrainer):
         return weighted_dataset(self._caller_rows, self.sample_weights(), top_k)
 
     def validation_loss(self) -> dict[str, float]:
-        """Mean loss over the rows of each validation set (nats per token, each row a mean over its own tokens), and `"total"`.
+        """Loss of each validation set (mean over rows of the mean per token, in nats), and their weighted `"total"`.
 
         Independent of batch size and number of processes: every process computes all rows.
         """
-        return setup.evaluate_validation(self)
+        if self.validation is None:
+            raise ValueError("There is no validation loss: the trainer has no `validation_dataset`.")
+        losses = {name: float(self.row_losses(rows).mean()) for name, rows in self.validation.datasets.items()}
+        return losses | {"total": sum(self.validation.weights[name] * loss for name, loss in losses.items())}
+
+    def row_losses(self, dataset: Dataset) -> Tensor:
+        """Mean loss per token of every row of a dataset under the present model, float32 `[rows]` on the CPU, in nats.
+
+        Args:
+            dataset (`Dataset`): in any format the trainer takes; rows that preparation drops give no entry.
+        """
+        return setup.evaluate_rows(self, dataset)
 
     # The training step
 
@@ -175,6 +186,26 @@ class BilevelSFTTrainer(SFTTrainer):
         """True if the model is trained on the validation rows."""
         return self.validation is not None and self.args.validation_loss_weight > 0
 
+    @property
+    def resamples(self) -> bool:
+        """True if weights act through how often a row is visited."""
+        return self.selects and self.args.selector_weighting == "resample"
+
+    def row_order(self) -> Tensor:
+        """Positions in the prepared training set, in an order given by the rows' content, int64 `[rows kept]`."""
+        if self._order is None:
+            self._order = content_order(self.train_dataset, self.args.seed)
+        return self._order
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.resamples:
+            return super()._get_train_sampler(train_dataset)
+        ids = torch.as_tensor(self.train_dataset[SAMPLE_ID])
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return WeightedSampler(
+            self.row_order(), lambda: self.selection.weights(ids).cpu(), lambda: int(self.state.epoch or 0), seed
+        )
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The parent's step; the first one of a window prepares the weights and validation rows of all of them."""
         if self._window and self._micro == 0:
@@ -183,7 +214,9 @@ class BilevelSFTTrainer(SFTTrainer):
             inputs = self._joined[self._micro]
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The parent's loss, on log-probabilities that were multiplied by each row's weight."""
         ids = inputs.pop(SAMPLE_ID, None)
         factor = inputs.pop(ROW_FACTOR, None)
@@ -214,10 +247,8 @@ class BilevelSFTTrainer(SFTTrainer):
         self._micro = 0
 
     def _begin_window(self) -> None:
-        """Start, pilot run, reference losses and validation rows: all that comes before the first forward of a step."""
+        """Reference losses and validation rows: all that comes before the first forward of an optimizer step."""
         step = self.state.global_step
-        if not self._started:
-            self._start()
         if self.updates_online:
             assert self.estimator is not None
             self.model.train()
@@ -237,9 +268,10 @@ class BilevelSFTTrainer(SFTTrainer):
             joined[ROW_FACTOR] = factor
             self._joined.append(joined)
 
-    def _start(self) -> None:
-        """Once per run: the estimator, and the pilot run where it has not been done before."""
-        self._started = True
+    def start_selection(self) -> None:
+        """At the start of training, with the model in place: the estimator, or the pilot run where it is still to be
+        done.
+        """
         if not self.selects:
             return
         if self.args.selector_update == "calibrated":
@@ -271,8 +303,9 @@ class BilevelSFTTrainer(SFTTrainer):
             reference = None if self._references is None else self._references[self._micro]
             if reference is not None or not self.estimator.needs_reference:
                 self._scores.append((ids, self.estimator.score(losses[:count], reference)))
-        weights = self.selection.weights(ids) if self.selects else torch.ones(count, device=losses.device)
-        return weights.to(losses.device)
+        if not self.selects or self.resamples:
+            return torch.ones(count, device=losses.device)
+        return self.selection.weights(ids).to(losses.device)
 
     def _end_window(self) -> None:
         """After the last forward of an optimizer step: log, and move the selector by the scores of all processes."""

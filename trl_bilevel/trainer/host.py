@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class TrainerHost:
     """Implements `estimators.EstimatorHost` on a `BilevelSFTTrainer`.
 
-    Forwards run on the unwrapped model (`accelerate` has put autocast into it): DDP's reducer belongs to the model's own
-    backward, the estimators reduce their few gradients themselves.
+    Forwards run on the unwrapped model (`accelerate` has put autocast into it): DDP's reducer belongs to the model's
+    own backward, the estimators reduce their few gradients themselves.
     """
 
     def __init__(self, trainer: BilevelSFTTrainer):

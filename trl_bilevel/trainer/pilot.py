@@ -1,9 +1,9 @@
 """The pilot run: a short rehearsal of the training on throwaway parameters, after which every row is scored once.
 
-Scores of different rows are comparable only if they are taken at the same point of training, and they are worth something
-only after both ends of the difference have learned the mixture. So the trainable parameters are trained for a few dozen
-steps, every row is scored, and the parameters are put back, bit for bit: the real training starts with the weights, and
-never learns the bad rows in the first place.
+Scores of different rows are comparable only if they are taken at the same point of training, and they are worth
+something only after both ends of the difference have learned the mixture. So the trainable parameters are trained for
+a few dozen steps, every row is scored, and the parameters are put back, bit for bit: the real training starts with the
+weights, and never learns the bad rows in the first place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class PilotHost(TrainerHost):
 
     def validation_batches(self, step: int) -> Sequence[Mapping[str, Any]]:
         """This process's validation rows of a step."""
-        drawn = self.validation.step_batch(step, 1, self.trainer.args.process_index, self.trainer.args.world_size)
+        args = self.trainer.args
+        micro = args.gradient_accumulation_steps
+        drawn = self.validation.step_batch(step, micro, args.process_index, args.world_size)
         return [self.trainer._prepare_inputs(dict(batch)) for batch in drawn.batches if batch is not None]
 
     def learning_rate(self) -> float:
@@ -83,14 +85,15 @@ class Pilot:
         self.held_back = held_back
         self.steps = steps
         self.validation_loss_weight = validation_loss_weight
-        self.sampler = ValidationSampler(len(trainer.train_dataset), batch_size, trainer.args.seed + 7919)
+        self.order = trainer.row_order()
+        self.sampler = ValidationSampler(len(self.order), batch_size, trainer.args.seed + 7919)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Rehearse, score, restore.
 
         Returns:
-            `tuple` of `Tensor` float32: scores of the caller's rows `[row_count]` (NaN where preparation dropped the row),
-            and of the held-back validation rows `[c]`.
+            `tuple` of `Tensor` float32: scores of the caller's rows `[row_count]` (NaN where preparation dropped the
+            row), and of the held-back validation rows `[c]`.
         """
         trainer = self.trainer
         parameters = self.host.trainable_parameters()
@@ -125,8 +128,9 @@ class Pilot:
         weight = self.validation_loss_weight
         for step in self._bar(range(self.steps), "Pilot run"):
             self.host.step = step
-            rows = self.sampler.rows(step)[args.process_index :: args.world_size]
-            train = [self._collate(rows)] if rows else []
+            rows = self.order[self.sampler.rows(step)][args.process_index :: args.world_size].tolist()
+            size = args.per_device_train_batch_size
+            train = [self._collate(rows[start : start + size]) for start in range(0, len(rows), size)]
             self.estimator.begin_step(train)
             for share, batches in ((1 - weight, train), (weight, self.host.validation_batches(step))):
                 tokens = self.host.global_sum(sum_tokens(batches, args.device)).clamp(min=1)
@@ -153,7 +157,7 @@ class Pilot:
         """This process's rows, similar lengths together so that little is padded."""
         trainer = self.trainer
         lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        order = sorted(self.order.tolist(), key=lengths.__getitem__)
         mine = order[trainer.args.process_index :: trainer.args.world_size]
         size = trainer.args.per_device_eval_batch_size
         for start in range(0, len(mine), size):

@@ -104,7 +104,9 @@ class Selection:
         return weights
 
     def all_weights(self) -> Tensor:
-        """Weights of all of the caller's rows, float32 `[row_count]` on the CPU; NaN for rows that preparation dropped."""
+        """Weights of all of the caller's rows, float32 `[row_count]` on the CPU; NaN for rows that preparation
+        dropped.
+        """
         weights = self.weights(torch.arange(len(self.kept))).cpu()
         return torch.where(self.kept, weights, torch.nan)
 
@@ -190,7 +192,8 @@ class Selection:
             self._alarmed = True
             logger.warning(
                 f"The weights have nearly collapsed: their effective sample size is {ess:.1%} of the rows (alarm at "
-                f"{self.config.ess_alarm:.1%}). Raise `selector_entropy_coef`, lower `selector_learning_rate`, or give "
+                f"{self.config.ess_alarm:.1%}). Raise `selector_entropy_coef`, lower `selector_learning_rate`, or "
+                f"give "
                 "more validation rows."
             )
         return out
@@ -239,27 +242,33 @@ class Selection:
         folder = Path(folder)
         if not (folder / SUMMARY_FILE).is_file() or not (folder / STATE_FILE).is_file():
             raise FileNotFoundError(
-                f"{folder} has no selector state ({STATE_FILE}, {SUMMARY_FILE}): it is not a checkpoint of a bilevel run. "
+                f"{folder} has no selector state ({STATE_FILE}, {SUMMARY_FILE}): it is not a checkpoint of a bilevel "
+                f"run. "
                 "Resuming would silently forget the learned weights."
             )
         try:
             summary = json.loads((folder / SUMMARY_FILE).read_text())
             tensors = load_file(folder / STATE_FILE)
         except (json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"The selector state in {folder} is damaged ({error}). Resume from another one.") from error
+            raise ValueError(
+                f"The selector state in {folder} is damaged ({error}). Resume from another one."
+            ) from error
         own, saved = self.settings(), summary["settings"]
         changed = [f"{k}: {saved.get(k)!r} then, {own[k]!r} now" for k in own if own[k] != saved.get(k)]
         if changed and not self.config.ignore_selector_fingerprint:
             raise ValueError(
                 f"The selector state in {folder} belongs to other training data or settings ({'; '.join(changed)}). "
-                "Resume with the same data and settings, or set `ignore_selector_fingerprint=True` if you know that the "
+                "Resume with the same data and settings, or set `ignore_selector_fingerprint=True` if you know that "
+                "the "
                 "rows still mean the same."
             )
         self.state.load_tensors({k: v for k, v in tensors.items() if not k.startswith(ESTIMATOR_PREFIX)})
         self.calibrated, self._uniform = summary["calibrated"], summary["uniform"]
         device = self.state.logits.device
         gate = summary["gate"]
-        self._gate = None if gate is None else (torch.tensor(gate[0], device=device), torch.tensor(gate[1], device=device))
+        self._gate = (
+            None if gate is None else (torch.tensor(gate[0], device=device), torch.tensor(gate[1], device=device))
+        )
         return {k[len(ESTIMATOR_PREFIX) :]: v for k, v in tensors.items() if k.startswith(ESTIMATOR_PREFIX)}
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerCallback
 from trl import SFTConfig
 
-from ..core.scores import row_losses
-from ..data.identity import RESERVED_COLUMNS, SAMPLE_ID, count_overlap
+from ..data.identity import RESERVED_COLUMNS, count_overlap
 from ..estimators import ESTIMATORS, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
 from ..estimators.base import mean_losses
 from .bilevel_sft_config import BilevelSFTConfig
+from .host import TrainerHost
 from .pilot import Pilot
 from .selection import Groups, make_groups
 from .validation import ValidationSets
@@ -32,6 +33,17 @@ GATE_REFRESH_STEPS = 50
 # Share of each validation set that the pilot run holds back to calibrate the weights, and the least number of rows.
 HELD_BACK_SHARE = 0.25
 MIN_CALIBRATION_ROWS = 8
+
+
+class StartCallback(TrainerCallback):
+    """Starts the selection when training begins: the model is in place by then, and no row has been drawn yet."""
+
+    def __init__(self, trainer: BilevelSFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Run the pilot, or make the estimator."""
+        self.trainer.start_selection()
 
 
 def resolve_config(args: SFTConfig | None, model: Any) -> BilevelSFTConfig:
@@ -54,7 +66,8 @@ def check_datasets(
         raise ValueError("`train_dataset` is required.")
     if not isinstance(train, Dataset):
         raise TypeError(
-            f"`train_dataset` must be a `datasets.Dataset`, got `{type(train).__name__}`: weights are kept per row, so the "
+            f"`train_dataset` must be a `datasets.Dataset`, got `{type(train).__name__}`: weights are kept per "
+            f"row, so the "
             "rows must be countable. Materialise a streaming dataset first, e.g. `Dataset.from_list(list(stream))`."
         )
     if len(train) == 0:
@@ -84,7 +97,9 @@ def check_datasets(
         raise ValueError("`validation_dataset` is an empty dict: give at least one dataset.")
     for name, dataset in sets.items():
         if not isinstance(dataset, Dataset):
-            raise TypeError(f"`validation_dataset` {name!r} must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+            raise TypeError(
+                f"`validation_dataset` {name!r} must be a `datasets.Dataset`, got `{type(dataset).__name__}`."
+            )
         if len(dataset) == 0:
             raise ValueError(f"`validation_dataset` {name!r} is empty: give at least a few dozen trusted rows.")
     weights = args.validation_weights
@@ -116,27 +131,32 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         raise ValueError("Vision-language models are not supported: validation rows join text batches only.")
     if args.loss_type != "nll":
         raise ValueError(
-            f"`loss_type={args.loss_type!r}` is not supported: weights multiply the negative log-likelihood of a row. Use "
+            f"`loss_type={args.loss_type!r}` is not supported: weights multiply the negative log-likelihood of a "
+            f"row. Use "
             "`loss_type='nll'`."
         )
     if args.label_smoothing_factor > 0 or trainer.compute_loss_func is not None:
         raise ValueError(
-            "`label_smoothing_factor` and `compute_loss_func` are not supported: they build the loss without the per-token "
+            "`label_smoothing_factor` and `compute_loss_func` are not supported: they build the loss without the "
+            "per-token "
             "log-probabilities that the weights multiply. Unset them."
         )
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
-            "Tensor, context and sequence parallelism are not supported: they split the rows whose losses are compared."
+            "Tensor, context and sequence parallelism are not supported: they split the rows whose losses are "
+            "compared."
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
-            "DeepSpeed and FSDP are not supported yet: the estimators exchange whole parameter tensors, which are sharded "
+            "DeepSpeed and FSDP are not supported yet: the estimators exchange whole parameter tensors, which "
+            "are sharded "
             "there. Use DDP or a single GPU."
         )
     if not trainer.model_accepts_loss_kwargs:
         raise ValueError(
-            f"{type(trainer.model).__name__} does not accept `num_items_in_batch`, so the loss cannot be normalised over "
+            f"{type(trainer.model).__name__} does not accept `num_items_in_batch`, so the loss cannot be "
+            f"normalised over "
             "the accumulation window."
         )
     if args.world_size > 1 and not args.average_tokens_across_devices:
@@ -147,8 +167,10 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         return
     if args.weight_estimator == "loss":
         warnings.warn(
-            "`weight_estimator='loss'` ranks rows by their loss, so it prefers easy bad rows (boilerplate, stubs, refusals "
-            "of work) to good ones: measured AUC below 0.35 on them, where 0.5 is chance. It is kept to reproduce published "
+            "`weight_estimator='loss'` ranks rows by their loss, so it prefers easy bad rows (boilerplate, "
+            "stubs, refusals "
+            "of work) to good ones: measured AUC below 0.35 on them, where 0.5 is chance. It is kept to "
+            "reproduce published "
             "results; use 'value_function' for training.",
             UserWarning,
             stacklevel=4,
@@ -163,7 +185,9 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
     if args.remove_unused_columns and trainer.args.dataset_kwargs and trainer._skip_prepare_dataset:
         missing = {"input_ids", "labels"} - set(trainer.train_dataset.column_names)
         if missing:
-            raise ValueError(f"`skip_prepare_dataset=True` needs the columns input_ids and labels; missing: {missing}.")
+            raise ValueError(
+                f"`skip_prepare_dataset=True` needs the columns input_ids and labels; missing: {missing}."
+            )
 
 
 def report_dropped(kept: Tensor, batch_rows: int) -> None:
@@ -204,15 +228,19 @@ def prepare_validation(
             )
         if len(rows) == 0:
             raise ValueError(
-                f"All {len(dataset)} rows of `validation_dataset` {name!r} were dropped in preparation: no token to score "
+                f"All {len(dataset)} rows of `validation_dataset` {name!r} were dropped in preparation: no token to "
+                f"score "
                 f"within `max_length={args.max_length}`. Raise `max_length`, or use `truncation_mode='keep_end'`."
             )
         if len(rows) < len(dataset):
-            logger.warning(f"{len(dataset) - len(rows)} of {len(dataset)} rows of validation set {name!r} were dropped.")
+            logger.warning(
+                f"{len(dataset) - len(rows)} of {len(dataset)} rows of validation set {name!r} were dropped."
+            )
         overlap = count_overlap(trainer.train_dataset, rows)
         if overlap:
             warnings.warn(
-                f"{overlap} of {len(rows)} rows of `validation_dataset` {name!r} are also training rows: their weights "
+                f"{overlap} of {len(rows)} rows of `validation_dataset` {name!r} are also training rows: their "
+                f"weights "
                 "will be flattered, and the validation loss will not notice overfitting. Remove them from one side.",
                 UserWarning,
                 stacklevel=3,
@@ -250,22 +278,22 @@ def rows_per_step(trainer: BilevelSFTTrainer) -> int:
 
 
 @torch.no_grad()
-def evaluate_validation(trainer: BilevelSFTTrainer) -> dict[str, float]:
-    """Mean over rows of the per-token mean loss of each validation set, and their weighted `"total"`."""
-    if trainer.validation is None:
-        raise ValueError("There is no validation loss: the trainer has no `validation_dataset`.")
+def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
+    """Mean loss per token of every row that preparation keeps, float32 on the CPU, by forwards in eval mode."""
+    args = trainer.args
+    if "labels" not in dataset.column_names:
+        dataset = trainer._prepare_dataset(dataset, trainer.processing_class, args, False, None, "rows")
+    host = TrainerHost(trainer)
     training = trainer.model.training
     trainer.model.eval()
-    losses: dict[str, list[Tensor]] = {name: [] for name in trainer.validation.datasets}
-    for name, batch in trainer.validation.all_batches(trainer.args.per_device_eval_batch_size):
-        batch.pop(SAMPLE_ID)
-        inputs = trainer._prepare_inputs(batch)
-        with trainer.compute_loss_context_manager():
-            outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
-        losses[name].append(mean_losses(*row_losses(outputs.log_probs, outputs.label_mask)))
+    losses = []
+    size = args.per_device_eval_batch_size
+    for start in range(0, len(dataset), size):
+        rows = [dataset[row] for row in range(start, min(start + size, len(dataset)))]
+        batch = trainer.data_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
+        losses.append(mean_losses(*host.row_losses(batch)).cpu())
     trainer.model.train(training)
-    means = {name: float(torch.cat(parts).mean()) for name, parts in losses.items()}
-    return means | {"total": sum(trainer.validation.weights[name] * loss for name, loss in means.items())}
+    return torch.cat(losses)
 
 
 def make_estimator(args: BilevelSFTConfig, host: EstimatorHost) -> Estimator:
@@ -301,7 +329,9 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
     args = trainer.args
     pulling, held_back = {}, {}
     for index, (name, rows) in enumerate(trainer.validation.datasets.items()):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + 104_729 + index)).tolist()
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(args.seed + 104_729 + index)
+        ).tolist()
         held = max(1, round(HELD_BACK_SHARE * len(rows))) if len(rows) > 1 else 0
         pulling[name] = rows.select(sorted(order[held:]))
         if held:

@@ -20,8 +20,8 @@ class ValidationBatch:
 
     Attributes:
         batches (`list` of `dict` or `None`): collated rows; `None` where a micro-batch gets no validation row.
-        row_weights (`list` of `Tensor` float32 `[v]`): weight of each row's summed loss such that the sum over all rows of
-            all micro-batches and processes is the validation loss of the step.
+        row_weights (`list` of `Tensor` float32 `[v]`): weight of each row's summed loss such that the sum over all
+            rows of all micro-batches and processes is the validation loss of the step.
     """
 
     batches: list[dict[str, Any] | None]
@@ -61,7 +61,9 @@ class ValidationSets:
         }
 
     def step_batch(self, step: int, micro_batches: int, rank: int, world_size: int) -> ValidationBatch:
-        """The rows of optimizer step `step`, dealt out over `micro_batches` of this process and `world_size` processes."""
+        """The rows of optimizer step `step`, dealt out over `micro_batches` of this process and `world_size`
+        processes.
+        """
         slots = micro_batches * world_size
         drawn: list[tuple[dict[str, Any], float]] = []
         for name, sampler in self.samplers.items():

@@ -1,0 +1,111 @@
+"""Calibration and resampling: what they promise on scores of known distribution."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_bilevel.core.calibration import calibrated_logits
+from trl_bilevel.core.resampling import systematic_resample
+
+
+def mixture(seed, good, bad, distance):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(good + bad, generator=generator)
+    x[:good] += distance
+    trusted = torch.randn(24, generator=generator) + distance
+    return x, trusted
+
+
+def good_mass(logits, good):
+    weights = logits.exp()
+    return float(weights[:good].sum() / weights.sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_separated_rows_get_the_weight(seed):
+    x, trusted = mixture(seed, 100, 300, 4.0)
+    assert good_mass(calibrated_logits(x, trusted), 100) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_are_near_uniform_where_there_is_nothing_to_select(seed):
+    x, trusted = mixture(seed, 400, 0, 0.0)
+    weights = calibrated_logits(x, trusted).exp()
+    ess = float(weights.sum() ** 2 / (weights**2).sum()) / 400
+    assert ess > 0.8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_approach_the_posterior(seed):
+    x, trusted = mixture(seed, 2000, 2000, 2.0)
+    weights = calibrated_logits(x, trusted).exp()
+    posterior = torch.sigmoid(2 * x - 2)
+    assert torch.corrcoef(torch.stack([weights, posterior]))[0, 1] > 0.95
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    scores=st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=60),
+    trusted=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=20),
+)
+def test_a_better_score_never_weighs_less(scores, trusted):
+    x = torch.tensor(scores)
+    logits = calibrated_logits(x, torch.tensor(trusted))
+    assert torch.isfinite(logits).all()
+    order = torch.argsort(x)
+    assert (logits[order].diff() >= -1e-5).all()
+
+
+def test_scale_and_shift_do_not_matter():
+    x, trusted = mixture(0, 50, 150, 1.5)
+    torch.testing.assert_close(
+        calibrated_logits(x, trusted), calibrated_logits(100 * x + 7, 100 * trusted + 7), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_equal_scores_give_equal_weights():
+    assert calibrated_logits(torch.ones(5), torch.ones(3)).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "trusted", "message"),
+    [([1.0, 2.0], [], "at least one"), ([float("nan"), 1.0], [1.0], "finite"), ([1.0, 2.0], [float("inf")], "finite")],
+)
+def test_unusable_scores_are_refused(scores, trusted, message):
+    with pytest.raises(ValueError, match=message):
+        calibrated_logits(torch.tensor(scores), torch.tensor(trusted))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.floats(0, 10), min_size=1, max_size=40).filter(lambda w: sum(w) > 1e-3),
+    count=st.integers(1, 100),
+    seed=st.integers(0, 1000),
+)
+def test_visits_are_floor_or_ceiling_of_the_expected_number(weights, count, seed):
+    w = torch.tensor(weights, dtype=torch.float64)
+    drawn = systematic_resample(w, count, torch.Generator().manual_seed(seed))
+    visits = torch.bincount(drawn, minlength=len(weights)).double()
+    expected = count * w / w.sum()
+    assert len(drawn) == count
+    assert ((visits - expected).abs() < 1 + 1e-6).all()
+
+
+def test_equal_weights_visit_every_row_once():
+    drawn = systematic_resample(torch.ones(37), 37, torch.Generator().manual_seed(1))
+    assert sorted(drawn.tolist()) == list(range(37))
+
+
+def test_resampling_is_unbiased():
+    w = torch.tensor([0.1, 0.7, 1.3, 1.9])
+    visits = torch.zeros(4)
+    for seed in range(4000):
+        visits += torch.bincount(systematic_resample(w, 4, torch.Generator().manual_seed(seed)), minlength=4)
+    torch.testing.assert_close(visits / 4000, w, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [[-1.0, 2.0], [0.0, 0.0], [float("nan"), 1.0]])
+def test_unusable_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="finite weights"):
+        systematic_resample(torch.tensor(weights), 3, torch.Generator())

