@@ -8,13 +8,14 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .trainer.bilevel_sft_config import BilevelSFTConfig
-    from .trainer.bilevel_sft_trainer import BilevelSFTTrainer, NonFiniteScoreError
+    from .trainer.bilevel_sft_trainer import BilevelSFTTrainer
+    from .trainer.errors import NonFiniteScoreError
 
 # Imported on first use, so that `import trl_bilevel` and `trl-bilevel --help` do not wait for torch.
 _PUBLIC = {
     "BilevelSFTConfig": "trl_bilevel.trainer.bilevel_sft_config",
     "BilevelSFTTrainer": "trl_bilevel.trainer.bilevel_sft_trainer",
-    "NonFiniteScoreError": "trl_bilevel.trainer.bilevel_sft_trainer",
+    "NonFiniteScoreError": "trl_bilevel.trainer.errors",
 }
 
 __all__ = ["BilevelSFTConfig", "BilevelSFTTrainer", "NonFiniteScoreError", "__version__"]

@@ -43,7 +43,9 @@ def test_minibatch_gradient_equals_autograd(seed, units, batch, activation, grou
     logits = state.logits.double().requires_grad_()
     p, rows = reference_p(logits, state)
     (rows.sum() * (p[index] * losses.double()).mean()).backward()
-    torch.testing.assert_close(core.minibatch_gradient(state, index, losses).double(), logits.grad, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        core.minibatch_gradient(state, index, losses).double(), logits.grad, atol=1e-6, rtol=1e-6
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,9 +60,7 @@ def test_entropy_gradient_equals_autograd(seed, units, activation, groups):
     logits = state.logits.double().requires_grad_()
     p, rows = reference_p(logits, state)
     (rows * p * p.log()).sum().backward()
-    torch.testing.assert_close(
-        core.negative_entropy_gradient(state).double(), logits.grad, atol=1e-6, rtol=1e-6
-    )
+    torch.testing.assert_close(core.negative_entropy_gradient(state).double(), logits.grad, atol=1e-6, rtol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,8 +98,9 @@ def test_no_active_unit_is_refused():
 
 
 def test_repeated_rows_count_once():
-    twice, once = core.init_selector(torch.ones(4, dtype=torch.bool)), core.init_selector(torch.ones(4, dtype=torch.bool))
-    settings_ = dict(learning_rate=0.5, entropy_coef=0.0)
+    twice = core.init_selector(torch.ones(4, dtype=torch.bool))
+    once = core.init_selector(torch.ones(4, dtype=torch.bool))
+    settings_ = {"learning_rate": 0.5, "entropy_coef": 0.0}
     # The same running statistics in both, so that only the treatment of the repetition differs.
     for state in (twice, once):
         core.standardise(state, torch.tensor([-1.0, 1.0]))

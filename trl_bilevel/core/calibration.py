@@ -16,6 +16,8 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
+from .selector import SCORE_RESOLUTION
+
 # Resolution of the densities, in points over the range of scores.
 GRID = 512
 # Strength of the prior on the spread of trusted scores (half that of the training scores), in rows.
@@ -51,7 +53,7 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, rows: Tensor | Non
     weight = torch.ones_like(x) if rows is None else rows.double().cpu()
     mean = (weight * x).sum() / weight.sum()
     spread = ((weight * (x - mean) ** 2).sum() / weight.sum()).sqrt()
-    if float(spread) < 1e-9:
+    if float(spread) < SCORE_RESOLUTION:
         return torch.zeros_like(scores)
     x, y = (x - mean) / spread, (y - mean) / spread
 

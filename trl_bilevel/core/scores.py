@@ -19,7 +19,7 @@ def loss_score(model_losses: Tensor) -> Tensor:
 
 
 def difference_score(reference_losses: Tensor, model_losses: Tensor) -> Tensor:
-    """`1 - ell_i(model) / ell_i(reference)`, `[b]`: by which share the pull of the validation set lowers the row's loss.
+    """`1 - ell_i(model) / ell_i(reference)`, `[b]`: by which share validation lowers the row's loss.
 
     `value_function`: the reference is the tracker of the lower level (trained without validation), the model is
     pulled by validation; the difference `ell_i(theta_hat) - ell_i(theta)` is the gradient of V-PBGD's penalty by the
@@ -42,8 +42,9 @@ def row_losses(log_probs: Tensor, label_mask: Tensor) -> tuple[Tensor, Tensor]:
         label_mask (`Tensor` bool `[B, S]`): true on scored positions.
 
     Returns:
-        `tuple` of `Tensor` float32 `[B]`: sums and counts (counts at least 1, so that a row without tokens has loss
+        `tuple` of `Tensor` `[B]`, float32 (float64 for float64 input): sums and counts (counts at least 1, so that a row without tokens has loss
         0).
     """
-    sums = -(log_probs.float() * label_mask).sum(-1)
-    return sums, label_mask.sum(-1).clamp(min=1).to(torch.float32)
+    dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    sums = -(log_probs.to(dtype) * label_mask).sum(-1)
+    return sums, label_mask.sum(-1).clamp(min=1).to(dtype)

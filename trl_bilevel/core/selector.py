@@ -23,6 +23,9 @@ Activation = Literal["softmax", "sigmoid"]
 # Logits are kept in a range where exp() of a difference is finite in float32 and float64 sums lose nothing that
 # matters.
 LOGIT_BOUND = 20.0
+# Scores are relative differences of losses (or losses): a spread below this is rounding, not signal, and must not be
+# blown up to unit size. At the first steps both ends of a difference are still the same.
+SCORE_RESOLUTION = 1e-4
 
 
 def log_activation(logits: Tensor, activation: Activation) -> Tensor:
@@ -175,8 +178,7 @@ def weight_entropy(state: SelectorState) -> Tensor:
 
 
 def _set_logits(state: SelectorState, units: Tensor, new: Tensor, share: Tensor) -> None:
-    """Write `new` logits of `units` and carry the sums along; `share` is one over the unit's multiplicity in `units`.
-    """
+    """Write `new` logits and carry the sums along; `share` is one over the unit's multiplicity in `units`."""
     new = new.clamp(-LOGIT_BOUND, LOGIT_BOUND)
     change = _terms(new, state.activation) - _terms(state.logits[units], state.activation)
     if state.rows is not None:
@@ -220,7 +222,7 @@ def standardise(state: SelectorState, scores: Tensor, momentum: float = 0.9) -> 
     new_mean = momentum * old_mean + (1 - momentum) * mean
     new_var = momentum * old_var + (1 - momentum) * (var + (mean - old_mean) ** 2)
     state.score_stats.copy_(torch.stack([new_mean, new_var]))
-    return ((scores - new_mean) / (new_var.sqrt() + 1e-8)).float()
+    return ((scores - new_mean) / (new_var.sqrt() + SCORE_RESOLUTION)).float()
 
 
 def update_sparse_centred(
@@ -275,8 +277,7 @@ def minibatch_gradient(state: SelectorState, units: Tensor, losses: Tensor) -> T
 
 
 def negative_entropy_gradient(state: SelectorState) -> Tensor:
-    """Gradient of `sum_i p_i log p_i` over rows by all logits: `phi_k n_k p_k (log p_k - sum_i p_i log p_i)`, `[U]`.
-    """
+    """Gradient of `sum_i p_i log p_i` by all logits `[U]`: `phi_k n_k p_k (log p_k - sum_i p_i log p_i)`."""
     total = state.totals[0]
     log_a = log_activation(state.logits.double(), state.activation)
     p = log_a.exp() / total

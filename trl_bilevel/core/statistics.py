@@ -7,8 +7,7 @@ from torch import Tensor
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    """`(sum w)^2 / sum w^2` of weights `[N]`, `[]`: between 1 and N; NaN entries (rows not trained on) do not count.
-    """
+    """`(sum w)^2 / sum w^2` of weights `[N]`, `[]`: between 1 and N; NaN entries are left out."""
     weights = weights[~torch.isnan(weights)].double()
     return weights.sum() ** 2 / (weights**2).sum()
 

@@ -59,8 +59,7 @@ class SampleIdCollator:
 
 
 def fingerprint(dataset: Dataset, rows: int = 1024) -> str:
-    """A short hash of a dataset: its length and up to `rows` evenly spaced rows. The same content gives the same hash.
-    """
+    """A short hash of a dataset: of its length and of up to `rows` evenly spaced rows."""
     count = len(dataset)
     digest = hashlib.sha256(str(count).encode())
     step = max(1, -(-count // rows))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import tempfile
 import time
@@ -48,8 +47,8 @@ class Budget:
     epochs: float = 2.0
     batch_size: int = 8
     learning_rate: float = 3e-4
-    validation_loss_weight: float = 0.25
-    validation_batch_size: int = 4
+    validation_loss_weight: float = 0.0
+    validation_batch_size: int = 8
     pilot_steps: int = 24
     lora_rank: int = 8
     lora_layers: int = 10
@@ -100,7 +99,14 @@ def _cpu_has(*flags: str) -> bool:
 
 
 def run_arm(
-    arm: str, task: Task, *, seed: int, model: str | None = None, budget: Budget, output_dir: str | None = None
+    arm: str,
+    task: Task,
+    *,
+    seed: int,
+    model: str | None = None,
+    budget: Budget,
+    output_dir: str | None = None,
+    progress: bool = False,
 ) -> Result:
     """Train one arm and measure it.
 
@@ -109,7 +115,8 @@ def run_arm(
         task: the data.
         seed: of data order, adapter and pilot run.
         model: hub name or folder; the embedded SmolLM2-135M-Instruct if None.
-        output_dir: where the adapter is kept; nothing is kept if None.
+        output_dir: where the adapter and the weighted rows are kept; nothing is kept if None.
+        progress: show progress bars.
     """
     from .. import BilevelSFTConfig, BilevelSFTTrainer
 
@@ -145,7 +152,7 @@ def run_arm(
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
-        disable_tqdm=None if os.environ.get("TRL_BILEVEL_PROGRESS") else True,
+        disable_tqdm=not progress,
         model_init_kwargs={"dtype": model_dtype()},
         **budget.overrides,
     )

@@ -103,14 +103,16 @@ class Mixture:
 
 DOCSTRING_TASKS = {
     "quality": Mixture(96, 288, (lazy, swapped, salad)),
-    "boilerplate": Mixture(192, 192, (lazy,)),
-    "scrambled": Mixture(192, 192, (scrambled,)),
-    "truncated": Mixture(192, 192, (truncated,)),
+    "boilerplate": Mixture(96, 96, (lazy,)),
+    "scrambled": Mixture(96, 96, (scrambled,)),
+    "truncated": Mixture(96, 96, (truncated,)),
 }
 TASKS = (*DOCSTRING_TASKS, "safety")
 
 
-def make_task(name: str, seed: int = 0, validation_rows: int = 32, test_rows: int = 160) -> Task:
+def make_task(
+    name: str, seed: int = 0, validation_rows: int = 32, test_rows: int = 160, rows: list[Row] | None = None
+) -> Task:
     """A task by name.
 
     Args:
@@ -119,9 +121,10 @@ def make_task(name: str, seed: int = 0, validation_rows: int = 32, test_rows: in
         seed: draws rows and damages.
         validation_rows, test_rows: sizes of the clean sets. The safety task has 24 refusals and 24 benign answers for
             validation whatever is given.
+        rows: `{"name", "description"}` rows to build a docstring task from; those of Python's standard library if None.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or if there are too few rows.
     """
     if name == "safety":
         return _safety(seed, test_rows)
@@ -129,20 +132,24 @@ def make_task(name: str, seed: int = 0, validation_rows: int = 32, test_rows: in
         raise ValueError(f"Unknown task {name!r}; known tasks: {', '.join(TASKS)}.")
     mixture = DOCSTRING_TASKS[name]
     rng = random.Random(f"{name}-{seed}")
-    rows = assets.docstrings()
+    prompt = PROMPT if rows is None else REQUEST.replace("{request}", "{name}")
+    rows = assets.docstrings() if rows is None else list(rows)
+    needed = validation_rows + test_rows + mixture.good + mixture.damaged
+    if len(rows) < needed:
+        raise ValueError(f"The task {name!r} needs {needed} question-answer rows, got {len(rows)}.")
     rng.shuffle(rows)
     validation, rows = rows[:validation_rows], rows[validation_rows:]
     test, pool = rows[:test_rows], rows[test_rows:]
-    train = [_docstring(row) | {"kind": "good"} for row in pool[: mixture.good]]
+    train = [_docstring(row, prompt) | {"kind": "good"} for row in pool[: mixture.good]]
     for index, row in enumerate(pool[mixture.good : mixture.good + mixture.damaged]):
         damage = mixture.damages[index % len(mixture.damages)]
-        train.append(_row(row["name"], damage(row, rng, pool)) | {"kind": damage.__name__})
+        train.append(_row(row["name"], damage(row, rng, pool), prompt) | {"kind": damage.__name__})
     rng.shuffle(train)
     return Task(
         name,
         Dataset.from_list(train),
-        Dataset.from_list([_docstring(row) for row in validation]),
-        Dataset.from_list([_docstring(row) for row in test]),
+        Dataset.from_list([_docstring(row, prompt) for row in validation]),
+        Dataset.from_list([_docstring(row, prompt) for row in test]),
         [],
     )
 
@@ -171,13 +178,67 @@ def _safety(seed: int, test_rows: int) -> Task:
     )
 
 
-def _docstring(row: Row) -> Row:
-    return _row(row["name"], row["description"])
+def _docstring(row: Row, prompt: str = PROMPT) -> Row:
+    return _row(row["name"], row["description"], prompt)
 
 
-def _row(name: str, answer: str) -> Row:
-    return {"prompt": PROMPT.format(name=name), "completion": answer + END}
+def _row(name: str, answer: str, prompt: str) -> Row:
+    return {"prompt": prompt.format(name=name), "completion": answer + END}
 
 
 def _request(text: str, answer: str) -> Row:
     return {"prompt": REQUEST.format(request=text), "completion": answer + END}
+
+
+def plain(text: str) -> str:
+    """A prompt or completion without its chat marks."""
+    for mark in ("<|im_start|>user\n", "<|im_start|>assistant\n", END):
+        text = text.replace(mark, "")
+    return text.strip()
+
+
+def conversational(task: Task) -> Task:
+    """The same task as chat messages, so that any model's own chat template applies."""
+
+    def convert(row: Row) -> dict[str, list[Row]]:
+        return {
+            "prompt": [{"role": "user", "content": plain(row["prompt"])}],
+            "completion": [{"role": "assistant", "content": plain(row["completion"])}],
+        }
+
+    sets = []
+    for dataset in (task.train, task.validation, task.test):
+        extra = {"kind": dataset["kind"]} if "kind" in dataset.column_names else {}
+        chats = [convert(row) for row in dataset]
+        sets.append(Dataset.from_dict({k: [chat[k] for chat in chats] for k in ("prompt", "completion")} | extra))
+    return Task(task.name, *sets, task.harmful_test)
+
+
+def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:
+    """Single-turn question-answer pairs of a data set in a usual format, answers of 3 to `max_words` words.
+
+    Raises:
+        ValueError: if the columns are not those of a known format.
+    """
+    columns = set(dataset.column_names)
+    out = []
+    for row in dataset:
+        if {"prompt", "completion"} <= columns:
+            question, answer = _content(row["prompt"]), _content(row["completion"])
+        elif "messages" in columns:
+            turns = [m["content"] for m in row["messages"] if m["role"] in ("user", "assistant")]
+            question, answer = (turns[0], turns[1]) if len(turns) == 2 else ("", "")
+        elif {"instruction", "output"} <= columns:
+            question, answer = f"{row['instruction']}\n{row.get('input') or ''}".strip(), row["output"]
+        else:
+            raise ValueError(
+                f"Cannot find questions and answers in the columns {sorted(columns)}; known: prompt + completion, messages, "
+                "instruction + output."
+            )
+        if question and 3 <= len(answer.split()) <= max_words:
+            out.append({"name": question.replace("{", "(").replace("}", ")"), "description": answer})
+    return out
+
+
+def _content(value: str | list[Row]) -> str:
+    return value if isinstance(value, str) else value[-1]["content"]

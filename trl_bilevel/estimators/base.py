@@ -68,17 +68,16 @@ class Estimator(ABC):
 
     @abstractmethod
     def row_scores(self, batch: Batch) -> Tensor:
-        """Scores `[b]` of a batch of training rows from forwards without gradient, on the model and state as they are.
-        """
+        """Scores `[b]` of a batch of training rows by forwards without gradient, on the model as it is."""
 
     def tensors(self) -> dict[str, Tensor]:
         """State to save, as named tensors."""
         return {}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 (most estimators have no state)
         """Restore what `tensors()` gave."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027
         """Drop all state: no further score will be asked for."""
 
 

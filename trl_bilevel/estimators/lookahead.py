@@ -13,7 +13,9 @@ from .base import Batch, Estimator, EstimatorHost, ShadowParameters, mean_losses
 
 
 class LookaheadEstimator(Estimator):
-    """Score by `ell_i(theta) - ell_i(theta_V)`, relative to `ell_i(theta)`; `theta_V` = the model after `lookahead_steps` validation steps.
+    """Score by `ell_i(theta) - ell_i(theta_V)`, relative to `ell_i(theta)`.
+
+    `theta_V` is the model after `lookahead_steps` validation steps.
 
     Refreshed every `refresh_steps` optimizer steps from the model as it is then. Says nothing before the model has
     learned the training mixture, so scores taken at the very start are worthless.

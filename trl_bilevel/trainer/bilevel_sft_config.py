@@ -101,6 +101,9 @@ class BilevelSFTConfig(SFTConfig):
             Learning rate of the pilot run's AdamW. The default suits LoRA; for full fine-tuning take 1e-5 to 5e-5.
         pilot_batch_size (`int`, *optional*):
             Training rows per pilot step, over all processes. Defaults to the training rows of an optimizer step.
+        calibration_sharpness (`float`, *optional*, defaults to `1.0`):
+            `"calibrated"`: power to which the calibrated weights are raised. 1 reproduces the density of the
+            validation rows' scores; above 1 trades variety of rows for purity.
         ess_alarm (`float`, *optional*, defaults to `0.02`):
             Warn when the effective sample size falls below this share of the rows.
         ignore_selector_fingerprint (`bool`, *optional*, defaults to `False`):
@@ -182,6 +185,9 @@ class BilevelSFTConfig(SFTConfig):
     pilot_batch_size: int | None = field(
         default=None, metadata={"help": "Training rows per pilot step. Default: those of an optimizer step."}
     )
+    calibration_sharpness: float = field(
+        default=1.0, metadata={"help": "Power of the calibrated weights: above 1 trades variety of rows for purity."}
+    )
     ess_alarm: float = field(
         default=0.02, metadata={"help": "Warn when the effective sample size falls below this share of the rows."}
     )
@@ -232,6 +238,7 @@ class BilevelSFTConfig(SFTConfig):
             "selector_warmup_steps",
             "validation_loss_weight_decay",
             "pilot_learning_rate",
+            "calibration_sharpness",
         ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {getattr(self, name)}.")

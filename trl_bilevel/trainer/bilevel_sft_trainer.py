@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,24 +10,17 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from ..core.schedule import validation_loss_weight
 from ..core.scores import row_losses
 from ..data.export import weighted_dataset
 from ..data.identity import SAMPLE_ID, SampleIdCollator, add_sample_ids, fingerprint
 from ..data.sampling import WeightedSampler, content_order
 from ..estimators.base import Estimator, mean_losses
 from . import setup
+from .errors import NonFiniteScoreError, row_list
 from .host import TrainerHost
 from .quantization import disable_bf16_repacking
 from .selection import Selection
-
-logger = logging.getLogger(__name__)
-
-ROW_FACTOR = "row_factor"
-
-
-class NonFiniteScoreError(RuntimeError):
-    """A training row got a NaN or infinite loss or score. A checkpoint of the last good step has been written."""
+from .window import ROW_FACTOR, StepWindow
 
 
 class BilevelSFTTrainer(SFTTrainer):
@@ -113,9 +105,7 @@ class BilevelSFTTrainer(SFTTrainer):
         disable_bf16_repacking(self.model)
         self.data_collator = SampleIdCollator(self.data_collator)
 
-        kept = torch.zeros(self.row_count, dtype=torch.bool)
-        kept[torch.as_tensor(self.train_dataset[SAMPLE_ID])] = True
-        setup.report_dropped(kept, self.accelerator.num_processes * args.train_batch_size)
+        kept = setup.kept_rows(self)
         self.selection = Selection(
             args,
             kept,
@@ -126,7 +116,7 @@ class BilevelSFTTrainer(SFTTrainer):
         self.validation = setup.prepare_validation(self, validation, sft_arguments.get("formatting_func"))
         self.estimator: Estimator | None = None
         self._order: Tensor | None = None
-        self._reset_window()
+        self._window: StepWindow | None = None
         self.add_callback(setup.StartCallback(self))
 
     # What a user asks for
@@ -167,19 +157,15 @@ class BilevelSFTTrainer(SFTTrainer):
 
     # The training step
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Before an optimizer step: its training batches, joined by its validation rows."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._reset_window()
-        if self.selects or self.trains_validation:
-            self._window = batches
-            self._window_tokens = num_items
-        return batches, num_items
-
     @property
     def selects(self) -> bool:
         """True if weights are learned."""
         return self.args.weight_estimator != "none"
+
+    @property
+    def resamples(self) -> bool:
+        """True if weights act through how often a row is visited."""
+        return self.selects and self.args.selector_weighting == "resample"
 
     @property
     def trains_validation(self) -> bool:
@@ -187,9 +173,21 @@ class BilevelSFTTrainer(SFTTrainer):
         return self.validation is not None and self.args.validation_loss_weight > 0
 
     @property
-    def resamples(self) -> bool:
-        """True if weights act through how often a row is visited."""
-        return self.selects and self.args.selector_weighting == "resample"
+    def updates_online(self) -> bool:
+        """True if the coming step takes scores of its batch into the selector."""
+        freeze = self.args.selector_freeze_step
+        frozen = freeze is not None and self.state.global_step >= freeze
+        return self.selects and self.args.selector_update != "calibrated" and not frozen
+
+    def start_selection(self) -> None:
+        """When training starts, with the model in place: make the estimator, or run the pilot if it has not run."""
+        if not self.selects:
+            return
+        if self.args.selector_update == "calibrated":
+            if not self.selection.calibrated:
+                self.selection.calibrate(*setup.make_pilot(self).run())
+        elif self.estimator is None:
+            self.estimator = setup.make_estimator(self.args, TrainerHost(self))
 
     def row_order(self) -> Tensor:
         """Positions in the prepared training set, in an order given by the rows' content, int64 `[rows kept]`."""
@@ -206,135 +204,49 @@ class BilevelSFTTrainer(SFTTrainer):
             self.row_order(), lambda: self.selection.weights(ids).cpu(), lambda: int(self.state.epoch or 0), seed
         )
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The parent's micro-batches of an optimizer step; a window looks after them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window = StepWindow(self, batches, num_items) if self.selects or self.trains_validation else None
+        return batches, num_items
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The parent's step; the first one of a window prepares the weights and validation rows of all of them."""
-        if self._window and self._micro == 0:
-            self._begin_window()
-        if self._joined:
-            inputs = self._joined[self._micro]
+        """The parent's step on the micro-batch with its validation rows and row factors."""
+        if self._window is not None:
+            inputs = self._window.next_inputs()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The parent's loss, on log-probabilities that were multiplied by each row's weight."""
+        """The parent's loss, on log-probabilities that were multiplied by each row's factor."""
         ids = inputs.pop(SAMPLE_ID, None)
         factor = inputs.pop(ROW_FACTOR, None)
         if factor is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        window = self._window
+        assert window is not None
 
         def weighted_model(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
             losses = mean_losses(*row_losses(outputs.log_probs.detach(), outputs.label_mask))
-            weights = self._observe(ids, losses)
-            rows = torch.cat([factor[: len(weights)] * weights, factor[len(weights) :]])
+            rows = factor * window.observe(ids, losses)
             outputs.log_probs = outputs.log_probs * rows.to(outputs.log_probs.dtype).unsqueeze(-1)
             return outputs
 
         loss = super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
-        self._micro += 1
-        if self._micro == len(self._window):
-            self._end_window()
+        if window.complete:
+            window.finish()
         return loss
 
-    def _reset_window(self) -> None:
-        self._window: list[Any] = []
-        self._window_tokens: Any = None
-        self._joined: list[dict[str, Any]] = []
-        self._references: list[Tensor] | None = None
-        self._scores: list[tuple[Tensor, Tensor]] = []
-        self._validation_losses: list[Tensor] = []
-        self._micro = 0
-
-    def _begin_window(self) -> None:
-        """Reference losses and validation rows: all that comes before the first forward of an optimizer step."""
-        step = self.state.global_step
-        if self.updates_online:
-            assert self.estimator is not None
-            self.model.train()
-            self._references = self.estimator.begin_step(self._window)
-        weight = self._current_lambda() if self.trains_validation else 0.0
-        drawn = None
-        if weight > 0 and step % self.args.validation_every == 0:
-            drawn = self.validation.step_batch(step, len(self._window), self.args.process_index, self.args.world_size)
-        for micro, batch in enumerate(self._window):
-            factor = torch.full((len(batch["input_ids"]),), 1.0 - weight)
-            joined = dict(batch)
-            if drawn is not None and (rows := drawn.batches[micro]) is not None:
-                # The parent divides all sums by the tokens of the training rows.
-                tokens = float(self._window_tokens) * self.args.validation_every
-                factor = torch.cat([factor, weight * tokens * drawn.row_weights[micro]])
-                joined = self.validation.join(batch, rows)
-            joined[ROW_FACTOR] = factor
-            self._joined.append(joined)
-
-    def start_selection(self) -> None:
-        """At the start of training, with the model in place: the estimator, or the pilot run where it is still to be
-        done.
-        """
-        if not self.selects:
-            return
-        if self.args.selector_update == "calibrated":
-            if not self.selection.calibrated:
-                self.selection.calibrate(*setup.make_pilot(self).run())
-        elif self.estimator is None:
-            self.estimator = setup.make_estimator(self.args, TrainerHost(self))
-
-    @property
-    def updates_online(self) -> bool:
-        """True if the coming step takes scores of its batch into the selector."""
-        freeze = self.args.selector_freeze_step
-        frozen = freeze is not None and self.state.global_step >= freeze
-        return self.selects and self.args.selector_update != "calibrated" and not frozen
-
-    def _current_lambda(self) -> float:
-        args = self.args
-        epoch = float(self.state.epoch or 0.0)
-        return validation_loss_weight(args.validation_loss_weight, args.validation_loss_weight_decay, epoch)
-
-    def _observe(self, ids: Tensor, losses: Tensor) -> Tensor:
-        """Record what a forward says of its rows; weights `[b]` of its training rows (validation rows come last)."""
-        count = len(self._window[self._micro]["input_ids"])
-        ids = ids[:count]
-        if len(losses) > count:
-            self._validation_losses.append(losses[count:].mean())
-        if self.updates_online:
-            assert self.estimator is not None
-            reference = None if self._references is None else self._references[self._micro]
-            if reference is not None or not self.estimator.needs_reference:
-                self._scores.append((ids, self.estimator.score(losses[:count], reference)))
-        if not self.selects or self.resamples:
-            return torch.ones(count, device=losses.device)
-        return self.selection.weights(ids).to(losses.device)
-
-    def _end_window(self) -> None:
-        """After the last forward of an optimizer step: log, and move the selector by the scores of all processes."""
-        if self._validation_losses:
-            self._metrics["train"]["validation_loss"].append(torch.stack(self._validation_losses).mean().item())
-        if not self._scores:
-            return
-        ids, scores = (torch.cat(parts) for parts in zip(*self._scores, strict=True))
-        ids, scores = self._gather(ids), self._gather(scores)
-        finite = torch.isfinite(scores)
-        if not bool(finite.all()):
-            self._stop_on_non_finite(ids[~finite])
-        if self.state.global_step >= setup.warmup_steps(self):
-            self.selection.update(ids, scores)
-            if self.args.filter_rate and self.state.global_step % setup.GATE_REFRESH_STEPS == 0:
-                self.selection.refresh_gate()
-
-    def _gather(self, values: Tensor) -> Tensor:
-        if self.args.world_size == 1:
-            return values
-        values = self.accelerator.pad_across_processes(values, dim=0, pad_index=-1)
-        return self.accelerator.gather(values)
-
-    def _stop_on_non_finite(self, ids: Tensor) -> None:
+    def stop_on_non_finite(self, ids: Tensor) -> None:
+        """Save the state before this step, and raise `NonFiniteScoreError` naming the rows."""
         self._save_checkpoint(self.model, trial=None)
+        step = self.state.global_step
         raise NonFiniteScoreError(
-            f"Training rows (sample_id) {sorted(set(ids.tolist()))[:20]} have a NaN or infinite score at step "
-            f"{self.state.global_step}. The state before this step is saved in {self.args.output_dir}/checkpoint-"
-            f"{self.state.global_step}. Look at these rows; or lower the learning rate, or use bf16 in place of fp16."
+            f"Training rows (sample_id) {row_list(ids)} have a NaN or infinite loss or score at step {step}. The "
+            f"state before this step is saved in {self.args.output_dir}/checkpoint-{step}. Look at these rows; or "
+            "lower the learning rate, or use bf16 in place of fp16."
         )
 
     # Logs and files

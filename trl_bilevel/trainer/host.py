@@ -40,6 +40,7 @@ class TrainerHost:
     def validation_batches(self, step: int) -> Sequence[Mapping[str, Any]]:
         """This process's validation rows of a step, in micro-batches of at most the training batch size."""
         trainer = self.trainer
+        assert trainer.validation is not None
         drawn = trainer.validation.step_batch(
             step, trainer.args.gradient_accumulation_steps, trainer.args.process_index, trainer.args.world_size
         )

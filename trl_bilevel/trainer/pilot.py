@@ -20,6 +20,7 @@ from ..data.batches import ValidationSampler
 from ..data.identity import SAMPLE_ID
 from ..estimators import Estimator
 from ..estimators.base import ShadowParameters, sum_tokens
+from .errors import NonFiniteScoreError, row_list
 from .host import TrainerHost
 from .validation import ValidationSets
 
@@ -105,7 +106,7 @@ class Pilot:
             trainer.model.eval()
             scores = torch.zeros(trainer.row_count, dtype=torch.float32, device=trainer.args.device)
             for batch in self._bar(list(self._train_batches()), "Scoring training rows"):
-                scores[batch[SAMPLE_ID].to(scores.device)] = self.estimator.row_scores(batch)
+                scores[batch[SAMPLE_ID].to(scores.device)] = self.estimator.row_scores(batch).to(scores.dtype)
             scores = self.host.global_sum(scores).cpu()
             scores[~trainer.selection.kept] = torch.nan
             validation = torch.cat(
@@ -114,6 +115,7 @@ class Pilot:
                     for _, batch in self.held_back.all_batches(trainer.args.per_device_eval_batch_size)
                 ]
             )
+            self._check(scores, validation)
         finally:
             with torch.no_grad():
                 for parameter, value in zip(parameters, initial.values, strict=True):
@@ -121,6 +123,18 @@ class Pilot:
             trainer.model.train(was_training)
             self.estimator.release()
         return scores, validation.cpu()
+
+    def _check(self, scores: Tensor, validation: Tensor) -> None:
+        bad = self.trainer.selection.kept & ~torch.isfinite(scores)
+        if not bool(bad.any()) and bool(torch.isfinite(validation).all()):
+            return
+        where = "validation rows"
+        if bool(bad.any()):
+            where = f"training rows (sample_id) {row_list(bad.nonzero().squeeze(1))}"
+        raise NonFiniteScoreError(
+            f"The pilot run scored {where} NaN or infinite. Nothing has been trained yet. Look at these rows, lower "
+            f"`pilot_learning_rate` (now {self.host.rate:g}), or use bf16 in place of fp16."
+        )
 
     def _train(self, parameters: list[torch.nn.Parameter]) -> None:
         args = self.trainer.args

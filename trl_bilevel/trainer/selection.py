@@ -145,12 +145,13 @@ class Selection:
         device = self.state.logits.device
         scores, live = scores.to(device), ~torch.isneginf(self.state.logits)
         if self.groups is not None:
+            assert self.state.rows is not None
             known = ~torch.isnan(scores)
             sums = torch.zeros_like(self.state.logits).index_add(0, self.groups.of_row[known], scores[known])
             scores = sums / self.state.rows
         known = scores[live]
         rows = None if self.state.rows is None else self.state.rows[live]
-        logits = calibrated_logits(known, validation_scores.to(device), rows)
+        logits = calibrated_logits(known, validation_scores.to(device), rows) * self.config.calibration_sharpness
         core.replace_logits(self.state, live, logits)
         self.state.score_mean[live] = (known - known.mean()) / known.std(unbiased=False).clamp(min=1e-8)
         self._recent.append(torch.stack([known.mean(), known.std(unbiased=False)]))

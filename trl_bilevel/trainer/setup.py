@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from ..data.identity import RESERVED_COLUMNS, count_overlap
+from ..data.identity import RESERVED_COLUMNS, SAMPLE_ID, count_overlap
 from ..estimators import ESTIMATORS, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
 from ..estimators.base import mean_losses
 from .bilevel_sft_config import BilevelSFTConfig
@@ -190,19 +190,27 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
             )
 
 
-def report_dropped(kept: Tensor, batch_rows: int) -> None:
-    """Say how many rows preparation dropped; refuse a set that cannot fill one batch."""
+def kept_rows(trainer: BilevelSFTTrainer) -> Tensor:
+    """Which of the caller's rows preparation kept, bool `[row_count]`; refuses a set that cannot fill one batch."""
+    if SAMPLE_ID not in trainer.train_dataset.column_names:
+        # Plain SFT with packing: rows lose their identity, and nobody asks for it.
+        return torch.ones(trainer.row_count, dtype=torch.bool)
+    kept = torch.zeros(trainer.row_count, dtype=torch.bool)
+    kept[torch.as_tensor(trainer.train_dataset[SAMPLE_ID])] = True
     dropped = int((~kept).sum())
+    batch_rows = trainer.args.train_batch_size * trainer.accelerator.num_processes
     if dropped:
         logger.warning(
             f"{dropped} of {len(kept)} training rows were dropped in preparation (nothing to learn from within "
             "`max_length`). They keep their row number and have no weight (NaN in `sample_weights()`)."
         )
-    if int(kept.sum()) < batch_rows:
+    needed = trainer.selects or trainer.args.validation_loss_weight > 0
+    if needed and int(kept.sum()) < batch_rows:
         raise ValueError(
             f"`train_dataset` has {int(kept.sum())} usable rows, fewer than one batch of {batch_rows} rows "
             "(`per_device_train_batch_size` x processes). Lower the batch size or give more rows."
         )
+    return kept
 
 
 def make_row_groups(args: BilevelSFTConfig, train: Dataset) -> Groups | None:

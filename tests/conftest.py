@@ -1,0 +1,122 @@
+"""A tiny model and tokenizer made on the spot: no download, no hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_bilevel.demo.assets import docstrings
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+    disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([row["description"] for row in docstrings()], trainer)
+    out = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|pad|>")
+    out.chat_template = CHAT_TEMPLATE
+    return out
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    """Makes equal models: every call gives the same initial values."""
+
+    def make(**overrides):
+        torch.manual_seed(0)
+        settings = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        return LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Prompt-completion rows of varying length."""
+    return [
+        {"prompt": f"What does `{row['name']}` do?\n", "completion": row["description"]} for row in docstrings()[:120]
+    ]
+
+
+@pytest.fixture
+def train_rows(rows):
+    return Dataset.from_list(rows[:40])
+
+
+@pytest.fixture
+def validation_rows(rows):
+    return Dataset.from_list(rows[40:60])
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Makes a config for CPU, fp32, without files; keyword arguments go on top."""
+    from trl_bilevel import BilevelSFTConfig
+
+    def make(**overrides):
+        return BilevelSFTConfig(**(base_arguments(tmp_path) | overrides))
+
+    return make
+
+
+def base_arguments(folder):
+    """Arguments of SFTConfig and BilevelSFTConfig alike."""
+    return {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 8,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "max_length": 128,
+    }
+
+
+def losses(trainer):
+    """The training losses a trainer logged, step by step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def parameters(trainer):
+    """Copies of the trainable parameters."""
+    return [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]

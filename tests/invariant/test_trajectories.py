@@ -1,0 +1,155 @@
+"""Configurations that must give the same trajectory."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from tests.conftest import losses, parameters
+from trl_bilevel import BilevelSFTTrainer
+
+# Every estimator, every update, both ways of weighting.
+METHODS = {
+    "default": {},
+    "loss_weighted": {"selector_weighting": "loss"},
+    "lookahead": {"weight_estimator": "lookahead"},
+    "online_value_function": {"selector_update": "sparse_centred", "selector_warmup_steps": 3},
+    "online_every_second": {
+        "selector_update": "sparse_centred",
+        "selector_warmup_steps": 0,
+        "estimator_refresh_steps": 2,
+    },
+    "online_lookahead": {
+        "weight_estimator": "lookahead",
+        "selector_update": "sparse_centred",
+        "selector_warmup_steps": 3,
+        "estimator_refresh_steps": 2,
+    },
+    "seal": {"selector_preset": "seal"},
+    "sigmoid_filtered": {"selector_activation": "sigmoid", "filter_rate": 0.3, "selector_weighting": "loss"},
+    "validation_drives_only": {"validation_loss_weight": 0.0},
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.weight_estimator='loss':UserWarning")
+
+
+def train(config, model, data, validation, tokenizer, resume=None, adapter=True, **overrides):
+    trainer = BilevelSFTTrainer(
+        model,
+        config(**({"pilot_steps": 3, "pilot_learning_rate": 1e-2} | overrides)),
+        train_dataset=data,
+        validation_dataset=validation,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter else None,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_batch_and_accumulation(name, config, tiny_model, train_rows, validation_rows, tokenizer):
+    runs = [
+        train(
+            config,
+            tiny_model().double(),
+            train_rows,
+            validation_rows,
+            tokenizer,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=8 // batch,
+            # Scores are differences of losses: they must stand out from fp32 rounding for a comparison to 1e-5.
+            learning_rate=5e-2,
+            **METHODS[name],
+        )
+        for batch in (8, 4, 1)
+    ]
+    # The fused LM head gives fp32 log-probabilities. Online updates divide score differences by their running spread
+    # (1e-3 and less on a random model), which magnifies that rounding.
+    tolerance = 3e-4 if "online" in name else 1e-5
+    for other in runs[1:]:
+        torch.testing.assert_close(losses(other), losses(runs[0]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other.sample_weights(), runs[0].sample_weights(), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(
+            other.selection.state.score_mean, runs[0].selection.state.score_mean, atol=1e-4, rtol=1e-4, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("name", METHODS)
+def test_resume_is_exact(name, adapter, config, tiny_model, train_rows, validation_rows, tokenizer, tmp_path):
+    common = (train_rows, validation_rows, tokenizer)
+    settings = {"save_strategy": "steps", "save_steps": 3, "adapter": adapter, **METHODS[name]}
+    whole = train(config, tiny_model(), *common, output_dir=str(tmp_path / "a"), **settings)
+    resumed = train(
+        config,
+        tiny_model(),
+        *common,
+        resume=str(tmp_path / "a" / "checkpoint-3"),
+        output_dir=str(tmp_path / "b"),
+        **settings,
+    )
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(resumed.sample_weights(), whole.sample_weights())
+    for name_, tensor in whole.selection.state.tensors().items():
+        assert torch.equal(resumed.selection.state.tensors()[name_].nan_to_num(7), tensor.nan_to_num(7)), name_
+    assert all(torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(whole), strict=True))
+
+
+def test_permuting_rows_permutes_weights_and_nothing_else(config, tiny_model, train_rows, validation_rows, tokenizer):
+    order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(5))
+    first = train(config, tiny_model(), train_rows, validation_rows, tokenizer)
+    second = train(config, tiny_model(), train_rows.select(order.tolist()), validation_rows, tokenizer)
+    assert torch.equal(second.sample_weights(), first.sample_weights()[order])
+    assert losses(second) == losses(first)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(second), parameters(first), strict=True))
+
+
+def test_dropped_rows_shift_no_weight(config, tiny_model, rows, validation_rows, tokenizer, caplog):
+    kept = rows[:40]
+    too_long = {"prompt": "word " * 300, "completion": "never seen"}
+    positions = (0, 7, 8, 42)
+    padded = list(kept)
+    for position in positions:
+        padded.insert(position, too_long)
+    first = train(config, tiny_model(), Dataset.from_list(kept), validation_rows, tokenizer)
+    second = train(config, tiny_model(), Dataset.from_list(padded), validation_rows, tokenizer)
+    weights = second.sample_weights()
+    assert torch.isnan(weights[list(positions)]).all()
+    assert torch.equal(weights[~torch.isnan(weights)], first.sample_weights())
+    assert losses(second) == losses(first)
+    assert "4 of 44 training rows were dropped" in caplog.text
+
+
+def test_gradient_checkpointing_changes_nothing(config, tiny_model, train_rows, validation_rows, tokenizer):
+    first, second = (
+        train(
+            config,
+            tiny_model(),
+            train_rows,
+            validation_rows,
+            tokenizer,
+            gradient_checkpointing=on,
+            selector_update="sparse_centred",
+            selector_warmup_steps=0,
+        )
+        for on in (False, True)
+    )
+    torch.testing.assert_close(losses(second), losses(first), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(second.sample_weights(), first.sample_weights(), atol=1e-5, rtol=1e-5)
+
+
+def test_evaluating_in_between_changes_nothing(config, tiny_model, train_rows, validation_rows, rows, tokenizer):
+    held_out = Dataset.from_list(rows[60:70])
+    plain = train(config, tiny_model(), train_rows, validation_rows, tokenizer)
+    trainer = BilevelSFTTrainer(
+        tiny_model(),
+        config(pilot_steps=3, eval_strategy="steps", eval_steps=2),
+        train_dataset=train_rows,
+        validation_dataset=validation_rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    assert losses(trainer) == losses(plain)
+    assert torch.equal(trainer.sample_weights(), plain.sample_weights())

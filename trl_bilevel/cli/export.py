@@ -1,0 +1,45 @@
+"""`trl-bilevel export`: the weighted rows of a run, all of them or the best, for other tools."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="trl-bilevel export", description="Write a run's weighted rows, or the best of them, to a file."
+    )
+    parser.add_argument("weighted", type=Path, help="weighted.parquet of a run, or the run's folder")
+    parser.add_argument("--output", type=Path, required=True, help=".parquet, .jsonl or .csv file to write")
+    parser.add_argument("--top-k", type=int, help="keep the k rows of highest weight")
+    parser.add_argument("--min-weight", type=float, help="keep rows of at least this weight (1 is the average)")
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Filter and write."""
+    options = make_parser().parse_args(arguments)
+    from datasets import Dataset
+
+    path = options.weighted / "weighted.parquet" if options.weighted.is_dir() else options.weighted
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
+        )
+    writers = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
+    if options.output.suffix not in writers:
+        raise ValueError(f"`--output` must end in one of {', '.join(writers)}, got {options.output.name!r}.")
+    rows = Dataset.from_parquet(str(path))
+    if options.top_k is not None and options.top_k < 1:
+        raise ValueError(f"`--top-k` must be at least 1, got {options.top_k}.")
+    kept = [
+        index
+        for index, (weight, rank) in enumerate(zip(rows["data_weight"], rows["data_rank"], strict=True))
+        if weight is not None
+        and (options.top_k is None or rank < options.top_k)
+        and (options.min_weight is None or weight >= options.min_weight)
+    ]
+    getattr(rows.select(kept), writers[options.output.suffix])(str(options.output))
+    print(f"{len(kept)} of {len(rows)} rows written to {options.output}.")

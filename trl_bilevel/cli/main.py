@@ -1,0 +1,54 @@
+"""`trl-bilevel COMMAND ...`: dispatches to the commands without importing torch."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from .._version import __version__
+
+COMMANDS = {
+    "sft": ("trl_bilevel.cli.sft", "fine-tune on mixed data, with a weight learned for every row"),
+    "export": ("trl_bilevel.cli.export", "write a run's weighted rows, or the best of them, as parquet or JSON lines"),
+    "demo": (
+        "trl_bilevel.cli.demo",
+        "a real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
+    ),
+}
+
+USAGE = (
+    "usage: trl-bilevel COMMAND [OPTIONS]\n\n"
+    "Bilevel data selection for Hugging Face TRL: a small trusted set teaches which training rows to learn from.\n\n"
+    "commands:\n"
+    + "".join(f"  {name:8} {text}\n" for name, (_, text) in COMMANDS.items())
+    + "\n`trl-bilevel COMMAND --help` lists a command's options. Try `trl-bilevel demo` first.\n"
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"trl-bilevel {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"trl-bilevel: unknown command {arguments[0]!r}.\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    module = import_module(COMMANDS[arguments[0]][0])
+    try:
+        module.run(arguments[1:])
+    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+        import os
+
+        if os.environ.get("TRL_BILEVEL_TRACEBACK"):
+            raise
+        print(f"trl-bilevel {arguments[0]}: {error}\n(TRL_BILEVEL_TRACEBACK=1 shows where.)", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""One optimizer step: its micro-batches, the validation rows that join them, and what the forwards say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.schedule import validation_loss_weight
+from . import setup
+
+if TYPE_CHECKING:
+    from .bilevel_sft_trainer import BilevelSFTTrainer
+
+ROW_FACTOR = "row_factor"
+
+
+class StepWindow:
+    """The accumulation window of one optimizer step on this process.
+
+    Args:
+        trainer: whose step it is.
+        batches: collated training micro-batches.
+        num_items (`Tensor`): training tokens of the step over all processes, by which the parent divides all sums.
+    """
+
+    def __init__(self, trainer: BilevelSFTTrainer, batches: Sequence[dict[str, Any]], num_items: Any):
+        self.trainer = trainer
+        self.batches = batches
+        self.num_items = num_items
+        self.inputs: list[dict[str, Any]] = []
+        self.references: list[Tensor] | None = None
+        self.ids: list[Tensor] = []
+        self.losses: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.validation_losses: list[Tensor] = []
+
+    def next_inputs(self) -> dict[str, Any]:
+        """The coming micro-batch; before the first one, reference losses and validation rows are made ready.
+
+        Not earlier: on a resumed run the random state is restored only after the batches have been drawn.
+        """
+        if not self.inputs:
+            self._begin()
+        return self.inputs[len(self.ids)]
+
+    def _begin(self) -> None:
+        trainer = self.trainer
+        args = trainer.args
+        if trainer.updates_online:
+            assert trainer.estimator is not None
+            trainer.model.train()
+            self.references = trainer.estimator.begin_step(self.batches)
+        step, weight, drawn = trainer.state.global_step, 0.0, None
+        if trainer.trains_validation:
+            epoch = float(trainer.state.epoch or 0.0)
+            weight = validation_loss_weight(args.validation_loss_weight, args.validation_loss_weight_decay, epoch)
+            if step % args.validation_every == 0:
+                assert trainer.validation is not None
+                drawn = trainer.validation.step_batch(step, len(self.batches), args.process_index, args.world_size)
+        for micro, batch in enumerate(self.batches):
+            joined = dict(batch)
+            device = batch["input_ids"].device
+            factor = torch.full((len(batch["input_ids"]),), 1.0 - weight, device=device)
+            if drawn is not None and (rows := drawn.batches[micro]) is not None:
+                assert trainer.validation is not None
+                # The parent divides by the training tokens: undone for validation rows, which carry their own divisor.
+                scale = weight * args.validation_every * self.num_items
+                factor = torch.cat([factor, scale * drawn.row_weights[micro].to(device)])
+                joined = trainer.validation.join(batch, rows)
+            joined[ROW_FACTOR] = factor
+            self.inputs.append(joined)
+
+    def observe(self, ids: Tensor, losses: Tensor) -> Tensor:
+        """Take in the row losses of a micro-batch's forward.
+
+        Args:
+            ids (`Tensor` int64 `[B]`), losses (`Tensor` float32 `[B]`): training rows first, then validation rows.
+
+        Returns:
+            `Tensor` float32 `[B]`: what each row's loss is multiplied by; 1 for validation rows, and for all rows when
+            weights act through resampling.
+        """
+        trainer = self.trainer
+        micro = len(self.ids)
+        count = len(self.batches[micro]["input_ids"])
+        rows = ids[:count]
+        self.ids.append(rows)
+        self.losses.append(losses[:count])
+        if len(losses) > count:
+            self.validation_losses.append(losses[count:])
+        if trainer.updates_online:
+            assert trainer.estimator is not None
+            reference = None if self.references is None else self.references[micro]
+            if reference is not None or not trainer.estimator.needs_reference:
+                self.scores.append(trainer.estimator.score(losses[:count], reference))
+        weights = torch.ones_like(losses)
+        if trainer.selects and not trainer.resamples:
+            weights[:count] = trainer.selection.weights(rows).to(losses.device)
+        return weights
+
+    @property
+    def complete(self) -> bool:
+        """True once every micro-batch has been observed."""
+        return len(self.ids) == len(self.batches)
+
+    def finish(self) -> None:
+        """Before the last backward of the step: log, check, and move the selector by the scores of all processes."""
+        trainer = self.trainer
+        if self.validation_losses:
+            trainer._metrics["train"]["validation_loss"].append(torch.cat(self.validation_losses).mean().item())
+        ids, losses = self._gather(torch.cat(self.ids)), self._gather(torch.cat(self.losses))
+        scores = self._gather(torch.cat(self.scores)) if self.scores else losses
+        finite = torch.isfinite(losses) & torch.isfinite(scores)
+        if not bool(finite.all()):
+            trainer.stop_on_non_finite(ids[~finite])
+        if self.scores and trainer.state.global_step >= setup.warmup_steps(trainer):
+            trainer.selection.update(ids, scores)
+            if trainer.state.global_step % setup.GATE_REFRESH_STEPS == 0:
+                trainer.selection.refresh_gate()
+
+    def _gather(self, values: Tensor) -> Tensor:
+        if self.trainer.args.world_size == 1:
+            return values
+        return self.trainer.accelerator.gather(values)
