@@ -15,8 +15,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-bilevel demo",
         description="Trains a small real model on real text, part of it damaged, in several ways at the same budget, "
-        "and shows what bilevel selection gains. Without options: SmolLM2-135M-Instruct and Python's docstrings, no hub, "
-        "no GPU.",
+        "and shows what bilevel selection gains. Without options: SmolLM2-135M-Instruct and Python's docstrings.",
     )
     parser.add_argument("--task", default="quality", help="quality, boilerplate, scrambled, truncated or safety")
     parser.add_argument("--model", help="hub name or folder; default: the embedded SmolLM2-135M-Instruct")

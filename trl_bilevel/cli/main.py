@@ -12,7 +12,7 @@ COMMANDS = {
     "export": ("trl_bilevel.cli.export", "write a run's weighted rows, or the best of them, as parquet or JSON lines"),
     "demo": (
         "trl_bilevel.cli.demo",
-        "a real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
+        "real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
     ),
 }
 

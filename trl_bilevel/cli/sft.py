@@ -3,8 +3,8 @@
     trl-bilevel sft --config FILE.yaml [--learning_rate 1e-4 ...]
     accelerate launch -m trl_bilevel.cli.sft --config FILE.yaml
 
-Every field of `BilevelSFTConfig` (and so of TRL's `SFTConfig`), of TRL's `ModelConfig` and of the script's own arguments
-is an option, and a key of the YAML file. Unknown keys are errors.
+Every field of `BilevelSFTConfig` (and so of TRL's `SFTConfig`), of TRL's `ModelConfig` and of the script's own
+arguments is an option, and a key of the YAML file. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class BilevelScriptArguments:
     """Which data to train on.
 
     Parameters:
-        dataset_name (`str`, *optional*): training rows: a hub name, a .json/.jsonl/.csv/.parquet file or a saved folder.
+        dataset_name (`str`, *optional*): training rows: hub name, .json/.jsonl/.csv/.parquet file or saved folder.
         dataset_config (`str`, *optional*): configuration of the hub data set.
         dataset_train_split (`str`): split to train on.
         validation_dataset_name (`str`, *optional*): trusted rows, named in the same ways.
         validation_dataset_config (`str`, *optional*), validation_dataset_split (`str`): as above.
         eval_dataset_name (`str`, *optional*), eval_dataset_split (`str`): rows for reporting only.
-        weighted_dataset_path (`str`, *optional*): where the weighted rows go; `OUTPUT_DIR/weighted.parquet` by default.
+        weighted_dataset_path (`str`, *optional*): where the weighted rows go; default `OUTPUT_DIR/weighted.parquet`.
     """
 
     dataset_name: str | None = field(

@@ -42,8 +42,8 @@ def row_losses(log_probs: Tensor, label_mask: Tensor) -> tuple[Tensor, Tensor]:
         label_mask (`Tensor` bool `[B, S]`): true on scored positions.
 
     Returns:
-        `tuple` of `Tensor` `[B]`, float32 (float64 for float64 input): sums and counts (counts at least 1, so that a row without tokens has loss
-        0).
+        `tuple` of `Tensor` `[B]`, float32 (float64 for float64 input): sums, and counts of at least 1, so that a row
+        without tokens has loss 0.
     """
     dtype = torch.promote_types(log_probs.dtype, torch.float32)
     sums = -(log_probs.to(dtype) * label_mask).sum(-1)

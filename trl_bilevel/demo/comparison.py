@@ -30,7 +30,7 @@ def good_share(weights: Sequence[float], kinds: Sequence[str]) -> float:
 
 
 def summarise(results: Sequence[Result], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Per arm: test loss, share of the gap between uniform mixing and the clean-only oracle won back, ranking quality."""
+    """Per arm: test loss, share of the gap between uniform mixing and clean-only won back, ranking quality."""
     loss = {result.arm: result.test_loss for result in results}
     out: dict[str, dict[str, Any]] = {}
     for result in results:

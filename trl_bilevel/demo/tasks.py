@@ -103,9 +103,9 @@ class Mixture:
 
 DOCSTRING_TASKS = {
     "quality": Mixture(96, 288, (lazy, swapped, salad)),
-    "boilerplate": Mixture(96, 96, (lazy,)),
-    "scrambled": Mixture(96, 96, (scrambled,)),
-    "truncated": Mixture(96, 96, (truncated,)),
+    "boilerplate": Mixture(192, 192, (lazy,)),
+    "scrambled": Mixture(192, 192, (scrambled,)),
+    "truncated": Mixture(192, 192, (truncated,)),
 }
 TASKS = (*DOCSTRING_TASKS, "safety")
 
@@ -121,7 +121,7 @@ def make_task(
         seed: draws rows and damages.
         validation_rows, test_rows: sizes of the clean sets. The safety task has 24 refusals and 24 benign answers for
             validation whatever is given.
-        rows: `{"name", "description"}` rows to build a docstring task from; those of Python's standard library if None.
+        rows: `{"name", "description"}` rows to build the task from; Python's standard library if None.
 
     Raises:
         ValueError: for an unknown name, or if there are too few rows.
@@ -211,7 +211,8 @@ def conversational(task: Task) -> Task:
         extra = {"kind": dataset["kind"]} if "kind" in dataset.column_names else {}
         chats = [convert(row) for row in dataset]
         sets.append(Dataset.from_dict({k: [chat[k] for chat in chats] for k in ("prompt", "completion")} | extra))
-    return Task(task.name, *sets, task.harmful_test)
+    train, validation, test = sets
+    return Task(task.name, train, validation, test, task.harmful_test)
 
 
 def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:
@@ -232,8 +233,8 @@ def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:
             question, answer = f"{row['instruction']}\n{row.get('input') or ''}".strip(), row["output"]
         else:
             raise ValueError(
-                f"Cannot find questions and answers in the columns {sorted(columns)}; known: prompt + completion, messages, "
-                "instruction + output."
+                f"Cannot find questions and answers in the columns {sorted(columns)}; known: prompt + completion, "
+                "messages, instruction + output."
             )
         if question and 3 <= len(answer.split()) <= max_words:
             out.append({"name": question.replace("{", "(").replace("}", ")"), "description": answer})
