@@ -40,16 +40,16 @@ class Budget:
         learning_rate: peak, decaying linearly to zero.
         validation_loss_weight: lambda.
         validation_batch_size: validation rows per step.
-        pilot_steps: of the arms with learned weights.
+        pilot_steps: of the arms with learned weights; by default a quarter of the run, 8 to 24.
         lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
     """
 
     epochs: float = 2.0
     batch_size: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     validation_loss_weight: float = 0.0
     validation_batch_size: int = 8
-    pilot_steps: int = 24
+    pilot_steps: int | None = None
     lora_rank: int = 8
     lora_layers: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -119,6 +119,7 @@ def run_arm(
         progress: show progress bars.
     """
     from .. import BilevelSFTConfig, BilevelSFTTrainer
+    from ..trainer.setup import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
     learned = arm in ESTIMATOR_OF_ARM
@@ -132,7 +133,7 @@ def run_arm(
     if arm == "validation_only":
         subset, weight = validation, 0.0
     steps = round(budget.epochs * len(train) / budget.batch_size)
-    pilot = budget.pilot_steps if learned else 0
+    pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned else 0
     folder = output_dir or tempfile.mkdtemp()
     args = BilevelSFTConfig(
         output_dir=folder,

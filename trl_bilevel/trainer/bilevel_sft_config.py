@@ -95,8 +95,9 @@ class BilevelSFTConfig(SFTConfig):
             Optimizer step from which the weights stay as they are.
         filter_rate (`float`, *optional*, defaults to `0.0`):
             Hard gate: after the warm-up, the share of rows with the lowest weights that gets weight 0, in [0, 1).
-        pilot_steps (`int`, *optional*, defaults to `24`):
-            `"calibrated"`: steps of the pilot run, on throwaway parameters, before all rows are scored.
+        pilot_steps (`int`, *optional*):
+            `"calibrated"`: steps of the pilot run, on throwaway parameters, before all rows are scored. Defaults to a
+            quarter of the run's steps, at least 8 and at most 24.
         pilot_learning_rate (`float`, *optional*, defaults to `1e-3`):
             Learning rate of the pilot run's AdamW. The default suits LoRA; for full fine-tuning take 1e-5 to 5e-5.
         pilot_batch_size (`int`, *optional*):
@@ -176,8 +177,9 @@ class BilevelSFTConfig(SFTConfig):
     filter_rate: float = field(
         default=0.0, metadata={"help": "Share of rows with the lowest weights that gets weight 0, in [0, 1)."}
     )
-    pilot_steps: int = field(
-        default=24, metadata={"help": "Steps of the pilot run ('calibrated'), on throwaway parameters."}
+    pilot_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps of the pilot run, on throwaway parameters. Default: a quarter of the run, 8 to 24."},
     )
     pilot_learning_rate: float = field(
         default=1e-3, metadata={"help": "Learning rate of the pilot run; the default suits LoRA."}

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,9 +54,8 @@ def resolve_config(args: SFTConfig | None, model: Any) -> BilevelSFTConfig:
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return BilevelSFTConfig(f"{name.split('/')[-1]}-Bilevel-SFT")
-    values = args.to_dict()
-    values["hub_token"] = args.hub_token  # to_dict hides it
-    return BilevelSFTConfig(**values)
+    # Field by field: `to_dict` hides every token, `eos_token` and `pad_token` among them.
+    return BilevelSFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
 
 
 def check_datasets(
@@ -331,6 +331,11 @@ def warmup_steps(trainer: BilevelSFTTrainer) -> int:
     return int(given) if given >= 1 else math.ceil(given * trainer.state.max_steps)
 
 
+def default_pilot_steps(steps: int) -> int:
+    """Pilot steps for a run of `steps` optimizer steps: a quarter of them, at least 8 and at most 24."""
+    return min(24, max(8, steps // 4))
+
+
 def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
     """The pilot run of a trainer, with its validation rows dealt into those that pull and those that are held back."""
     assert trainer.validation is not None
@@ -349,7 +354,7 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
         estimator_factory=lambda host: make_estimator(args, host),
         validation=_validation_sets(trainer, pulling),
         held_back=_validation_sets(trainer, held_back),
-        steps=args.pilot_steps,
+        steps=args.pilot_steps or default_pilot_steps(trainer.state.max_steps),
         batch_size=args.pilot_batch_size or rows_per_step(trainer),
         learning_rate=args.pilot_learning_rate,
         validation_loss_weight=0.5,

@@ -1,0 +1,71 @@
+"""Run the experiments in `benchmarks/experiments` and write one JSON per run to `benchmarks/results`.
+
+python -m benchmarks.run [NAME ...] [--seeds 0 1 2] [--arms uniform bilevel] [--force]
+
+A run whose result is there is skipped, so several of these commands side by side with other seeds share the work.
+"""
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from trl_bilevel.demo.comparison import good_share, ranking_quality
+from trl_bilevel.demo.experiment import Budget, run_arm
+from trl_bilevel.demo.tasks import make_task
+
+HERE = Path(__file__).parent
+PACKAGES = ("trl-bilevel", "trl", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def machine() -> dict[str, str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"processor": name, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+
+
+def run_one(experiment: dict, arm: str, seed: int, target: Path) -> None:
+    task = make_task(experiment["task"], seed)
+    result = run_arm(arm, task, seed=seed, budget=Budget(**experiment["budget"]))
+    record = asdict(result) | {
+        "experiment": experiment["name"],
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": machine(),
+    }
+    record["history"] = [entry for entry in result.history if "loss" in entry]
+    if result.weights is not None:
+        kinds = task.train["kind"]
+        record["auc"] = ranking_quality(result.weights, kinds)
+        record["good_share"] = good_share(result.weights, kinds)
+        record["weights"] = [round(weight, 4) for weight in result.weights]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(record, indent=1))
+    figures = {k: record.get(k) for k in ("test_loss", "auc", "good_share", "safety", "seconds")}
+    print(target.stem, json.dumps(figures), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="experiments; all by default")
+    parser.add_argument("--seeds", nargs="*", type=int)
+    parser.add_argument("--arms", nargs="*")
+    parser.add_argument("--force", action="store_true", help="run again what has a result")
+    options = parser.parse_args()
+    for file in sorted((HERE / "experiments").glob("*.json")):
+        if options.names and file.stem not in options.names:
+            continue
+        experiment = json.loads(file.read_text()) | {"name": file.stem}
+        for seed in experiment["seeds"] if options.seeds is None else options.seeds:
+            for arm in options.arms or experiment["arms"]:
+                target = HERE / "results" / file.stem / f"{arm}-seed{seed}.json"
+                if options.force or not target.exists():
+                    run_one(experiment, arm, seed, target)
+
+
+if __name__ == "__main__":
+    main()
