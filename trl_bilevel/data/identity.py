@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -31,7 +32,12 @@ def add_sample_ids(dataset: Dataset) -> Dataset:
             f"`train_dataset` has the column(s) {taken}, which BilevelSFTTrainer writes itself. Rename them, e.g. "
             f'`train_dataset.rename_column("{taken[0]}", "my_{taken[0]}")`.'
         )
-    return dataset.add_column(SAMPLE_ID, list(range(len(dataset))))
+    return dataset.add_column(SAMPLE_ID, np.arange(len(dataset)))
+
+
+def sample_ids(dataset: Dataset) -> torch.Tensor:
+    """The `sample_id` of every row of a dataset, int64 `[len(dataset)]`."""
+    return torch.from_numpy(np.array(dataset.with_format("numpy")[SAMPLE_ID][:], dtype=np.int64))
 
 
 class SampleIdCollator:

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..core.scores import row_losses
 from ..data.export import weighted_dataset
-from ..data.identity import SAMPLE_ID, SampleIdCollator, add_sample_ids, fingerprint
+from ..data.identity import SAMPLE_ID, SampleIdCollator, add_sample_ids, fingerprint, sample_ids
 from ..data.sampling import WeightedSampler, content_order
 from ..estimators.base import Estimator, mean_losses
 from . import setup
@@ -198,7 +198,7 @@ class BilevelSFTTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.resamples:
             return super()._get_train_sampler(train_dataset)
-        ids = torch.as_tensor(self.train_dataset[SAMPLE_ID])
+        ids = sample_ids(self.train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return WeightedSampler(
             self.row_order(), lambda: self.selection.weights(ids).cpu(), lambda: int(self.state.epoch or 0), seed

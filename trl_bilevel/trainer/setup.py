@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from ..data.identity import RESERVED_COLUMNS, SAMPLE_ID, count_overlap
+from ..data.identity import RESERVED_COLUMNS, SAMPLE_ID, count_overlap, sample_ids
 from ..estimators import ESTIMATORS, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
 from ..estimators.base import mean_losses
 from .bilevel_sft_config import BilevelSFTConfig
@@ -196,7 +196,7 @@ def kept_rows(trainer: BilevelSFTTrainer) -> Tensor:
         # Plain SFT with packing: rows lose their identity, and nobody asks for it.
         return torch.ones(trainer.row_count, dtype=torch.bool)
     kept = torch.zeros(trainer.row_count, dtype=torch.bool)
-    kept[torch.as_tensor(trainer.train_dataset[SAMPLE_ID])] = True
+    kept[sample_ids(trainer.train_dataset)] = True
     dropped = int((~kept).sum())
     batch_rows = trainer.args.train_batch_size * trainer.accelerator.num_processes
     if dropped:

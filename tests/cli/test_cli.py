@@ -1,0 +1,108 @@
+"""The command line on tiny files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+
+from trl_bilevel.cli.main import main
+
+
+@pytest.fixture
+def run_folder(tmp_path, tiny_model, tokenizer, rows):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    Dataset.from_list(rows[:40]).to_json(tmp_path / "mixed.jsonl")
+    Dataset.from_list(rows[40:60]).to_parquet(tmp_path / "trusted.parquet")
+    (tmp_path / "run.yaml").write_text(
+        f"""
+model_name_or_path: {tmp_path}/model
+dataset_name: {tmp_path}/mixed.jsonl
+validation_dataset_name: {tmp_path}/trusted.parquet
+output_dir: {tmp_path}/out
+max_steps: 3
+pilot_steps: 2
+per_device_train_batch_size: 4
+use_peft: true
+lora_r: 4
+lora_target_modules: all-linear
+use_cpu: true
+bf16: false
+report_to: none
+save_strategy: "no"
+disable_tqdm: true
+"""
+    )
+    return tmp_path
+
+
+def test_sft_trains_and_export_filters(run_folder, capsys):
+    assert main(["sft", "--config", f"{run_folder}/run.yaml", "--max_steps", "4"]) == 0
+    assert (run_folder / "out" / "adapter_model.safetensors").is_file()
+    table = Dataset.from_parquet(str(run_folder / "out" / "weighted.parquet"))
+    assert len(table) == 40 and "data_weight" in table.column_names
+    assert "trl-bilevel export" in capsys.readouterr().out
+    best = run_folder / "best.jsonl"
+    assert main(["export", f"{run_folder}/out", "--top-k", "7", "--output", str(best)]) == 0
+    kept = [json.loads(line) for line in best.read_text().splitlines()]
+    assert sorted(row["data_rank"] for row in kept) == list(range(7))
+
+
+def test_mixture_names_its_sources(run_folder):
+    (run_folder / "mixture.yaml").write_text(
+        (run_folder / "run.yaml").read_text().replace(f"dataset_name: {run_folder}/mixed.jsonl\n", "", 1)
+        + f"""
+datasets:
+  - path: {run_folder}/mixed.jsonl
+  - path: {run_folder}/trusted.parquet
+validation_loss_weight: 0.2
+selector_granularity: group
+selector_group_column: source
+"""
+    )
+    with pytest.warns(UserWarning, match="20 of 20 rows"):
+        assert main(["sft", f"--config={run_folder}/mixture.yaml"]) == 0
+    table = Dataset.from_parquet(str(run_folder / "out" / "weighted.parquet"))
+    assert len(set(table["source"])) == 2
+    assert len({(s, round(w, 6)) for s, w in zip(table["source"], table["data_weight"], strict=True)}) == 2
+
+
+def test_unknown_yaml_keys_are_errors(run_folder, capsys):
+    with (run_folder / "run.yaml").open("a") as file:
+        file.write("pilot_stepz: 3\n")
+    assert main(["sft", "--config", f"{run_folder}/run.yaml"]) == 1
+    assert "pilot_stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "usage"),
+        (["--help"], 0, "commands:"),
+        (["dance"], 2, "unknown command 'dance'"),
+        (["--version"], 0, "trl-bilevel 0."),
+        (["export", "nowhere", "--output", "x.jsonl"], 1, "no weighted data set"),
+        (["demo", "--arms", "magic"], 1, "Unknown arm"),
+        (["sft", "--output_dir", "x", "--use_cpu", "True", "--bf16", "False"], 1, "Give the training rows"),
+    ],
+)
+def test_exit_codes_and_messages(arguments, code, message, capsys):
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from trl_bilevel.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_accelerate_launch(run_folder):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["--mixed_precision", "no", "-m", "trl_bilevel.cli.sft", "--config", f"{run_folder}/run.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (run_folder / "out" / "weighted.parquet").is_file()
