@@ -35,7 +35,8 @@ def main() -> None:
             times[size].append(time.perf_counter() - start)
     medians = {size: statistics.median(values[50:]) for size, values in times.items()}
     held = {
-        size: sum(t.numel() * t.element_size() for t in state.tensors().values()) / size for size, state in states.items()
+        size: sum(t.numel() * t.element_size() for t in state.tensors().values()) / size
+        for size, state in states.items()
     }
     record = {
         "batch": BATCH,

@@ -103,6 +103,8 @@ def test_help_does_not_import_torch():
 def test_accelerate_launch(run_folder):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--mixed_precision", "no", "-m", "trl_bilevel.cli.sft", "--config", f"{run_folder}/run.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (run_folder / "out" / "weighted.parquet").is_file()

@@ -98,24 +98,25 @@ def _cpu_has(*flags: str) -> bool:
         return False
 
 
-def run_arm(
+def make_trainer(
     arm: str,
     task: Task,
     *,
     seed: int,
-    model: str | None = None,
     budget: Budget,
-    output_dir: str | None = None,
+    model: str | None = None,
+    output_dir: str = "demo_out",
     progress: bool = False,
-) -> Result:
-    """Train one arm and measure it.
+) -> tuple[Any, int]:
+    """The trainer of one arm, and how many pilot steps it takes (0 for arms without learned weights).
 
     Args:
         arm: one of `ARMS`.
         task: the data.
         seed: of data order, adapter and pilot run.
+        budget: settings that all arms share.
         model: hub name or folder; the embedded SmolLM2-135M-Instruct if None.
-        output_dir: where the adapter and the weighted rows are kept; nothing is kept if None.
+        output_dir: for the trainer's files.
         progress: show progress bars.
     """
     from .. import BilevelSFTConfig, BilevelSFTTrainer
@@ -134,13 +135,12 @@ def run_arm(
         subset, weight = validation, 0.0
     steps = round(budget.epochs * len(train) / budget.batch_size)
     pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned else 0
-    folder = output_dir or tempfile.mkdtemp()
     args = BilevelSFTConfig(
-        output_dir=folder,
+        output_dir=output_dir,
         weight_estimator=ESTIMATOR_OF_ARM.get(arm, "none"),
         validation_loss_weight=weight,
         validation_batch_size=budget.validation_batch_size,
-        pilot_steps=max(pilot, 1),
+        pilot_steps=pilot or None,
         max_steps=steps - pilot,
         per_device_train_batch_size=budget.batch_size,
         per_device_eval_batch_size=16,
@@ -165,6 +165,30 @@ def run_arm(
         validation_dataset=None if arm == "validation_only" else validation,
         peft_config=lora(name, budget),
     )
+    return trainer, pilot
+
+
+def run_arm(
+    arm: str,
+    task: Task,
+    *,
+    seed: int,
+    budget: Budget,
+    model: str | None = None,
+    output_dir: str | None = None,
+    progress: bool = False,
+) -> Result:
+    """Train one arm and measure it.
+
+    Args:
+        output_dir: where the adapter and the weighted rows are kept; nothing is kept if None.
+        arm, task, seed, budget, model, progress: as for `make_trainer`.
+    """
+    folder = output_dir or tempfile.mkdtemp()
+    trainer, pilot = make_trainer(
+        arm, task, seed=seed, budget=budget, model=model, output_dir=folder, progress=progress
+    )
+    learned = arm in ESTIMATOR_OF_ARM
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -174,7 +198,7 @@ def run_arm(
         seed=seed,
         model=model or assets.DEFAULT_MODEL,
         test_loss=float(trainer.row_losses(task.test).mean()),
-        train_steps=steps - pilot,
+        train_steps=trainer.args.max_steps,
         pilot_steps=pilot,
         seconds=seconds,
         weights=trainer.sample_weights().tolist() if learned else None,
