@@ -133,6 +133,10 @@ def make_trainer(
     subset = train.select(rows)
     if arm == "validation_only":
         subset, weight = validation, 0.0
+    overrides = dict(budget.overrides)
+    if arm == "loss" and weight == 0:
+        # The estimator insists on a validation term; this one is too weak and too rare to train on.
+        weight, overrides["validation_every"] = 1e-6, 10**6
     steps = round(budget.epochs * len(train) / budget.batch_size)
     pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned else 0
     args = BilevelSFTConfig(
@@ -155,7 +159,7 @@ def make_trainer(
         gradient_checkpointing=False,
         disable_tqdm=not progress,
         model_init_kwargs={"dtype": model_dtype()},
-        **budget.overrides,
+        **overrides,
     )
     name = model or str(assets.model_folder())
     trainer = BilevelSFTTrainer(
