@@ -1,5 +1,6 @@
 """A tiny model and tokenizer made on the spot: no download, no hub."""
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,8 +26,8 @@ def pytest_configure(config):
     disable_progress_bars()
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
+    """A byte-level BPE tokenizer with a chat template that marks what the assistant says."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -43,26 +44,31 @@ def tokenizer():
     return out
 
 
+def make_tiny_model(tokenizer, **overrides):
+    """A Llama of two narrow layers; the same values on every call."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
 @pytest.fixture
 def tiny_model(tokenizer):
-    """Makes equal models: every call gives the same initial values."""
-
-    def make(**overrides):
-        torch.manual_seed(0)
-        settings = {
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 256,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        return LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
-
-    return make
+    return functools.partial(make_tiny_model, tokenizer)
 
 
 @pytest.fixture(scope="session")
