@@ -138,6 +138,7 @@ def test_unusable_validation_weights(build, validation_rows):
     [
         ({"packing": True}, "`packing=True` is not supported yet"),
         ({"padding_free": True, "max_length": None}, "`padding_free=True` is not supported yet"),
+        ({"train_sampling_strategy": "group_by_length"}, "contradicts `selector_weighting='resample'`"),
         ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
     ],
 )

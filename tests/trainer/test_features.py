@@ -124,14 +124,17 @@ def test_groups_share_a_weight(build, train_rows):
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_calibrated_groups(build, train_rows):
-    trainer = build(
+def test_a_calibrated_group_has_the_mean_weight_of_its_rows(build, train_rows):
+    alone = build()
+    alone.start_selection()
+    grouped = build(
         train=train_rows.add_column("source", [i % 4 for i in range(40)]),
         selector_granularity="group",
         selector_group_column="source",
     )
-    trainer.train()
-    assert len(set(trainer.sample_weights().tolist())) <= 4
+    grouped.start_selection()
+    expected = alone.sample_weights().view(10, 4).mean(0).repeat(10)
+    torch.testing.assert_close(grouped.sample_weights(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_several_validation_sets(build, validation_rows):

@@ -27,7 +27,7 @@ PRIOR_SPREAD = 0.5
 FLOOR = 1e-3
 
 
-def calibrated_logits(scores: Tensor, trusted_scores: Tensor, rows: Tensor | None = None) -> Tensor:
+def calibrated_logits(scores: Tensor, trusted_scores: Tensor) -> Tensor:
     """Logits whose softmax weights make the training rows score like trusted rows.
 
     `f_train` is a kernel density estimate, `f_good` a Gaussian (few trusted rows: its spread is shrunk towards half
@@ -35,12 +35,11 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, rows: Tensor | Non
     regression: a better score never weighs less.
 
     Args:
-        scores (`Tensor` float32 `[U]`): one per unit, finite.
+        scores (`Tensor` float32 `[N]`): one per row, finite.
         trusted_scores (`Tensor` float32 `[c]`): of trusted rows that neither end of the difference was trained on.
-        rows (`Tensor` int64 `[U]`, *optional*): rows per unit.
 
     Returns:
-        `Tensor` float32 `[U]`: log weights, at most 0. All zero if the scores do not differ.
+        `Tensor` float32 `[N]`: log weights, at most 0. All zero if the scores do not differ.
 
     Raises:
         ValueError: if there is no trusted score, or a score is not finite.
@@ -50,15 +49,13 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, rows: Tensor | Non
     if not bool(torch.isfinite(scores).all() and torch.isfinite(trusted_scores).all()):
         raise ValueError("Calibration needs finite scores; got NaN or infinite ones.")
     x, y = scores.double().cpu(), trusted_scores.double().cpu()
-    weight = torch.ones_like(x) if rows is None else rows.double().cpu()
-    mean = (weight * x).sum() / weight.sum()
-    spread = ((weight * (x - mean) ** 2).sum() / weight.sum()).sqrt()
+    mean, spread = x.mean(), x.std(unbiased=False)
     if float(spread) < SCORE_RESOLUTION:
         return torch.zeros_like(scores)
     x, y = (x - mean) / spread, (y - mean) / spread
 
     grid = torch.linspace(float(x.min()), float(x.max()), GRID, dtype=torch.float64)
-    train = _smooth_density(x, weight, grid)
+    train = _smooth_density(x, grid)
     good = _trusted_density(y, grid)
     ratio = isotonic_regression((good / train).numpy(), weights=train.numpy()).x
     logits = torch.from_numpy(ratio).clamp(min=0).add(1e-300).log()
@@ -66,11 +63,11 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, rows: Tensor | Non
     return _interpolate(grid, logits, x).float().to(scores.device)
 
 
-def _smooth_density(x: Tensor, weight: Tensor, grid: Tensor) -> Tensor:
-    """Gaussian kernel density of weighted points on a grid: a histogram, smoothed by convolution. O(U + GRID^2)."""
+def _smooth_density(x: Tensor, grid: Tensor) -> Tensor:
+    """Gaussian kernel density of points on a grid: a histogram, smoothed. O(N + GRID^2)."""
     step = grid[1] - grid[0]
     index = ((x - grid[0]) / step).round().long().clamp(0, GRID - 1)
-    histogram = torch.zeros(GRID, dtype=torch.float64).index_add(0, index, weight / weight.sum())
+    histogram = torch.zeros(GRID, dtype=torch.float64).index_add(0, index, torch.full_like(x, 1 / x.numel()))
     # Half of Silverman's bandwidth: the scores of mixed data have several modes. Never finer than the grid.
     bandwidth = torch.clamp(0.45 * torch.tensor(float(x.numel())) ** -0.2, min=float(step))
     kernel = torch.exp(-0.5 * ((grid.unsqueeze(0) - grid.unsqueeze(1)) / bandwidth) ** 2)

@@ -6,12 +6,6 @@ import torch
 from torch import Tensor
 
 
-def effective_sample_size(weights: Tensor) -> Tensor:
-    """`(sum w)^2 / sum w^2` of weights `[N]`, `[]`: between 1 and N; NaN entries are left out."""
-    weights = weights[~torch.isnan(weights)].double()
-    return weights.sum() ** 2 / (weights**2).sum()
-
-
 def gap_recovered(uniform: float, selected: float, oracle: float) -> float:
     """Share of the gap in held-out loss between uniform mixing and the clean-only oracle that a method wins back.
 

@@ -98,8 +98,9 @@ class BilevelSFTConfig(SFTConfig):
         pilot_steps (`int`, *optional*):
             `"calibrated"`: steps of the pilot run, on throwaway parameters, before all rows are scored. Defaults to a
             quarter of the run's steps, at least 8 and at most 24.
-        pilot_learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Learning rate of the pilot run's AdamW. The default suits LoRA; for full fine-tuning take 1e-5 to 5e-5.
+        pilot_learning_rate (`float`, *optional*):
+            Learning rate of the pilot run's AdamW, constant. Defaults to 1e-3 for adapters, to `learning_rate` (but at
+            least 5e-5) for full fine-tuning.
         pilot_batch_size (`int`, *optional*):
             Training rows per pilot step, over all processes. Defaults to the training rows of an optimizer step.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
@@ -181,8 +182,9 @@ class BilevelSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Steps of the pilot run, on throwaway parameters. Default: a quarter of the run, 8 to 24."},
     )
-    pilot_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Learning rate of the pilot run; the default suits LoRA."}
+    pilot_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the pilot run. Default: 1e-3 for adapters, else learning_rate or 5e-5."},
     )
     pilot_batch_size: int | None = field(
         default=None, metadata={"help": "Training rows per pilot step. Default: those of an optimizer step."}
@@ -242,8 +244,9 @@ class BilevelSFTConfig(SFTConfig):
             "pilot_learning_rate",
             "calibration_sharpness",
         ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
         if self.selector_granularity == "group" and self.selector_group_column is None:
             raise ValueError(
                 "`selector_granularity='group'` needs `selector_group_column`, the column that names each row's group."

@@ -86,11 +86,6 @@ class Selection:
         self._alarmed = False
         self._recent: list[Tensor] = []
 
-    @property
-    def uniform(self) -> bool:
-        """True as long as no weight has been moved."""
-        return self._uniform
-
     def units(self, ids: Tensor) -> Tensor:
         """Units of the given rows (sample ids), int64 `[b]`."""
         return ids if self.groups is None else self.groups.of_row[ids]
@@ -143,21 +138,30 @@ class Selection:
             validation_scores (`Tensor` float32 `[c]`).
         """
         device = self.state.logits.device
-        scores, live = scores.to(device), ~torch.isneginf(self.state.logits)
+        scores = scores.to(device)
+        known = ~torch.isnan(scores)
+        row_scores = scores[known]
+        logits = calibrated_logits(row_scores, validation_scores.to(device)) * self.config.calibration_sharpness
+        z = (row_scores - row_scores.mean()) / row_scores.std(unbiased=False).clamp(min=1e-8)
         if self.groups is not None:
-            assert self.state.rows is not None
-            known = ~torch.isnan(scores)
-            sums = torch.zeros_like(self.state.logits).index_add(0, self.groups.of_row[known], scores[known])
-            scores = sums / self.state.rows
-        known = scores[live]
-        rows = None if self.state.rows is None else self.state.rows[live]
-        logits = calibrated_logits(known, validation_scores.to(device), rows) * self.config.calibration_sharpness
+            # A group's weight is the mean weight its rows would have alone.
+            groups = self.groups.of_row[known]
+            logits = self._group_means(groups, logits.exp()).clamp(min=1e-6).log()
+            z = self._group_means(groups, z)
+        live = ~torch.isneginf(self.state.logits)
         core.replace_logits(self.state, live, logits)
-        self.state.score_mean[live] = (known - known.mean()) / known.std(unbiased=False).clamp(min=1e-8)
-        self._recent.append(torch.stack([known.mean(), known.std(unbiased=False)]))
+        self.state.score_mean[live] = z
+        self._recent.append(torch.stack([row_scores.mean(), row_scores.std(unbiased=False)]))
         self.calibrated = True
         self._uniform = False
         self.refresh_gate()
+
+    def _group_means(self, groups: Tensor, values: Tensor) -> Tensor:
+        """Mean of row values over each group that has rows, float32 `[live groups]`."""
+        assert self.state.rows is not None
+        live = ~torch.isneginf(self.state.logits)
+        sums = torch.zeros_like(self.state.score_mean).index_add_(0, groups, values)
+        return sums[live] / self.state.rows[live]
 
     def refresh_gate(self) -> None:
         """Recompute the threshold of the hard gate (`filter_rate`) from at most `STATISTICS_ROWS` rows."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -161,6 +162,11 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         )
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("`average_tokens_across_devices=False` is not supported with several processes. Unset it.")
+    if args.selector_weighting == "resample" and args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` contradicts `selector_weighting='resample'`, "
+            "which draws rows by their weights. Use `selector_weighting='loss'`."
+        )
     if not any(p.requires_grad for p in trainer.model.parameters()):
         raise ValueError("The model has no trainable parameter: pass a `peft_config`, or a model that is not frozen.")
     if args.weight_estimator == "none":
@@ -336,6 +342,13 @@ def default_pilot_steps(steps: int) -> int:
     return min(24, max(8, steps // 4))
 
 
+def _pilot_learning_rate(trainer: BilevelSFTTrainer) -> float:
+    given = trainer.args.pilot_learning_rate
+    if given is not None:
+        return given
+    return 1e-3 if isinstance(trainer.model, PeftModel) else max(trainer.args.learning_rate, 5e-5)
+
+
 def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
     """The pilot run of a trainer, with its validation rows dealt into those that pull and those that are held back."""
     assert trainer.validation is not None
@@ -356,6 +369,6 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
         held_back=_validation_sets(trainer, held_back),
         steps=args.pilot_steps or default_pilot_steps(trainer.state.max_steps),
         batch_size=args.pilot_batch_size or rows_per_step(trainer),
-        learning_rate=args.pilot_learning_rate,
+        learning_rate=_pilot_learning_rate(trainer),
         validation_loss_weight=0.5,
     )

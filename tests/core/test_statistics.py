@@ -1,0 +1,65 @@
+"""Small statistics and schedules."""
+
+import math
+
+import pytest
+import torch
+
+from trl_bilevel.core.scores import difference_score, loss_score, row_losses
+from trl_bilevel.core.statistics import evenly_spaced, gap_recovered, weight_quantiles
+from trl_bilevel.data.batches import ValidationSampler, concatenate_batches
+from trl_bilevel.data.export import data_ranks
+
+
+def test_gap_recovered():
+    assert gap_recovered(uniform=3.0, selected=2.4, oracle=2.0) == pytest.approx(0.6)
+    assert math.isnan(gap_recovered(uniform=2.0, selected=2.0, oracle=2.0))
+
+
+def test_quantiles_leave_out_missing_weights():
+    weights = torch.tensor([0.0, 1.0, 2.0, torch.nan])
+    assert weight_quantiles(weights, (0.0, 0.5, 1.0)).tolist() == [0.0, 1.0, 2.0]
+
+
+def test_evenly_spaced_covers_both_ends():
+    assert evenly_spaced(5, 100).tolist() == [0, 1, 2, 3, 4]
+    index = evenly_spaced(10_000_000, 1000)
+    assert len(index) == 1000 and index[0] == 0 and index[-1] == 9_999_999
+
+
+def test_scores():
+    losses = torch.tensor([1.0, 2.0])
+    assert loss_score(losses).tolist() == [-1.0, -2.0]
+    assert difference_score(torch.tensor([2.0, 2.0]), losses).tolist() == [0.5, 0.0]
+    # Known by heart at both ends: no division by zero, no spurious signal from plain differences.
+    assert torch.isfinite(difference_score(torch.zeros(2), torch.zeros(2))).all()
+
+
+def test_row_losses_ignore_masked_positions():
+    log_probs = torch.tensor([[-1.0, -2.0, 0.0], [0.0, 0.0, 0.0]])
+    sums, counts = row_losses(log_probs, torch.tensor([[1, 1, 0], [0, 0, 0]]).bool())
+    assert sums.tolist() == [3.0, 0.0] and counts.tolist() == [2.0, 1.0]
+
+
+def test_ranks_put_ties_in_row_order_and_missing_last():
+    assert data_ranks(torch.tensor([1.0, torch.nan, 2.0, 1.0, 0.0])).tolist() == [1, 4, 0, 2, 3]
+
+
+@pytest.mark.parametrize(("size", "batch"), [(7, 3), (5, 5), (4, 10), (1, 1)])
+def test_validation_sampler_passes_over_all_rows(size, batch):
+    sampler = ValidationSampler(size, batch, seed=1)
+    drawn = [row for step in range(3 * size) for row in sampler.rows(step)]
+    for start in range(0, len(drawn) - size + 1, size):
+        assert sorted(drawn[start : start + size]) == list(range(size))
+    # A function of the step alone.
+    assert ValidationSampler(size, batch, seed=1).rows(2) == sampler.rows(2)
+
+
+def test_concatenation_pads_on_the_right():
+    first = {"input_ids": torch.ones(1, 2, dtype=torch.long), "labels": torch.ones(1, 2, dtype=torch.long)}
+    second = {"input_ids": torch.full((2, 3), 5), "labels": torch.full((2, 3), 5)}
+    joined = concatenate_batches(first, second, pad_token_id=9)
+    assert joined["input_ids"].tolist() == [[1, 1, 9], [5, 5, 5], [5, 5, 5]]
+    assert joined["labels"].tolist()[0] == [1, 1, -100]
+    with pytest.raises(ValueError, match="differ in their inputs"):
+        concatenate_batches(first, second | {"pixels": torch.ones(2)}, 0)
