@@ -22,8 +22,6 @@ def model():
 def learned_weights(task, seed, budget):
     """The default estimator's weights, without the training that follows."""
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget)
-    trainer.create_optimizer_and_scheduler(num_training_steps=trainer.args.max_steps)
-    trainer.state.max_steps = trainer.args.max_steps
     trainer.start_selection()
     return trainer.sample_weights().tolist()
 
