@@ -86,6 +86,7 @@ def run(arguments: list[str]) -> None:
     learned = next((result for result in results if result.weights is not None), None)
     if learned is not None and learned.weights is not None:
         _show_rows(console, *extreme_rows(shown, learned.weights))
+    _conclude(console, summary)
     console.print(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. In [bold]{options.output}[/]:")
     console.print("  demo.png (plots), summary.json, results.json, and per arm a folder with the adapter")
     if learned is not None:
@@ -121,14 +122,33 @@ def _show(console: Any, summary: dict[str, dict[str, Any]]) -> None:
             console.print(f"{arm.replace('_', ' ')}: {parts}")
 
 
+def _conclude(console: Any, summary: dict[str, dict[str, Any]]) -> None:
+    learned = next((row for row in summary.values() if "auc" in row), None)
+    if learned is None or "gap_recovered" not in learned:
+        return
+    gap = learned["gap_recovered"]
+    if gap != gap:
+        console.print("\nClean rows alone were no better than the mixture here: nothing for selection to win.")
+    elif gap > 0:
+        console.print(
+            f"\n[bold]Selection won back {gap:.0%} of what the damaged rows cost[/], not knowing which they are."
+        )
+    else:
+        console.print("\nSelection did not help here. docs/limits.md says when that is to be expected.")
+
+
 def _show_rows(console: Any, low: list[Any], high: list[Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     for title, rows in (("Ten rows of least weight", low), ("Ten rows of most weight", high)):
-        table = Table(title=title)
-        for name in ("weight", "truth", "question", "answer"):
-            table.add_column(name, overflow="ellipsis", max_width=60, no_wrap=True)
+        table = Table(title=title, expand=True)
+        table.add_column("weight", no_wrap=True, min_width=6)
+        table.add_column("truth", no_wrap=True, min_width=8)
+        table.add_column("question", overflow="ellipsis", no_wrap=True, ratio=1)
+        table.add_column("answer", overflow="ellipsis", no_wrap=True, ratio=1)
         for weight, kind, question, answer in rows:
-            table.add_row(f"{weight:.3f}", kind, Text(question), Text(answer))
+            # The questions differ in their ends: show those.
+            end = question if len(question) <= 30 else f"...{question[-27:]}"
+            table.add_row(f"{weight:.3f}", kind, Text(end), Text(answer))
         console.print(table)

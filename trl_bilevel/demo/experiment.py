@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PrinterCallback
 
 from . import assets
 from .tasks import END, REQUEST, STUB, TEST_REFUSAL, Task
@@ -192,6 +193,9 @@ def run_arm(
     trainer, pilot = make_trainer(
         arm, task, seed=seed, budget=budget, model=model, output_dir=folder, progress=progress
     )
+    if not progress:
+        # Without progress bars, transformers prints every log entry as a dict in their place.
+        trainer.remove_callback(PrinterCallback)
     learned = arm in ESTIMATOR_OF_ARM
     start = time.perf_counter()
     trainer.train()
