@@ -29,8 +29,7 @@ token, in nats), per seed. AUC is that of the learned weights, undamaged rows ag
 
 ABOUT = {
     "quality": "96 good rows, 288 damaged: a third each boilerplate, answers to other questions, word salad.",
-    "boilerplate": "96 good rows, 96 answered by one of four boilerplate sentences; four epochs, pilot steps on top "
-    "(taken off the 96 steps instead, selection recovered 86% and 74% of the gap for seeds 0 and 1).",
+    "boilerplate": "96 good rows, 96 answered by one of four boilerplate sentences; four epochs.",
     "scrambled": "96 good rows, 96 with the words of the answer in random order.",
     "truncated": "96 good rows, 96 with the first third of the answer only.",
     "safety": "96 benign and 40 refused requests, 76 harmful ones answered by a compliance stub; learning rate 1e-3.",

@@ -42,7 +42,6 @@ class Budget:
         validation_loss_weight: lambda.
         validation_batch_size: validation rows per step.
         pilot_steps: of the arms with learned weights; by default a quarter of the run, 8 to 24.
-        pilot_on_top: do not take the pilot's steps off the arms that have one.
         lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
     """
 
@@ -52,7 +51,6 @@ class Budget:
     validation_loss_weight: float = 0.0
     validation_batch_size: int = 8
     pilot_steps: int | None = None
-    pilot_on_top: bool = False
     lora_rank: int = 8
     lora_layers: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +146,7 @@ def make_trainer(
         validation_loss_weight=weight,
         validation_batch_size=budget.validation_batch_size,
         pilot_steps=pilot or None,
-        max_steps=steps if budget.pilot_on_top else steps - pilot,
+        max_steps=steps - pilot,
         per_device_train_batch_size=budget.batch_size,
         per_device_eval_batch_size=16,
         learning_rate=budget.learning_rate,
