@@ -1,4 +1,4 @@
-"""Bilevel data selection and online self-refining generation for Hugging Face TRL (arXiv 2511.21056)."""
+"""Bilevel data selection for Hugging Face TRL (arXiv 2511.21056)."""
 
 from __future__ import annotations
 

@@ -57,6 +57,12 @@ def test_a_better_score_never_weighs_less(scores, trusted):
     assert (logits[order].diff() >= -1e-5).all()
 
 
+def test_an_outlier_does_not_set_the_scale():
+    x, trusted = mixture(0, 100, 300, 4.0)
+    x[200] = -300.0
+    assert good_mass(calibrated_logits(x, trusted), 100) > 0.9
+
+
 def test_scale_and_shift_do_not_matter():
     x, trusted = mixture(0, 50, 150, 1.5)
     torch.testing.assert_close(

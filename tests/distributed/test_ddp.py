@@ -44,6 +44,7 @@ def train(folder, processes, overrides):
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_equal_one(name, tmp_path):
     one, two = (train(tmp_path / str(n), n, METHODS[name]) for n in (1, 2))
-    assert two["losses"] == pytest.approx(one["losses"], abs=5e-5)
-    # Weights carry the fp32 rounding of the fused LM head, divided by the small spread of a random model's scores.
+    # Weights carry the fp32 rounding of the fused LM head, divided by the small spread of a random model's scores;
+    # weighted losses carry that of the weights.
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["weights"] == pytest.approx(one["weights"], abs=3e-4)

@@ -54,7 +54,7 @@ def test_the_fused_head_gives_what_the_weights_multiply(tiny_model, config, trai
         train_dataset=train_rows,
         processing_class=tokenizer,
     )
-    rows = [{k: trainer.train_dataset[i][k] for k in ("input_ids", "labels", "sample_id")} for i in range(3)]
+    rows = [{k: trainer.train_dataset[i][k] for k in ("input_ids", "labels")} for i in range(3)]
     batch = trainer.data_collator(rows)
     outputs = trainer.model(
         input_ids=batch["input_ids"],

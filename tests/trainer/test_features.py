@@ -153,6 +153,36 @@ def test_filter_rate_shuts_the_gate(build):
     assert float(weights.mean()) == pytest.approx(1, abs=1e-4)
 
 
+def test_rows_without_a_scored_token_have_no_weight(build, train_rows, tokenizer):
+    data = train_rows.map(lambda row: {"input_ids": tokenizer(row["prompt"] + row["completion"])["input_ids"]})
+    labels = [[-100] * len(ids) if i in (3, 9) else ids for i, ids in enumerate(data["input_ids"])]
+    trainer = build(train=data.select_columns("input_ids").add_column("labels", labels), max_length=None)
+    trainer.train()
+    weights = trainer.sample_weights()
+    assert torch.isnan(weights).nonzero().squeeze(1).tolist() == [3, 9]
+
+
+def test_row_losses_keep_the_order_of_the_rows(build, train_rows):
+    torch.testing.assert_close(
+        build(shuffle_dataset=True).row_losses(train_rows), build().row_losses(train_rows), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_online_filter_shuts_the_gate_in_short_runs(build):
+    trainer = build(filter_rate=0.5, selector_update="sparse_centred", selector_warmup_steps=0)
+    trainer.train()
+    assert 10 <= int((trainer.sample_weights() == 0).sum()) <= 30
+
+
+def test_sigmoid_calibration_gives_the_same_weights(build):
+    weights = []
+    for activation in ("softmax", "sigmoid"):
+        trainer = build(selector_activation=activation)
+        trainer.start_selection()
+        weights.append(trainer.sample_weights())
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-4)
+
+
 def test_statistics_are_logged(build):
     trainer = build()
     trainer.train()

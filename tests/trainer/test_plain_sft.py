@@ -37,6 +37,7 @@ FORMATS = {
     "keep_end": (lambda row: row, {"max_length": 20, "truncation_mode": "keep_end"}),
     "pretokenised": (None, {}),
     "packed": (lambda row: row, {"packing": True, "max_length": 64, "per_device_train_batch_size": 2}),
+    "padding_free": (lambda row: row, {"padding_free": True, "max_length": None}),
     "checkpointing": (lambda row: row, {"gradient_checkpointing": True}),
 }
 

@@ -47,6 +47,8 @@ def load_mixture(parts: list[Any]) -> Dataset:
 
     loaded = []
     for part in parts:
+        if getattr(part, "fraction", None) not in (None, 1.0):
+            raise ValueError(f"`fraction` of the data set {part.path!r} is not supported: sample the rows beforehand.")
         extra = {k: getattr(part, k) for k in ("data_dir", "data_files") if getattr(part, k, None)}
         rows = load_rows(part.path, split=part.split or "train", config=part.name, **extra)
         if part.columns:

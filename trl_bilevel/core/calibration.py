@@ -49,6 +49,7 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor) -> Tensor:
     if not bool(torch.isfinite(scores).all() and torch.isfinite(trusted_scores).all()):
         raise ValueError("Calibration needs finite scores; got NaN or infinite ones.")
     x, y = scores.double().cpu(), trusted_scores.double().cpu()
+    x, y = _winsorise(x, x), _winsorise(y, x)
     mean, spread = x.mean(), x.std(unbiased=False)
     if float(spread) < SCORE_RESOLUTION:
         return torch.zeros_like(scores)
@@ -61,6 +62,17 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor) -> Tensor:
     logits = torch.from_numpy(ratio).clamp(min=0).add(1e-300).log()
     logits = (logits - logits.max()).clamp(min=math.log(FLOOR))
     return _interpolate(grid, logits, x).float().to(scores.device)
+
+
+def _winsorise(values: Tensor, x: Tensor) -> Tensor:
+    """`values` drawn in to three times the central 90% of `x`.
+
+    A row known by heart can score -30, and must not set the scale for all others.
+    """
+    ordered = x.sort().values
+    low, high = (ordered[round(q * (len(x) - 1))] for q in (0.05, 0.95))
+    reach = high - low
+    return values.clamp(low - reach, high + reach) if float(reach) > 0 else values
 
 
 def _smooth_density(x: Tensor, grid: Tensor) -> Tensor:

@@ -66,6 +66,9 @@ class Estimator(ABC):
     def score(self, model_losses: Tensor, reference_losses: Tensor | None) -> Tensor:
         """Scores `[b]` from the model's losses and the reference losses, both `[b]` float32. Larger is better."""
 
+    def prepare_scoring(self) -> None:  # noqa: B027 (only some have something to prepare)
+        """Called once, in training mode, before `row_scores` scores all rows in evaluation mode."""
+
     @abstractmethod
     def row_scores(self, batch: Batch) -> Tensor:
         """Scores `[b]` of a batch of training rows by forwards without gradient, on the model as it is."""
@@ -149,11 +152,12 @@ def train_shadow(
     for value in shadow.values:
         # A process without rows still takes part in the sum.
         value.grad = host.global_sum(torch.zeros_like(value) if value.grad is None else value.grad)
-    if max_grad_norm > 0:
-        torch.nn.utils.clip_grad_norm_(shadow.values, max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(shadow.values, max_grad_norm if max_grad_norm > 0 else torch.inf)
     for group in optimizer.param_groups:
         group["lr"] = host.learning_rate()
-    optimizer.step()
+    # A row with a NaN loss is about to stop the run: the state that is saved then must not have learned from it.
+    if bool(torch.isfinite(norm)):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses
 

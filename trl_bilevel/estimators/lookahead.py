@@ -53,6 +53,10 @@ class LookaheadEstimator(Estimator):
             train_shadow(self.host, self.shadow, optimizer, batches, self.max_grad_norm)
         self.fresh_at = step
 
+    def prepare_scoring(self) -> None:
+        """Refresh `theta_V`, while gradient checkpointing is still at work."""
+        self.refresh()
+
     def begin_step(self, window: Sequence[Batch]) -> list[Tensor] | None:
         """Losses of the rows under `theta_V`, without gradient."""
         if self.shadow is None:

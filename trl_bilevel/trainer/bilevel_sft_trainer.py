@@ -92,19 +92,22 @@ class BilevelSFTTrainer(SFTTrainer):
         assert train_dataset is not None
         self.row_count = len(train_dataset)
         self._caller_rows = train_dataset
+        # Plain SFT needs no row numbers, and must not stumble over them (packing and padding-free merge rows).
+        self._tracks_rows = args.weight_estimator != "none" or args.validation_loss_weight > 0
         super().__init__(
             model,
             args,
             data_collator,
-            add_sample_ids(train_dataset),
+            add_sample_ids(train_dataset) if self._tracks_rows else train_dataset,
             eval_dataset,
             processing_class,
             **sft_arguments,
         )
         setup.check_supported(self)
         disable_bf16_repacking(self.model)
-        self.data_collator = SampleIdCollator(self.data_collator)
-
+        if self._tracks_rows:
+            self.data_collator = SampleIdCollator(self.data_collator)
+            self.train_dataset = setup.with_scored_tokens(self.train_dataset)
         kept = setup.kept_rows(self)
         self.selection = Selection(
             args,
@@ -242,9 +245,12 @@ class BilevelSFTTrainer(SFTTrainer):
     def stop_on_non_finite(self, ids: Tensor) -> None:
         """Save the state before this step, and raise `NonFiniteScoreError` naming the rows."""
         self._save_checkpoint(self.model, trial=None)
+        # The first process may still be writing.
+        self.accelerator.wait_for_everyone()
         step = self.state.global_step
+        rows = f"Training rows (sample_id) {row_list(ids)}" if len(ids) else "Validation rows"
         raise NonFiniteScoreError(
-            f"Training rows (sample_id) {row_list(ids)} have a NaN or infinite loss or score at step {step}. The "
+            f"{rows} have a NaN or infinite loss or score at step {step}. The "
             f"state before this step is saved in {self.args.output_dir}/checkpoint-{step}. Look at these rows; or "
             "lower the learning rate, or use bf16 in place of fp16."
         )
@@ -253,7 +259,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if SAMPLE_ID not in self._signature_columns:
+        if self._tracks_rows and SAMPLE_ID not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, SAMPLE_ID]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

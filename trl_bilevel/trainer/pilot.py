@@ -103,9 +103,10 @@ class Pilot:
         try:
             trainer.model.train()
             self._train(parameters)
+            self.estimator.prepare_scoring()
             trainer.model.eval()
             scores = torch.zeros(trainer.row_count, dtype=torch.float32, device=trainer.args.device)
-            for batch in self._bar(list(self._train_batches()), "Scoring training rows"):
+            for batch in self._bar(self._train_batches(), "Scoring training rows", self._train_batch_count()):
                 scores[batch[SAMPLE_ID].to(scores.device)] = self.estimator.row_scores(batch).to(scores.dtype)
             scores = self.host.global_sum(scores).cpu()
             scores[~trainer.selection.kept] = torch.nan
@@ -177,7 +178,12 @@ class Pilot:
         for start in range(0, len(mine), size):
             yield self._collate(mine[start : start + size])
 
-    def _bar(self, items: Any, description: str) -> Any:
+    def _train_batch_count(self) -> int:
+        args = self.trainer.args
+        mine = len(range(args.process_index, len(self.order), args.world_size))
+        return -(-mine // args.per_device_eval_batch_size)
+
+    def _bar(self, items: Any, description: str, total: int | None = None) -> Any:
         args = self.trainer.args
         hidden = args.disable_tqdm or not self.trainer.is_world_process_zero()
-        return tqdm(items, desc=description, disable=hidden, leave=False)
+        return tqdm(items, desc=description, total=total, disable=hidden, leave=False)

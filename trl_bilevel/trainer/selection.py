@@ -82,7 +82,7 @@ class Selection:
         )
         self.calibrated = False
         self._uniform = True
-        self._gate: tuple[Tensor, Tensor] | None = None
+        self.gate: tuple[Tensor, Tensor] | None = None
         self._alarmed = False
         self._recent: list[Tensor] = []
 
@@ -92,11 +92,16 @@ class Selection:
 
     def weights(self, ids: Tensor) -> Tensor:
         """Weights of the given rows, float32 `[b]`, mean one over the rows trained on; the gate included."""
-        weights = core.sample_weights(self.state, self.units(ids.to(self.state.logits.device)))
-        if self._gate is not None:
-            threshold, scale = self._gate
-            weights = torch.where(weights < threshold, 0.0, weights * scale)
+        units = self.units(ids.to(self.state.logits.device))
+        weights = core.sample_weights(self.state, units)
+        if self.gate is not None:
+            threshold, scale = self.gate
+            weights = torch.where(self._gate_keys(units) < threshold, 0.0, weights * scale)
         return weights
+
+    def _gate_keys(self, units: Tensor) -> Tensor:
+        """What the gate compares: the logit, ties (calibrated weights have plateaus) broken by the mean score."""
+        return self.state.logits[units] + 1e-4 * self.state.score_mean[units].nan_to_num()
 
     def all_weights(self) -> Tensor:
         """Weights of all of the caller's rows, float32 `[row_count]` on the CPU; NaN for rows that preparation
@@ -148,6 +153,14 @@ class Selection:
             groups = self.groups.of_row[known]
             logits = self._group_means(groups, logits.exp()).clamp(min=1e-6).log()
             z = self._group_means(groups, z)
+        if float(logits.max() - logits.min()) == 0:
+            logger.warning(
+                "The scores do not differ: there is nothing to select by, and training goes on with equal weights."
+            )
+        if self.state.activation == "sigmoid":
+            # The weight is sigmoid(logit): make it proportional to what the logits stand for.
+            share = 0.5 * logits.exp()
+            logits = share.log() - torch.log1p(-share)
         live = ~torch.isneginf(self.state.logits)
         core.replace_logits(self.state, live, logits)
         self.state.score_mean[live] = z
@@ -167,11 +180,12 @@ class Selection:
         """Recompute the threshold of the hard gate (`filter_rate`) from at most `STATISTICS_ROWS` rows."""
         if self.config.filter_rate == 0 or self._uniform:
             return
-        self._gate = None
-        weights = self.weights(self._statistics_rows())
-        threshold = torch.quantile(weights, self.config.filter_rate)
-        passed = torch.where(weights < threshold, 0.0, weights)
-        self._gate = (threshold, weights.mean() / passed.mean())
+        self.gate = None
+        rows = self._statistics_rows()
+        weights, keys = self.weights(rows), self._gate_keys(self.units(rows.to(self.state.logits.device)))
+        threshold = torch.quantile(keys, self.config.filter_rate)
+        passed = torch.where(keys < threshold, 0.0, weights)
+        self.gate = (threshold, weights.mean() / passed.mean())
 
     def _statistics_rows(self) -> Tensor:
         rows = self.kept.nonzero().squeeze(1) if not bool(self.kept.all()) else None
@@ -232,7 +246,7 @@ class Selection:
             "settings": self.settings(),
             "calibrated": self.calibrated,
             "uniform": self._uniform,
-            "gate": None if self._gate is None else [float(x) for x in self._gate],
+            "gate": None if self.gate is None else [float(x) for x in self.gate],
         }
         _atomically(folder / STATE_FILE, lambda path: save_file(tensors, path))
         _atomically(folder / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=2)))
@@ -271,7 +285,7 @@ class Selection:
         self.calibrated, self._uniform = summary["calibrated"], summary["uniform"]
         device = self.state.logits.device
         gate = summary["gate"]
-        self._gate = (
+        self.gate = (
             None if gate is None else (torch.tensor(gate[0], device=device), torch.tensor(gate[1], device=device))
         )
         return {k[len(ESTIMATOR_PREFIX) :]: v for k, v in tensors.items() if k.startswith(ESTIMATOR_PREFIX)}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -142,6 +143,8 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
             "per-token "
             "log-probabilities that the weights multiply. Unset them."
         )
+    if trainer.accelerator.mixed_precision == "fp16" and args.weight_estimator != "none":
+        raise ValueError("`fp16=True` is not supported: the pilot run takes no part in loss scaling. Use `bf16=True`.")
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
@@ -196,6 +199,18 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
             )
 
 
+def with_scored_tokens(rows: Dataset) -> Dataset:
+    """Rows with at least one token that a causal model scores (a label after the first position)."""
+    if "labels" not in rows.column_names:
+        return rows
+    return rows.filter(
+        lambda batch: [any(label != -100 for label in labels[1:]) for labels in batch],
+        batched=True,
+        input_columns="labels",
+        desc="Dropping rows without a token to score",
+    )
+
+
 def kept_rows(trainer: BilevelSFTTrainer) -> Tensor:
     """Which of the caller's rows preparation kept, bool `[row_count]`; refuses a set that cannot fill one batch."""
     if SAMPLE_ID not in trainer.train_dataset.column_names:
@@ -240,6 +255,7 @@ def prepare_validation(
             rows = trainer._prepare_dataset(
                 dataset, trainer.processing_class, args, False, formatting_func, f"validation {name}"
             )
+        rows = with_scored_tokens(rows)
         if len(rows) == 0:
             raise ValueError(
                 f"All {len(dataset)} rows of `validation_dataset` {name!r} were dropped in preparation: no token to "
@@ -262,6 +278,10 @@ def prepare_validation(
         prepared[name] = rows
     if args.weight_estimator != "none" and args.selector_update == "calibrated":
         total = sum(map(len, prepared.values()))
+        if max(map(len, prepared.values())) < 2:
+            raise ValueError(
+                "Every set of `validation_dataset` has a single row: give at least two in one, or merge them."
+            )
         if total < MIN_CALIBRATION_ROWS:
             raise ValueError(
                 f"`validation_dataset` has {total} usable rows; `selector_update='calibrated'` needs at least "
@@ -281,7 +301,10 @@ def _validation_sets(trainer: BilevelSFTTrainer, datasets: Mapping[str, Dataset]
         batch_size=args.validation_batch_size or rows_per_step(trainer),
         collate=trainer.data_collator,
         seed=args.seed,
-        pad_token_id=trainer._tokenizer.pad_token_id,
+        # With a collator of the user's, TRL leaves the tokenizer without a padding token.
+        pad_token_id=next(
+            i for i in (trainer._tokenizer.pad_token_id, trainer._tokenizer.eos_token_id, 0) if i is not None
+        ),
     )
 
 
@@ -296,7 +319,14 @@ def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
     """Mean loss per token of every row that preparation keeps, float32 on the CPU, by forwards in eval mode."""
     args = trainer.args
     if "labels" not in dataset.column_names:
-        dataset = trainer._prepare_dataset(dataset, trainer.processing_class, args, False, None, "rows")
+        numbered = dataset.add_column(SAMPLE_ID, np.arange(len(dataset)))
+        formatting = trainer._formatting_func
+        # Preparation may shuffle.
+        dataset = trainer._prepare_dataset(numbered, trainer.processing_class, args, False, formatting, "scored").sort(
+            SAMPLE_ID
+        )
+    if len(dataset) == 0:
+        return torch.zeros(0)
     host = TrainerHost(trainer)
     training = trainer.model.training
     trainer.model.eval()

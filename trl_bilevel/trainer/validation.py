@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +61,22 @@ class ValidationSets:
             for index, (name, dataset) in enumerate(self.datasets.items())
         }
 
-    def step_batch(self, step: int, micro_batches: int, rank: int, world_size: int) -> ValidationBatch:
-        """The rows of optimizer step `step`, dealt out over `micro_batches` of this process and `world_size`
-        processes.
+    def step_batch(
+        self, step: int, micro_batches: int, rank: int, world_size: int, share: float = 1.0
+    ) -> ValidationBatch:
+        """The rows of optimizer step `step`, dealt out over `micro_batches` of each process.
+
+        Args:
+            share (`float`): part of the step's rows to use. The last window of an epoch may be short, and must not
+                carry the validation rows of a whole one in its few micro-batches.
         """
         slots = micro_batches * world_size
         drawn: list[tuple[dict[str, Any], float]] = []
         for name, sampler in self.samplers.items():
-            rows = [self.datasets[name][row] for row in sampler.rows(step)]
-            tokens = max(1, sum(scored_tokens(row["labels"]) for row in rows))
+            numbers = sampler.rows(step)
+            rows = [self.datasets[name][row] for row in numbers[: math.ceil(share * len(numbers))]]
+            # Counted after collation: a collator of the user's may mask more.
+            tokens = max(1, int((self.collate(rows)["labels"][..., 1:] != -100).sum()))
             drawn += [(row, self.weights[name] / tokens) for row in rows]
         batches: list[dict[str, Any] | None] = []
         weights: list[Tensor] = []
@@ -93,8 +101,3 @@ class ValidationSets:
     def join(self, train: Mapping[str, Any], validation: Mapping[str, Any]) -> dict[str, Any]:
         """Training rows first, validation rows after them, in one padded batch."""
         return concatenate_batches(train, validation, self.pad_token_id)
-
-
-def scored_tokens(labels: list[int]) -> int:
-    """Number of tokens of a row that a causal model scores: all labelled ones but the first position."""
-    return sum(label != -100 for label in labels[1:])

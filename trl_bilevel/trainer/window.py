@@ -59,7 +59,9 @@ class StepWindow:
             weight = validation_loss_weight(args.validation_loss_weight, args.validation_loss_weight_decay, epoch)
             if step % args.validation_every == 0:
                 assert trainer.validation is not None
-                drawn = trainer.validation.step_batch(step, len(self.batches), args.process_index, args.world_size)
+                micro = len(self.batches)
+                share = min(1.0, micro / args.gradient_accumulation_steps)
+                drawn = trainer.validation.step_batch(step, micro, args.process_index, args.world_size, share)
         for micro, batch in enumerate(self.batches):
             joined = dict(batch)
             device = batch["input_ids"].device
@@ -114,11 +116,13 @@ class StepWindow:
         ids, losses = self._gather(torch.cat(self.ids)), self._gather(torch.cat(self.losses))
         scores = self._gather(torch.cat(self.scores)) if self.scores else losses
         finite = torch.isfinite(losses) & torch.isfinite(scores)
-        if not bool(finite.all()):
+        own = torch.cat(self.validation_losses) if self.validation_losses else losses[:0]
+        trusted = self._gather(torch.isfinite(own).all().reshape(1))
+        if not bool(finite.all() & trusted.all()):
             trainer.stop_on_non_finite(ids[~finite])
         if self.scores and trainer.state.global_step >= setup.warmup_steps(trainer):
             trainer.selection.update(ids, scores)
-            if trainer.state.global_step % setup.GATE_REFRESH_STEPS == 0:
+            if trainer.selection.gate is None or trainer.state.global_step % setup.GATE_REFRESH_STEPS == 0:
                 trainer.selection.refresh_gate()
 
     def _gather(self, values: Tensor) -> Tensor:
