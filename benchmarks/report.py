@@ -23,6 +23,8 @@ the same number of optimizer steps; the steps of a pilot run are taken off the a
 those arms score every row with two forwards and train the tracker in the pilot (`make demo` prints the times). The
 same validation rows (32; 48 for safety) are known to all.
 
+The runs were made just before scores were winsorised for the calibration; they have not been repeated since.
+
 `gap recovered` is (uniform - arm) / (uniform - clean only) in test loss (mean over 160 clean test rows of the loss per
 token, in nats), per seed. AUC is that of the learned weights, undamaged rows against the damaged ones.
 """
