@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trl_bilevel.core import selector as core
@@ -65,6 +65,7 @@ def test_entropy_gradient_equals_autograd(seed, units, activation, groups):
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), activation=st.sampled_from(ACTIVATIONS), groups=st.booleans())
+@example(seed=4793, activation="softmax", groups=True)  # a heavy unit, repeated in a batch, comes down again
 def test_running_sums_stay_exact(seed, activation, groups):
     state, generator = random_state(seed, 15, activation, groups)
     for _ in range(30):

@@ -177,17 +177,17 @@ def weight_entropy(state: SelectorState) -> Tensor:
     return (total.log() - state.totals[2] / total) / state.totals[3].log().clamp(min=1e-12)
 
 
-def _set_logits(state: SelectorState, units: Tensor, new: Tensor, share: Tensor) -> None:
-    """Write `new` logits and carry the sums along; `share` is one over the unit's multiplicity in `units`."""
+def _set_logits(state: SelectorState, units: Tensor, new: Tensor, first: Tensor) -> None:
+    """Write `new` logits and carry the sums along; `first` marks each unit's first place in `units`."""
     new = new.clamp(-LOGIT_BOUND, LOGIT_BOUND)
     change = _terms(new, state.activation) - _terms(state.logits[units], state.activation)
     if state.rows is not None:
         change = change * state.rows[units].unsqueeze(-1)
-    state.totals += (change * share.double().unsqueeze(-1)).sum(0)
+    state.totals += (change * first.unsqueeze(-1)).sum(0)
     state.logits[units] = new
-    # Rounding of the running sums stays bounded by refreshing them once in U changes: O(1) per change.
+    # When a large weight leaves, the sums keep its rounding: refresh them once in U changes, O(1) per change.
     state.since_refresh += units.numel()
-    if state.since_refresh > max(state.logits.numel(), 100_000):
+    if state.since_refresh >= state.logits.numel():
         refresh_totals(state)
 
 
@@ -199,14 +199,17 @@ def replace_logits(state: SelectorState, live: Tensor, logits: Tensor) -> None:
 
 
 def _merge_duplicates(units: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of `values` over equal units, at each of them, and one over their number.
+    """Mean of `values` over equal units, the same bits at each of them, and a mark (bool) at each unit's first place.
 
     A batch of several processes may hold a row twice (the dataloader pads the last batch), groups always repeat. The
     comparison is O(b^2) small integers, and needs no host-device sync where `torch.unique` would.
     """
-    same = (units.unsqueeze(0) == units.unsqueeze(1)).to(values.dtype)
-    share = 1.0 / same.sum(1)
-    return (same @ values) * share, share
+    same = units.unsqueeze(0) == units.unsqueeze(1)
+    place = torch.arange(units.numel(), device=units.device)
+    first = torch.where(same, place, units.numel()).amin(1)
+    mean = (same.to(values.dtype) @ values) / same.sum(1)
+    # Equal units are summed in the same order, but a matrix product need not round equal rows alike.
+    return mean[first], first == place
 
 
 def standardise(state: SelectorState, scores: Tensor, momentum: float = 0.9) -> Tensor:
@@ -241,10 +244,10 @@ def update_sparse_centred(
     Returns:
         `Tensor` float32 `[b]`: the standardised scores.
     """
-    z, share = _merge_duplicates(units, standardise(state, scores))
+    z, first = _merge_duplicates(units, standardise(state, scores))
     _remember(state, units, z)
     new = (1 - entropy_coef) * state.logits[units] + learning_rate * z
-    _set_logits(state, units, new, share)
+    _set_logits(state, units, new, first)
     state.step += 1
     return z
 
