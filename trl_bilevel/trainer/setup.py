@@ -68,9 +68,9 @@ def check_datasets(
         raise ValueError("`train_dataset` is required.")
     if not isinstance(train, Dataset):
         raise TypeError(
-            f"`train_dataset` must be a `datasets.Dataset`, got `{type(train).__name__}`: weights are kept per "
-            f"row, so the "
-            "rows must be countable. Materialise a streaming dataset first, e.g. `Dataset.from_list(list(stream))`."
+            f"`train_dataset` must be a `datasets.Dataset`, got `{type(train).__name__}`: weights are kept per row, "
+            "so the rows must be countable. Materialise a streaming dataset first, e.g. "
+            "`Dataset.from_list(list(stream))`."
         )
     if len(train) == 0:
         raise ValueError("`train_dataset` is empty.")
@@ -133,15 +133,13 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         raise ValueError("Vision-language models are not supported: validation rows join text batches only.")
     if args.loss_type != "nll":
         raise ValueError(
-            f"`loss_type={args.loss_type!r}` is not supported: weights multiply the negative log-likelihood of a "
-            f"row. Use "
-            "`loss_type='nll'`."
+            f"`loss_type={args.loss_type!r}` is not supported: weights multiply the negative log-likelihood of a row. "
+            "Use `loss_type='nll'`."
         )
     if args.label_smoothing_factor > 0 or trainer.compute_loss_func is not None:
         raise ValueError(
             "`label_smoothing_factor` and `compute_loss_func` are not supported: they build the loss without the "
-            "per-token "
-            "log-probabilities that the weights multiply. Unset them."
+            "per-token log-probabilities that the weights multiply. Unset them."
         )
     if trainer.accelerator.mixed_precision == "fp16" and args.weight_estimator != "none":
         raise ValueError("`fp16=True` is not supported: the pilot run takes no part in loss scaling. Use `bf16=True`.")
@@ -153,15 +151,13 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
-            "DeepSpeed and FSDP are not supported yet: the estimators exchange whole parameter tensors, which "
-            "are sharded "
-            "there. Use DDP or a single GPU."
+            "DeepSpeed and FSDP are not supported yet: the estimators exchange whole parameter tensors, which are "
+            "sharded there. Use DDP or a single GPU."
         )
     if not trainer.model_accepts_loss_kwargs:
         raise ValueError(
-            f"{type(trainer.model).__name__} does not accept `num_items_in_batch`, so the loss cannot be "
-            f"normalised over "
-            "the accumulation window."
+            f"{type(trainer.model).__name__} does not accept `num_items_in_batch`, so the loss cannot be normalised "
+            "over the accumulation window."
         )
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("`average_tokens_across_devices=False` is not supported with several processes. Unset it.")
@@ -176,11 +172,9 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         return
     if args.weight_estimator == "loss":
         warnings.warn(
-            "`weight_estimator='loss'` ranks rows by their loss, so it prefers easy bad rows (boilerplate, "
-            "stubs, refusals "
-            "of work) to good ones: measured AUC below 0.35 on them, where 0.5 is chance. It is kept to "
-            "reproduce published "
-            "results; use 'value_function' for training.",
+            "`weight_estimator='loss'` ranks rows by their loss, so it prefers easy bad rows (boilerplate, stubs, "
+            "refusals of work) to good ones: measured AUC below 0.35 on them, where 0.5 is chance. It is kept to "
+            "reproduce published results; use 'value_function' for training.",
             UserWarning,
             stacklevel=4,
         )
@@ -259,8 +253,8 @@ def prepare_validation(
         if len(rows) == 0:
             raise ValueError(
                 f"All {len(dataset)} rows of `validation_dataset` {name!r} were dropped in preparation: no token to "
-                f"score "
-                f"within `max_length={args.max_length}`. Raise `max_length`, or use `truncation_mode='keep_end'`."
+                f"score within `max_length={args.max_length}`. Raise `max_length`, or use "
+                "`truncation_mode='keep_end'`."
             )
         if len(rows) < len(dataset):
             logger.warning(
@@ -270,8 +264,8 @@ def prepare_validation(
         if overlap:
             warnings.warn(
                 f"{overlap} of {len(rows)} rows of `validation_dataset` {name!r} are also training rows: their "
-                f"weights "
-                "will be flattered, and the validation loss will not notice overfitting. Remove them from one side.",
+                "weights will be flattered, and the validation loss will not notice overfitting. Remove them from "
+                "one side.",
                 UserWarning,
                 stacklevel=3,
             )
