@@ -44,6 +44,25 @@ def test_weights_approach_the_posterior(seed):
     assert torch.corrcoef(torch.stack([weights, posterior]))[0, 1] > 0.95
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_separated_good_rows_weigh_the_same(seed):
+    x, trusted = mixture(seed, 100, 100, 6.0)
+    # Few and by chance all of the better half: no reason to visit some good rows more often than others.
+    good = calibrated_logits(x, trusted.sort().values[12:20])[:100].exp()
+    assert float(good.sum() ** 2 / (good**2).sum()) / 100 > 0.86
+
+
+def test_trusted_weights_count_like_repeated_rows():
+    x, trusted = mixture(0, 100, 300, 2.0)
+    trusted = trusted[:8]
+    weights = torch.tensor([3.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 2.0])
+    weighted = calibrated_logits(x, trusted, weights)
+    repeated = calibrated_logits(x, trusted.repeat_interleave(weights.long()))
+    assert float((weighted - repeated).abs().max()) < 0.5
+    assert float((weighted - calibrated_logits(x, trusted)).abs().max()) > 1e-3
+    torch.testing.assert_close(calibrated_logits(x, trusted, torch.full((8,), 0.3)), calibrated_logits(x, trusted))
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     scores=st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=60),

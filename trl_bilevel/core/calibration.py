@@ -27,16 +27,19 @@ PRIOR_SPREAD = 0.5
 FLOOR = 1e-3
 
 
-def calibrated_logits(scores: Tensor, trusted_scores: Tensor) -> Tensor:
+def calibrated_logits(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | None = None) -> Tensor:
     """Logits whose softmax weights make the training rows score like trusted rows.
 
     `f_train` is a kernel density estimate, `f_good` a Gaussian (few trusted rows: its spread is shrunk towards half
     of the training rows' and carries the error of its mean), and their ratio is made monotone in the score by isotonic
-    regression: a better score never weighs less.
+    regression: a better score never weighs less. The weight rises no further than the mean trusted score: the
+    posterior of being good ends in a plateau, and what the ratio does beyond is the error of a few trusted rows, which
+    would spend the visits on a few rows among the good ones.
 
     Args:
         scores (`Tensor` float32 `[N]`): one per row, finite.
         trusted_scores (`Tensor` float32 `[c]`): of trusted rows that neither end of the difference was trained on.
+        trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
 
     Returns:
         `Tensor` float32 `[N]`: log weights, at most 0. All zero if the scores do not differ.
@@ -57,10 +60,12 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor) -> Tensor:
 
     grid = torch.linspace(float(x.min()), float(x.max()), GRID, dtype=torch.float64)
     train = _smooth_density(x, grid)
-    good = _trusted_density(y, grid)
+    count, centre, variance = _moments(y, trusted_weights)
+    good = _trusted_density(count, centre, variance, grid)
     ratio = isotonic_regression((good / train).numpy(), weights=train.numpy()).x
     logits = torch.from_numpy(ratio).clamp(min=0).add(1e-300).log()
-    logits = (logits - logits.max()).clamp(min=math.log(FLOOR))
+    logits = logits - _interpolate(grid, logits, centre.reshape(1))
+    logits = logits.clamp(min=math.log(FLOOR), max=0.0)
     return _interpolate(grid, logits, x).float().to(scores.device)
 
 
@@ -86,12 +91,18 @@ def _smooth_density(x: Tensor, grid: Tensor) -> Tensor:
     return (kernel @ histogram / (bandwidth * math.sqrt(2 * math.pi))).clamp(min=1e-12)
 
 
-def _trusted_density(y: Tensor, grid: Tensor) -> Tensor:
-    """Predictive Gaussian density of trusted scores on a grid."""
-    count = y.numel()
-    deviation = ((y - y.mean()) ** 2).sum()
-    variance = (deviation + PRIOR_ROWS * PRIOR_SPREAD**2) / (count - 1 + PRIOR_ROWS) * (1 + 1 / count)
-    return torch.exp(-0.5 * (grid - y.mean()) ** 2 / variance) / (2 * math.pi * variance).sqrt()
+def _moments(y: Tensor, weights: Tensor | None) -> tuple[float, Tensor, Tensor]:
+    """Effective number, mean and variance (not corrected for the number) of weighted values."""
+    share = torch.ones_like(y) if weights is None else weights.to(y)
+    share = share / share.sum()
+    mean = (share * y).sum()
+    return float(1 / (share**2).sum()), mean, (share * (y - mean) ** 2).sum()
+
+
+def _trusted_density(count: float, mean: Tensor, variance: Tensor, grid: Tensor) -> Tensor:
+    """Predictive Gaussian density of `count` trusted scores on a grid."""
+    spread = (count * variance + PRIOR_ROWS * PRIOR_SPREAD**2) / (count - 1 + PRIOR_ROWS) * (1 + 1 / count)
+    return torch.exp(-0.5 * (grid - mean) ** 2 / spread) / (2 * math.pi * spread).sqrt()
 
 
 def _interpolate(grid: Tensor, values: Tensor, x: Tensor) -> Tensor:

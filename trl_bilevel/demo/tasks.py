@@ -103,9 +103,9 @@ class Mixture:
 
 DOCSTRING_TASKS = {
     "quality": Mixture(96, 288, (lazy, swapped, salad)),
-    "boilerplate": Mixture(96, 96, (lazy,)),
-    "scrambled": Mixture(96, 96, (scrambled,)),
-    "truncated": Mixture(96, 96, (truncated,)),
+    "boilerplate": Mixture(192, 192, (lazy,)),
+    "scrambled": Mixture(192, 192, (scrambled,)),
+    "truncated": Mixture(192, 192, (truncated,)),
 }
 TASKS = (*DOCSTRING_TASKS, "safety")
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 Batch = Mapping[str, Any]
+#: A batch, and what the summed loss of each of its rows is multiplied by, float32 `[B]`.
+WeightedBatch = tuple[Batch, Tensor]
 
 
 class EstimatorHost(Protocol):
@@ -33,8 +35,8 @@ class EstimatorHost(Protocol):
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forward of the model as it stands: summed loss and number of scored tokens per row, `[B]` each."""
 
-    def validation_batches(self, step: int) -> Sequence[Batch]:
-        """This process's validation rows of a step, in micro-batches."""
+    def validation_batches(self, step: int) -> Sequence[WeightedBatch]:
+        """This process's validation rows of a step, in micro-batches, with row weights that make up `L_val`."""
 
     def global_sum(self, value: Tensor) -> Tensor:
         """Sum of a tensor over the processes."""
@@ -130,10 +132,10 @@ def train_shadow(
     host: EstimatorHost,
     shadow: ShadowParameters,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
+    batches: Sequence[WeightedBatch],
     max_grad_norm: float,
 ) -> list[Tensor]:
-    """One optimizer step of the second set on the mean token loss of `batches`, gradients summed over the processes.
+    """One optimizer step of the second set on the weighted loss of `batches`, gradients summed over the processes.
 
     Forward and backward run within the swap, so that gradient checkpointing recomputes with the right values. The
     model's own gradients must be empty.
@@ -142,11 +144,10 @@ def train_shadow(
         The per-row mean losses `[b]` of each batch, before the step.
     """
     losses: list[Tensor] = []
-    tokens = host.global_sum(sum_tokens(batches, shadow.values[0].device)).clamp(min=1)
     with shadow.swapped():
-        for batch in batches:
+        for batch, weights in batches:
             sums, counts = host.row_losses(batch)
-            (sums.sum() / tokens).backward()
+            (weights.to(sums.device) * sums).sum().backward()
             losses.append(mean_losses(sums, counts))
         shadow.take_gradients()
     for value in shadow.values:
@@ -162,10 +163,13 @@ def train_shadow(
     return losses
 
 
-def sum_tokens(batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """Number of tokens that a causal model scores in the batches, `[]` int64; 0 for no batch."""
+def token_mean(host: EstimatorHost, batches: Sequence[Batch], device: torch.device) -> list[WeightedBatch]:
+    """The batches, weighted such that their loss over all processes is the mean per scored token."""
     counts = [(batch["labels"][..., 1:] != -100).sum().to(device) for batch in batches]
-    return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64, device=device)
+    # A process without a batch still takes part in the sum.
+    own = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64, device=device)
+    weight = 1.0 / host.global_sum(own).clamp(min=1)
+    return [(batch, weight.expand(len(batch["labels"]))) for batch in batches]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

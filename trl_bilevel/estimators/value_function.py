@@ -17,6 +17,7 @@ from .base import (
     load_optimizer_tensors,
     mean_losses,
     optimizer_tensors,
+    token_mean,
     train_shadow,
 )
 
@@ -62,7 +63,8 @@ class ValueFunctionEstimator(Estimator):
         """Train the tracker one step on the window; its losses before the step are the reference."""
         if self.shadow is None or self.host.current_step() % self.every:
             return None
-        return train_shadow(self.host, self.shadow, self.optimizer, window, self.max_grad_norm)
+        rows = token_mean(self.host, window, self.shadow.values[0].device)
+        return train_shadow(self.host, self.shadow, self.optimizer, rows, self.max_grad_norm)
 
     def score(self, model_losses: Tensor, reference_losses: Tensor | None) -> Tensor:
         """`1 - ell_i(theta) / ell_i(theta_hat)`, `[b]`."""

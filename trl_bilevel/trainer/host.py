@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..core.scores import row_losses
 from ..data.identity import SAMPLE_ID
+from ..estimators.base import WeightedBatch
+from .validation import ValidationSets
 
 if TYPE_CHECKING:
     from .bilevel_sft_trainer import BilevelSFTTrainer
@@ -37,14 +39,21 @@ class TrainerHost:
             outputs = self.trainer.model(**inputs, use_cache=False, fused_lm_head=True)
         return row_losses(outputs.log_probs, outputs.label_mask)
 
-    def validation_batches(self, step: int) -> Sequence[Mapping[str, Any]]:
-        """This process's validation rows of a step, in micro-batches of at most the training batch size."""
-        trainer = self.trainer
-        assert trainer.validation is not None
-        drawn = trainer.validation.step_batch(
-            step, trainer.args.gradient_accumulation_steps, trainer.args.process_index, trainer.args.world_size
-        )
-        return [trainer._prepare_inputs(dict(batch)) for batch in drawn.batches if batch is not None]
+    @property
+    def validation(self) -> ValidationSets:
+        """The sets that pull."""
+        assert self.trainer.validation is not None
+        return self.trainer.validation
+
+    def validation_batches(self, step: int) -> Sequence[WeightedBatch]:
+        """This process's validation rows of a step, in as many micro-batches as the step has, with their weights."""
+        args = self.trainer.args
+        drawn = self.validation.step_batch(step, args.gradient_accumulation_steps, args.process_index, args.world_size)
+        return [
+            (self.trainer._prepare_inputs(dict(batch)), weights)
+            for batch, weights in zip(drawn.batches, drawn.row_weights, strict=True)
+            if batch is not None
+        ]
 
     def global_sum(self, value: Tensor) -> Tensor:
         """Sum over the processes."""

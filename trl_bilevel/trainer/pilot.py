@@ -9,7 +9,7 @@ weights, and never learns the bad rows in the first place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..data.batches import ValidationSampler
 from ..data.identity import SAMPLE_ID
 from ..estimators import Estimator
-from ..estimators.base import ShadowParameters, sum_tokens
+from ..estimators.base import ShadowParameters, token_mean
 from .errors import NonFiniteScoreError, row_list
 from .host import TrainerHost
 from .validation import ValidationSets
@@ -35,16 +35,14 @@ class PilotHost(TrainerHost):
 
     def __init__(self, trainer: BilevelSFTTrainer, validation: ValidationSets, learning_rate: float):
         super().__init__(trainer)
-        self.validation = validation
+        self._validation = validation
         self.rate = learning_rate
         self.step = 0
 
-    def validation_batches(self, step: int) -> Sequence[Mapping[str, Any]]:
-        """This process's validation rows of a step."""
-        args = self.trainer.args
-        micro = args.gradient_accumulation_steps
-        drawn = self.validation.step_batch(step, micro, args.process_index, args.world_size)
-        return [self.trainer._prepare_inputs(dict(batch)) for batch in drawn.batches if batch is not None]
+    @property
+    def validation(self) -> ValidationSets:
+        """The sets that pull the pilot."""
+        return self._validation
 
     def learning_rate(self) -> float:
         """The pilot's constant learning rate."""
@@ -89,12 +87,12 @@ class Pilot:
         self.order = trainer.row_order()
         self.sampler = ValidationSampler(len(self.order), batch_size, trainer.args.seed + 7919)
 
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rehearse, score, restore.
 
         Returns:
             `tuple` of `Tensor` float32: scores of the caller's rows `[row_count]` (NaN where preparation dropped the
-            row), and of the held-back validation rows `[c]`.
+            row); scores of the held-back validation rows `[c]`; their shares in the validation loss `[c]`.
         """
         trainer = self.trainer
         parameters = self.host.trainable_parameters()
@@ -110,12 +108,7 @@ class Pilot:
                 scores[batch[SAMPLE_ID].to(scores.device)] = self.estimator.row_scores(batch).to(scores.dtype)
             scores = self.host.global_sum(scores).cpu()
             scores[~trainer.selection.kept] = torch.nan
-            validation = torch.cat(
-                [
-                    self.estimator.row_scores(batch)
-                    for _, batch in self.held_back.all_batches(trainer.args.per_device_eval_batch_size)
-                ]
-            )
+            validation, validation_weights = self._score_held_back()
             self._check(scores, validation)
         finally:
             with torch.no_grad():
@@ -123,7 +116,19 @@ class Pilot:
                     parameter.copy_(value)
             trainer.model.train(was_training)
             self.estimator.release()
-        return scores, validation.cpu()
+        return scores, validation, validation_weights
+
+    def _score_held_back(self) -> tuple[Tensor, Tensor]:
+        """Scores of the held-back validation rows, and each row's share in the validation loss."""
+        scores: list[Tensor] = []
+        weights: list[Tensor] = []
+        for name, batch in self.held_back.all_batches(self.trainer.args.per_device_eval_batch_size):
+            scores.append(self.estimator.row_scores(batch))
+            share = self.held_back.weights[name] / len(self.held_back.datasets[name])
+            weights.append(torch.full_like(scores[-1], share))
+        # Every process scores all of them, and must come to the same weights to the last bit.
+        mean = self.host.global_sum(torch.cat(scores)) / self.trainer.args.world_size
+        return mean.cpu(), torch.cat(weights).cpu()
 
     def _check(self, scores: Tensor, validation: Tensor) -> None:
         bad = self.trainer.selection.kept & ~torch.isfinite(scores)
@@ -147,11 +152,11 @@ class Pilot:
             size = args.per_device_train_batch_size
             train = [self._collate(rows[start : start + size]) for start in range(0, len(rows), size)]
             self.estimator.begin_step(train)
-            for share, batches in ((1 - weight, train), (weight, self.host.validation_batches(step))):
-                tokens = self.host.global_sum(sum_tokens(batches, args.device)).clamp(min=1)
-                for batch in batches:
+            training = token_mean(self.host, train, args.device)
+            for share, batches in ((1 - weight, training), (weight, self.host.validation_batches(step))):
+                for batch, row_weights in batches:
                     sums, _ = self.host.row_losses(batch)
-                    (share * sums.sum() / tokens).backward()
+                    (share * row_weights.to(sums.device) * sums).sum().backward()
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

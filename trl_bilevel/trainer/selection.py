@@ -135,18 +135,20 @@ class Selection:
             )
         self._uniform = False
 
-    def calibrate(self, scores: Tensor, validation_scores: Tensor) -> None:
+    def calibrate(self, scores: Tensor, validation_scores: Tensor, validation_weights: Tensor) -> None:
         """Set all weights at once from the scores of every kept row and of held-back validation rows.
 
         Args:
             scores (`Tensor` float32 `[row_count]`): NaN for rows without a score (dropped in preparation).
             validation_scores (`Tensor` float32 `[c]`).
+            validation_weights (`Tensor` float32 `[c]`): share of each validation row in the validation loss.
         """
         device = self.state.logits.device
         scores = scores.to(device)
         known = ~torch.isnan(scores)
         row_scores = scores[known]
-        logits = calibrated_logits(row_scores, validation_scores.to(device)) * self.config.calibration_sharpness
+        logits = calibrated_logits(row_scores, validation_scores, validation_weights)
+        logits *= self.config.calibration_sharpness
         z = (row_scores - row_scores.mean()) / row_scores.std(unbiased=False).clamp(min=1e-8)
         if self.groups is not None:
             # A group's weight is the mean weight its rows would have alone.
