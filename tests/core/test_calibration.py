@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_bilevel.core.calibration import calibrated_logits
+from trl_bilevel.core.calibration import calibrated_logits, ending_logits
 from trl_bilevel.core.resampling import systematic_resample
 
 
@@ -61,6 +61,26 @@ def test_trusted_weights_count_like_repeated_rows():
     assert float((weighted - repeated).abs().max()) < 0.5
     assert float((weighted - calibrated_logits(x, trusted)).abs().max()) > 1e-3
     torch.testing.assert_close(calibrated_logits(x, trusted, torch.full((8,), 0.3)), calibrated_logits(x, trusted))
+
+
+def test_surprising_endings_lose_weight_where_trusted_rows_end_as_expected():
+    surprise = torch.cat([torch.full((50,), 0.05), torch.full((50,), 0.9)])
+    logits = ending_logits(surprise, torch.full((8,), 0.05), torch.ones(100))
+    # Rates (8 * .05 + 1) / 10 = .14 and (100 * .475 + 1) / 102 = .4755 by the rule of succession.
+    ratio = (0.14 / 0.86) / (0.4755 / 0.5245)
+    torch.testing.assert_close(logits.exp(), 1 - (1 - ratio) * surprise, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("trusted", "weights"),
+    [
+        (torch.full((8,), 0.5), torch.ones(100)),  # trusted rows surprise as often
+        (torch.full((8,), 0.05), torch.cat([torch.ones(50), torch.zeros(50)])),  # the others have no weight anyway
+    ],
+)
+def test_endings_change_nothing_without_evidence(trusted, weights):
+    surprise = torch.cat([torch.full((50,), 0.05), torch.full((50,), 0.9)])
+    assert ending_logits(surprise, trusted, weights).abs().max() < 1e-6
 
 
 @settings(max_examples=50, deadline=None)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_bilevel.core.scores import difference_score, loss_score, row_losses
+from trl_bilevel.core.scores import RowLosses, difference_score, difference_scores, loss_score, row_losses
 from trl_bilevel.core.statistics import evenly_spaced, gap_recovered, weight_quantiles
 from trl_bilevel.data.batches import ValidationSampler, concatenate_batches
 from trl_bilevel.data.export import data_ranks
@@ -37,8 +37,20 @@ def test_scores():
 
 def test_row_losses_ignore_masked_positions():
     log_probs = torch.tensor([[-1.0, -2.0, 0.0], [0.0, 0.0, 0.0]])
-    sums, counts = row_losses(log_probs, torch.tensor([[1, 1, 0], [0, 0, 0]]).bool())
-    assert sums.tolist() == [3.0, 0.0] and counts.tolist() == [2.0, 1.0]
+    found = row_losses(log_probs, torch.tensor([[1, 1, 0], [0, 0, 0]]).bool())
+    assert found.sums.tolist() == [3.0, 0.0] and found.counts.tolist() == [2.0, 1.0]
+    assert found.means().tolist() == [1.5, 0.0] and found.endings.tolist() == [2.0, 0.0]
+
+
+def test_endings_are_the_last_tokens_of_every_scored_stretch():
+    log_probs = -torch.arange(1.0, 7.0).unsqueeze(0)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1]]).bool()
+    assert row_losses(log_probs, mask).endings.item() == pytest.approx((2 + 4 + 6) / 3)
+
+
+def test_the_ending_surprise_is_the_chance_of_going_on():
+    rows = RowLosses(torch.tensor([1.0, 2.0]), torch.ones(2), -torch.log(torch.tensor([1.0, 0.25])))
+    torch.testing.assert_close(difference_scores(rows, rows), torch.tensor([[0.0, 0.0], [0.0, 0.75]]))
 
 
 def test_ranks_put_ties_in_row_order_and_missing_last():

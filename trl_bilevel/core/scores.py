@@ -6,8 +6,29 @@ the row happens to be in.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class RowLosses(NamedTuple):
+    """What a forward says of each row, `[B]` each, float32 (float64 for float64 input).
+
+    Attributes:
+        sums: summed negative log-likelihood of the scored tokens.
+        counts: number of scored tokens, at least 1, so that a row without tokens has loss 0.
+        endings: mean negative log-likelihood of the tokens that end a scored stretch (the end-of-turn token of each
+            answer).
+    """
+
+    sums: Tensor
+    counts: Tensor
+    endings: Tensor
+
+    def means(self) -> Tensor:
+        """Mean loss per scored token, `[B]`, detached."""
+        return (self.sums / self.counts).detach()
 
 
 def loss_score(model_losses: Tensor) -> Tensor:
@@ -28,23 +49,32 @@ def difference_score(reference_losses: Tensor, model_losses: Tensor) -> Tensor:
 
     The difference is taken relative to the reference loss: boilerplate is soon learned by heart at both ends, its two
     losses and their difference all tend to zero, and a plain difference then ranks it among the good rows (measured
-    AUC on boilerplate after 24 steps: .86 plain, .999 relative). Both have the same
-    sign.
+    AUC on boilerplate after 24 steps: .86 plain, .999 relative). Both have the same sign.
     """
     return 1 - model_losses / reference_losses.clamp(min=1e-6)
 
 
-def row_losses(log_probs: Tensor, label_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood and number of scored tokens of every row.
+def difference_scores(reference: RowLosses, model: RowLosses) -> Tensor:
+    """Two columns, `[b, 2]`: the response's `difference_score`, and the ending's surprise under `model`.
+
+    The surprise is the probability, between 0 and 1, that the model pulled by validation would have gone on where the
+    answer ends.
+    """
+    response = difference_score(reference.means(), model.means())
+    return torch.stack([response, 1 - torch.exp(-model.endings.detach())], dim=-1)
+
+
+def row_losses(log_probs: Tensor, label_mask: Tensor) -> RowLosses:
+    """Losses of every row from per-token log-probabilities.
 
     Args:
         log_probs (`Tensor` `[B, S]`): per-token log-probabilities, zero on ignored positions.
         label_mask (`Tensor` bool `[B, S]`): true on scored positions.
-
-    Returns:
-        `tuple` of `Tensor` `[B]`, float32 (float64 for float64 input): sums, and counts of at least 1, so that a row
-        without tokens has loss 0.
     """
-    dtype = torch.promote_types(log_probs.dtype, torch.float32)
-    sums = -(log_probs.to(dtype) * label_mask).sum(-1)
-    return sums, label_mask.sum(-1).clamp(min=1).to(dtype)
+    losses = -log_probs.to(torch.promote_types(log_probs.dtype, torch.float32)) * label_mask
+    ends = label_mask & ~torch.nn.functional.pad(label_mask[:, 1:], (0, 1), value=False)
+    return RowLosses(
+        sums=losses.sum(-1),
+        counts=label_mask.sum(-1).clamp(min=1).to(losses.dtype),
+        endings=(losses * ends).sum(-1) / ends.sum(-1).clamp(min=1),
+    )

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..core.scores import RowLosses
+
 Batch = Mapping[str, Any]
 #: A batch, and what the summed loss of each of its rows is multiplied by, float32 `[B]`.
 WeightedBatch = tuple[Batch, Tensor]
@@ -32,8 +34,8 @@ class EstimatorHost(Protocol):
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that training changes, in a fixed order."""
 
-    def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Forward of the model as it stands: summed loss and number of scored tokens per row, `[B]` each."""
+    def row_losses(self, batch: Batch) -> RowLosses:
+        """Forward of the model as it stands."""
 
     def validation_batches(self, step: int) -> Sequence[WeightedBatch]:
         """This process's validation rows of a step, in micro-batches, with row weights that make up `L_val`."""
@@ -73,7 +75,11 @@ class Estimator(ABC):
 
     @abstractmethod
     def row_scores(self, batch: Batch) -> Tensor:
-        """Scores `[b]` of a batch of training rows by forwards without gradient, on the model as it is."""
+        """Scores `[b, 1 or 2]` of a batch of rows by forwards without gradient, on the model as it is.
+
+        The first column is what `score` gives; the second, if the estimator judges where answers end, the ending's
+        surprise (`core.scores.difference_scores`).
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """State to save, as named tensors."""
@@ -84,11 +90,6 @@ class Estimator(ABC):
 
     def release(self) -> None:  # noqa: B027
         """Drop all state: no further score will be asked for."""
-
-
-def mean_losses(sums: Tensor, counts: Tensor) -> Tensor:
-    """Mean loss per response token of each row, `[B]`, detached."""
-    return (sums / counts).detach()
 
 
 class ShadowParameters:
@@ -146,9 +147,9 @@ def train_shadow(
     losses: list[Tensor] = []
     with shadow.swapped():
         for batch, weights in batches:
-            sums, counts = host.row_losses(batch)
-            (weights.to(sums.device) * sums).sum().backward()
-            losses.append(mean_losses(sums, counts))
+            found = host.row_losses(batch)
+            (weights.to(found.sums.device) * found.sums).sum().backward()
+            losses.append(found.means())
         shadow.take_gradients()
     for value in shadow.values:
         # A process without rows still takes part in the sum.

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.scores import difference_score
-from .base import Batch, Estimator, EstimatorHost, ShadowParameters, mean_losses, train_shadow
+from ..core.scores import difference_score, difference_scores
+from .base import Batch, Estimator, EstimatorHost, ShadowParameters, train_shadow
 
 
 class LookaheadEstimator(Estimator):
@@ -64,7 +64,7 @@ class LookaheadEstimator(Estimator):
         if self.fresh_at < 0 or self.host.current_step() - self.fresh_at >= self.refresh_steps:
             self.refresh()
         with torch.no_grad(), self.shadow.swapped():
-            return [mean_losses(*self.host.row_losses(batch)) for batch in window]
+            return [self.host.row_losses(batch).means() for batch in window]
 
     def score(self, model_losses: Tensor, reference_losses: Tensor | None) -> Tensor:
         """`1 - ell_i(theta_V) / ell_i(theta)`, `[b]`."""
@@ -78,9 +78,9 @@ class LookaheadEstimator(Estimator):
         if self.fresh_at != self.host.current_step():
             with torch.enable_grad():
                 self.refresh()
-        model_losses = mean_losses(*self.host.row_losses(batch))
+        model = self.host.row_losses(batch)
         with self.shadow.swapped():
-            return difference_score(model_losses, mean_losses(*self.host.row_losses(batch)))
+            return difference_scores(model, self.host.row_losses(batch))
 
     def tensors(self) -> dict[str, Tensor]:
         """`theta_V` and the step it was made at."""

@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.scores import difference_score
+from ..core.scores import difference_score, difference_scores
 from .base import (
     Batch,
     Estimator,
     EstimatorHost,
     ShadowParameters,
     load_optimizer_tensors,
-    mean_losses,
     optimizer_tensors,
     token_mean,
     train_shadow,
@@ -75,10 +74,10 @@ class ValueFunctionEstimator(Estimator):
     def row_scores(self, batch: Batch) -> Tensor:
         """Two forwards without gradient: tracker and model."""
         assert self.shadow is not None
-        model_losses = mean_losses(*self.host.row_losses(batch))
+        model = self.host.row_losses(batch)
         with self.shadow.swapped():
-            tracker_losses = mean_losses(*self.host.row_losses(batch))
-        return difference_score(tracker_losses, model_losses)
+            tracker = self.host.row_losses(batch)
+        return difference_scores(tracker, model)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tracker's values and its optimizer state."""

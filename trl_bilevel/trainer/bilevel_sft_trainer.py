@@ -14,7 +14,7 @@ from ..core.scores import row_losses
 from ..data.export import weighted_dataset
 from ..data.identity import SAMPLE_ID, SampleIdCollator, add_sample_ids, fingerprint, sample_ids
 from ..data.sampling import WeightedSampler, content_order
-from ..estimators.base import Estimator, mean_losses
+from ..estimators.base import Estimator
 from . import setup
 from .errors import NonFiniteScoreError, row_list
 from .host import TrainerHost
@@ -232,7 +232,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
         def weighted_model(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
-            losses = mean_losses(*row_losses(outputs.log_probs.detach(), outputs.label_mask))
+            losses = row_losses(outputs.log_probs.detach(), outputs.label_mask).means()
             rows = factor * window.observe(ids, losses)
             outputs.log_probs = outputs.log_probs * rows.to(outputs.log_probs.dtype).unsqueeze(-1)
             return outputs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.scores import row_losses
+from ..core.scores import RowLosses, row_losses
 from ..data.identity import SAMPLE_ID
 from ..estimators.base import WeightedBatch
 from .validation import ValidationSets
@@ -32,8 +32,8 @@ class TrainerHost:
         """The parameters that training changes, in the model's order."""
         return self._parameters
 
-    def row_losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Summed loss and number of scored tokens per row, `[B]`, through TRL's fused LM head (no full logits)."""
+    def row_losses(self, batch: Mapping[str, Any]) -> RowLosses:
+        """Losses of the rows, through TRL's fused LM head (no full logits)."""
         inputs = self.trainer._prepare_inputs({k: v for k, v in batch.items() if k != SAMPLE_ID})
         with self.trainer.compute_loss_context_manager():
             outputs = self.trainer.model(**inputs, use_cache=False, fused_lm_head=True)

@@ -91,8 +91,8 @@ class Pilot:
         """Rehearse, score, restore.
 
         Returns:
-            `tuple` of `Tensor` float32: scores of the caller's rows `[row_count]` (NaN where preparation dropped the
-            row); scores of the held-back validation rows `[c]`; their shares in the validation loss `[c]`.
+            `tuple` of `Tensor` float32: scores of the caller's rows `[row_count, F]` (NaN where preparation dropped
+            the row); scores of the held-back validation rows `[c, F]`; their shares in the validation loss `[c]`.
         """
         trainer = self.trainer
         parameters = self.host.trainable_parameters()
@@ -103,12 +103,12 @@ class Pilot:
             self._train(parameters)
             self.estimator.prepare_scoring()
             trainer.model.eval()
-            scores = torch.zeros(trainer.row_count, dtype=torch.float32, device=trainer.args.device)
+            validation, validation_weights = self._score_held_back()
+            scores = torch.zeros(trainer.row_count, validation.shape[1], device=trainer.args.device)
             for batch in self._bar(self._train_batches(), "Scoring training rows", self._train_batch_count()):
                 scores[batch[SAMPLE_ID].to(scores.device)] = self.estimator.row_scores(batch).to(scores.dtype)
             scores = self.host.global_sum(scores).cpu()
             scores[~trainer.selection.kept] = torch.nan
-            validation, validation_weights = self._score_held_back()
             self._check(scores, validation)
         finally:
             with torch.no_grad():
@@ -125,13 +125,13 @@ class Pilot:
         for name, batch in self.held_back.all_batches(self.trainer.args.per_device_eval_batch_size):
             scores.append(self.estimator.row_scores(batch))
             share = self.held_back.weights[name] / len(self.held_back.datasets[name])
-            weights.append(torch.full_like(scores[-1], share))
+            weights.append(torch.full((len(scores[-1]),), share))
         # Every process scores all of them, and must come to the same weights to the last bit.
         mean = self.host.global_sum(torch.cat(scores)) / self.trainer.args.world_size
-        return mean.cpu(), torch.cat(weights).cpu()
+        return mean.cpu(), torch.cat(weights)
 
     def _check(self, scores: Tensor, validation: Tensor) -> None:
-        bad = self.trainer.selection.kept & ~torch.isfinite(scores)
+        bad = self.trainer.selection.kept & ~torch.isfinite(scores).all(-1)
         if not bool(bad.any()) and bool(torch.isfinite(validation).all()):
             return
         where = "validation rows"
@@ -155,7 +155,7 @@ class Pilot:
             training = token_mean(self.host, train, args.device)
             for share, batches in ((1 - weight, training), (weight, self.host.validation_batches(step))):
                 for batch, row_weights in batches:
-                    sums, _ = self.host.row_losses(batch)
+                    sums = self.host.row_losses(batch).sums
                     (share * row_weights.to(sums.device) * sums).sum().backward()
             for parameter in parameters:
                 if parameter.grad is None:

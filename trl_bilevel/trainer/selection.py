@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import selector as core
-from ..core.calibration import calibrated_logits
+from ..core.calibration import calibrated_logits, ending_logits
 from ..core.statistics import evenly_spaced, weight_quantiles
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ SUMMARY_FILE = "selector.json"
 ESTIMATOR_PREFIX = "estimator."
 # Statistics that need a look at many weights use at most this many rows, evenly spaced.
 STATISTICS_ROWS = 65_536
+# How much of its standardised score a row's calibrated logit carries.
+TILT = 0.01
 
 
 @dataclass
@@ -96,12 +98,8 @@ class Selection:
         weights = core.sample_weights(self.state, units)
         if self.gate is not None:
             threshold, scale = self.gate
-            weights = torch.where(self._gate_keys(units) < threshold, 0.0, weights * scale)
+            weights = torch.where(self.state.logits[units] < threshold, 0.0, weights * scale)
         return weights
-
-    def _gate_keys(self, units: Tensor) -> Tensor:
-        """What the gate compares: the logit, ties (calibrated weights have plateaus) broken by the mean score."""
-        return self.state.logits[units] + 1e-4 * self.state.score_mean[units].nan_to_num()
 
     def all_weights(self) -> Tensor:
         """Weights of all of the caller's rows, float32 `[row_count]` on the CPU; NaN for rows that preparation
@@ -139,26 +137,31 @@ class Selection:
         """Set all weights at once from the scores of every kept row and of held-back validation rows.
 
         Args:
-            scores (`Tensor` float32 `[row_count]`): NaN for rows without a score (dropped in preparation).
-            validation_scores (`Tensor` float32 `[c]`).
+            scores (`Tensor` float32 `[row_count, F]`): NaN for rows without a score (dropped in preparation).
+            validation_scores (`Tensor` float32 `[c, F]`).
             validation_weights (`Tensor` float32 `[c]`): share of each validation row in the validation loss.
         """
         device = self.state.logits.device
         scores = scores.to(device)
-        known = ~torch.isnan(scores)
+        known = ~torch.isnan(scores).any(-1)
         row_scores = scores[known]
-        logits = calibrated_logits(row_scores, validation_scores, validation_weights)
-        logits *= self.config.calibration_sharpness
-        z = (row_scores - row_scores.mean()) / row_scores.std(unbiased=False).clamp(min=1e-8)
+        first, trusted = row_scores[:, 0], validation_scores[:, 0]
+        logits = calibrated_logits(first, trusted, validation_weights)
+        if row_scores.shape[1] > 1:
+            logits += ending_logits(row_scores[:, 1], validation_scores[:, 1], logits.exp(), validation_weights)
+        z = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
+        if float(logits.max() - logits.min()) == 0:
+            logger.warning(
+                "The scores do not differ: there is nothing to select by, and training goes on with equal weights."
+            )
+        else:
+            # Calibrated weights have plateaus: a trace of the score keeps the rows in order.
+            logits = self.config.calibration_sharpness * logits + TILT * z.clamp(-5, 5)
         if self.groups is not None:
             # A group's weight is the mean weight its rows would have alone.
             groups = self.groups.of_row[known]
             logits = self._group_means(groups, logits.exp()).clamp(min=1e-6).log()
             z = self._group_means(groups, z)
-        if float(logits.max() - logits.min()) == 0:
-            logger.warning(
-                "The scores do not differ: there is nothing to select by, and training goes on with equal weights."
-            )
         if self.state.activation == "sigmoid":
             # The weight is sigmoid(logit): make it proportional to what the logits stand for.
             share = 0.5 * logits.exp()
@@ -166,7 +169,7 @@ class Selection:
         live = ~torch.isneginf(self.state.logits)
         core.replace_logits(self.state, live, logits)
         self.state.score_mean[live] = z
-        self._recent.append(torch.stack([row_scores.mean(), row_scores.std(unbiased=False)]))
+        self._recent.append(torch.stack([first.mean(), first.std(unbiased=False)]))
         self.calibrated = True
         self._uniform = False
         self.refresh_gate()
@@ -184,9 +187,9 @@ class Selection:
             return
         self.gate = None
         rows = self._statistics_rows()
-        weights, keys = self.weights(rows), self._gate_keys(self.units(rows.to(self.state.logits.device)))
-        threshold = torch.quantile(keys, self.config.filter_rate)
-        passed = torch.where(keys < threshold, 0.0, weights)
+        weights, logits = self.weights(rows), self.state.logits[self.units(rows.to(self.state.logits.device))]
+        threshold = torch.quantile(logits, self.config.filter_rate)
+        passed = torch.where(logits < threshold, 0.0, weights)
         self.gate = (threshold, weights.mean() / passed.mean())
 
     def _statistics_rows(self) -> Tensor:

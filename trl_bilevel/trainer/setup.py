@@ -19,7 +19,6 @@ from trl import SFTConfig
 
 from ..data.identity import RESERVED_COLUMNS, SAMPLE_ID, count_overlap, sample_ids
 from ..estimators import ESTIMATORS, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
-from ..estimators.base import mean_losses
 from .bilevel_sft_config import BilevelSFTConfig
 from .host import TrainerHost
 from .pilot import Pilot
@@ -329,7 +328,7 @@ def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
     for start in range(0, len(dataset), size):
         rows = [dataset[row] for row in range(start, min(start + size, len(dataset)))]
         batch = trainer.data_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
-        losses.append(mean_losses(*host.row_losses(batch)).cpu())
+        losses.append(host.row_losses(batch).means().cpu())
     trainer.model.train(training)
     return torch.cat(losses)
 
