@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor
 
 from .identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID
@@ -34,5 +34,5 @@ def weighted_dataset(rows: Dataset, weights: Tensor, top_k: int | None = None) -
     ranks = data_ranks(weights)
     out = rows.add_column(SAMPLE_ID, list(range(len(rows))))
     values = [None if weight != weight else weight for weight in weights.tolist()]
-    out = out.add_column(DATA_WEIGHT, values).add_column(DATA_RANK, ranks.tolist())
+    out = out.add_column(DATA_WEIGHT, values, feature=Value("float32")).add_column(DATA_RANK, ranks.tolist())
     return out if top_k is None else out.select((ranks < top_k).nonzero().squeeze(1).tolist())

@@ -29,7 +29,8 @@ class BilevelSFTTrainer(SFTTrainer):
 
     Learns a loss weight per training row (or per group of rows) such that the model trained on the weighted rows has
     the least validation loss (bilevel data selection, https://huggingface.co/papers/2511.21056), and trains the model
-    on `lambda * L_val + (1 - lambda) * mean_i w_i ell_i`.
+    on `lambda * L_val + (1 - lambda) * L_train`, where `L_train` is TRL's mean loss per token with the tokens of row `i`
+    multiplied by its weight `w_i` (or row `i` visited `w_i` times as often).
 
     Example:
 
