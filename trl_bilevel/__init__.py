@@ -10,15 +10,26 @@ if TYPE_CHECKING:
     from .trainer.bilevel_sft_config import BilevelSFTConfig
     from .trainer.bilevel_sft_trainer import BilevelSFTTrainer
     from .trainer.errors import NonFiniteScoreError
+    from .trainer.self_refine_config import SelfRefineConfig
+    from .trainer.self_refine_trainer import SelfRefineTrainer
 
 # Imported on first use, so that `import trl_bilevel` and `trl-bilevel --help` do not wait for torch.
 _PUBLIC = {
     "BilevelSFTConfig": "trl_bilevel.trainer.bilevel_sft_config",
     "BilevelSFTTrainer": "trl_bilevel.trainer.bilevel_sft_trainer",
     "NonFiniteScoreError": "trl_bilevel.trainer.errors",
+    "SelfRefineConfig": "trl_bilevel.trainer.self_refine_config",
+    "SelfRefineTrainer": "trl_bilevel.trainer.self_refine_trainer",
 }
 
-__all__ = ["BilevelSFTConfig", "BilevelSFTTrainer", "NonFiniteScoreError", "__version__"]
+__all__ = [
+    "BilevelSFTConfig",
+    "BilevelSFTTrainer",
+    "NonFiniteScoreError",
+    "SelfRefineConfig",
+    "SelfRefineTrainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,7 @@ def test_safety_weights_find_the_stubs():
 
 def test_boilerplate_gap_is_recovered():
     task = make_task("boilerplate", seed=0)
-    budget = Budget()
+    budget = Budget(epochs=3)
     results = {arm: run_arm(arm, task, seed=0, budget=budget) for arm in ("uniform", "clean_only", "bilevel")}
     loss = {arm: result.test_loss for arm, result in results.items()}
     print(loss)

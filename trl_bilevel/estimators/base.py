@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..core.scores import RowLosses
+from ..core.scores import RowLosses, difference_scores
 
 Batch = Mapping[str, Any]
 #: A batch, and what the summed loss of each of its rows is multiplied by, float32 `[B]`.
@@ -73,13 +73,20 @@ class Estimator(ABC):
     def prepare_scoring(self) -> None:  # noqa: B027 (only some have something to prepare)
         """Called once, in training mode, before `row_scores` scores all rows in evaluation mode."""
 
-    @abstractmethod
+    def loss_pair(self, batch: Batch) -> tuple[RowLosses, RowLosses]:
+        """Losses of a batch of rows at both ends of the difference: without validation, and pulled by it.
+
+        By forwards without gradient, on the model as it is.
+        """
+        raise TypeError(f"The estimator {self.name!r} compares no losses.")
+
     def row_scores(self, batch: Batch) -> Tensor:
-        """Scores `[b, 1 or 2]` of a batch of rows by forwards without gradient, on the model as it is.
+        """Scores `[b, 1 or 2]` of a batch of rows, on the model as it is.
 
         The first column is what `score` gives; the second, if the estimator judges where answers end, the ending's
         surprise (`core.scores.difference_scores`).
         """
+        return difference_scores(*self.loss_pair(batch))
 
     def tensors(self) -> dict[str, Tensor]:
         """State to save, as named tensors."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.scores import difference_score, difference_scores
+from ..core.scores import RowLosses, difference_score
 from .base import Batch, Estimator, EstimatorHost, ShadowParameters, train_shadow
 
 
@@ -72,15 +72,15 @@ class LookaheadEstimator(Estimator):
         return difference_score(model_losses, reference_losses)
 
     @torch.no_grad()
-    def row_scores(self, batch: Batch) -> Tensor:
-        """Two forwards without gradient: model and `theta_V`, refreshed if it is not of this step."""
+    def loss_pair(self, batch: Batch) -> tuple[RowLosses, RowLosses]:
+        """Two forwards: model and `theta_V`, refreshed if it is not of this step."""
         assert self.shadow is not None
         if self.fresh_at != self.host.current_step():
             with torch.enable_grad():
                 self.refresh()
         model = self.host.row_losses(batch)
         with self.shadow.swapped():
-            return difference_scores(model, self.host.row_losses(batch))
+            return model, self.host.row_losses(batch)
 
     def tensors(self) -> dict[str, Tensor]:
         """`theta_V` and the step it was made at."""

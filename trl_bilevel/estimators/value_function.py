@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.scores import difference_score, difference_scores
+from ..core.scores import RowLosses, difference_score
 from .base import (
     Batch,
     Estimator,
@@ -71,13 +71,12 @@ class ValueFunctionEstimator(Estimator):
         return difference_score(reference_losses, model_losses)
 
     @torch.no_grad()
-    def row_scores(self, batch: Batch) -> Tensor:
-        """Two forwards without gradient: tracker and model."""
+    def loss_pair(self, batch: Batch) -> tuple[RowLosses, RowLosses]:
+        """Two forwards: tracker and model."""
         assert self.shadow is not None
         model = self.host.row_losses(batch)
         with self.shadow.swapped():
-            tracker = self.host.row_losses(batch)
-        return difference_scores(tracker, model)
+            return self.host.row_losses(batch), model
 
     def tensors(self) -> dict[str, Tensor]:
         """The tracker's values and its optimizer state."""

@@ -29,8 +29,8 @@ class BilevelSFTTrainer(SFTTrainer):
 
     Learns a loss weight per training row (or per group of rows) such that the model trained on the weighted rows has
     the least validation loss (bilevel data selection, https://huggingface.co/papers/2511.21056), and trains the model
-    on `lambda * L_val + (1 - lambda) * L_train`, where `L_train` is TRL's mean loss per token with the tokens of row `i`
-    multiplied by its weight `w_i` (or row `i` visited `w_i` times as often).
+    on `lambda * L_val + (1 - lambda) * L_train`, where `L_train` is TRL's mean loss per token with the loss of
+    row `i` multiplied by its weight `w_i` (or row `i` visited `w_i` times as often).
 
     Example:
 
@@ -199,6 +199,12 @@ class BilevelSFTTrainer(SFTTrainer):
             self._order = content_order(self.train_dataset, self.args.seed)
         return self._order
 
+    def collate_rows(self, rows: list[int]) -> dict[str, Any]:
+        """Rows of the prepared training set, by position, as a batch on the device."""
+        columns = ("input_ids", "labels", SAMPLE_ID)
+        batch = self.data_collator([{k: self.train_dataset[row][k] for k in columns} for row in rows])
+        return self._prepare_inputs(batch)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.resamples:
             return super()._get_train_sampler(train_dataset)
@@ -277,12 +283,9 @@ class BilevelSFTTrainer(SFTTrainer):
             self.selection.save(output_dir or self.args.output_dir, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        dtypes = setup.trainable_dtypes(self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # PEFT loads a QLoRA adapter in fp32; training had it in bf16, and goes on exactly only there.
-        for name, parameter in self.model.named_parameters():
-            if name in dtypes:
-                parameter.data = parameter.data.to(dtypes[name])
+        setup.restore_dtypes(self.model, dtypes)
         if self.selects:
             tensors = self.selection.load(resume_from_checkpoint)
             if tensors:

@@ -68,3 +68,26 @@ class TrainerHost:
     def current_step(self) -> int:
         """Optimizer steps done."""
         return int(self.trainer.state.global_step)
+
+
+class DetachedHost(TrainerHost):
+    """A trainer as estimators see it outside of its steps: own clock, own learning rate, own validation rows."""
+
+    def __init__(self, trainer: BilevelSFTTrainer, validation: ValidationSets, learning_rate: float):
+        super().__init__(trainer)
+        self._validation = validation
+        self.rate = learning_rate
+        self.step = 0
+
+    @property
+    def validation(self) -> ValidationSets:
+        """The sets that pull."""
+        return self._validation
+
+    def learning_rate(self) -> float:
+        """A constant."""
+        return self.rate
+
+    def current_step(self) -> int:
+        """What `step` was set to."""
+        return self.step

@@ -21,36 +21,13 @@ from ..data.identity import SAMPLE_ID
 from ..estimators import Estimator
 from ..estimators.base import ShadowParameters, token_mean
 from .errors import NonFiniteScoreError, row_list
-from .host import TrainerHost
+from .host import DetachedHost
 from .validation import ValidationSets
 
 if TYPE_CHECKING:
     from .bilevel_sft_trainer import BilevelSFTTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class PilotHost(TrainerHost):
-    """The trainer as estimators see it during the pilot run: own clock, own learning rate, fewer validation rows."""
-
-    def __init__(self, trainer: BilevelSFTTrainer, validation: ValidationSets, learning_rate: float):
-        super().__init__(trainer)
-        self._validation = validation
-        self.rate = learning_rate
-        self.step = 0
-
-    @property
-    def validation(self) -> ValidationSets:
-        """The sets that pull the pilot."""
-        return self._validation
-
-    def learning_rate(self) -> float:
-        """The pilot's constant learning rate."""
-        return self.rate
-
-    def current_step(self) -> int:
-        """Pilot steps done."""
-        return self.step
 
 
 class Pilot:
@@ -78,7 +55,7 @@ class Pilot:
         validation_loss_weight: float,
     ):
         self.trainer = trainer
-        self.host = PilotHost(trainer, validation, learning_rate)
+        self.host = DetachedHost(trainer, validation, learning_rate)
         self.estimator: Estimator = estimator_factory(self.host)
         self.validation = validation
         self.held_back = held_back
@@ -150,7 +127,7 @@ class Pilot:
             self.host.step = step
             rows = self.order[self.sampler.rows(step)][args.process_index :: args.world_size].tolist()
             size = args.per_device_train_batch_size
-            train = [self._collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+            train = [self.trainer.collate_rows(rows[start : start + size]) for start in range(0, len(rows), size)]
             self.estimator.begin_step(train)
             training = token_mean(self.host, train, args.device)
             for share, batches in ((1 - weight, training), (weight, self.host.validation_batches(step))):
@@ -166,13 +143,6 @@ class Pilot:
             optimizer.zero_grad(set_to_none=True)
         self.host.step = self.steps
 
-    def _collate(self, rows: list[int]) -> dict[str, Any]:
-        trainer = self.trainer
-        dataset = trainer.train_dataset
-        columns = ("input_ids", "labels", SAMPLE_ID)
-        batch = trainer.data_collator([{k: dataset[row][k] for k in columns} for row in rows])
-        return trainer._prepare_inputs(batch)
-
     def _train_batches(self) -> Iterator[dict[str, Any]]:
         """This process's rows, similar lengths together so that little is padded."""
         trainer = self.trainer
@@ -181,7 +151,7 @@ class Pilot:
         mine = order[trainer.args.process_index :: trainer.args.world_size]
         size = trainer.args.per_device_eval_batch_size
         for start in range(0, len(mine), size):
-            yield self._collate(mine[start : start + size])
+            yield trainer.collate_rows(mine[start : start + size])
 
     def _train_batch_count(self) -> int:
         args = self.trainer.args

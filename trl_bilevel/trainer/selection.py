@@ -252,8 +252,8 @@ class Selection:
             "uniform": self._uniform,
             "gate": None if self.gate is None else [float(x) for x in self.gate],
         }
-        _atomically(folder / STATE_FILE, lambda path: save_file(tensors, path))
-        _atomically(folder / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=2)))
+        atomically(folder / STATE_FILE, lambda path: save_file(tensors, path))
+        atomically(folder / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=2)))
 
     def load(self, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         """Restore what `save` wrote; returns the estimator's tensors.
@@ -293,7 +293,7 @@ class Selection:
         return {k[len(ESTIMATOR_PREFIX) :]: v for k, v in tensors.items() if k.startswith(ESTIMATOR_PREFIX)}
 
 
-def _atomically(path: Path, write: Any) -> None:
+def atomically(path: Path, write: Any) -> None:
     """Write to a temporary file beside `path`, then move it into place."""
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)

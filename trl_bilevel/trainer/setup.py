@@ -307,17 +307,23 @@ def rows_per_step(trainer: BilevelSFTTrainer) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
 
 
+def prepare_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Dataset:
+    """Rows tokenised as TRL does the training set, in their order; as they are if they have `labels`."""
+    if "labels" in dataset.column_names:
+        return dataset
+    numbered = dataset.add_column(SAMPLE_ID, np.arange(len(dataset)))
+    formatting = trainer._formatting_func
+    # Preparation may shuffle.
+    return trainer._prepare_dataset(
+        numbered, trainer.processing_class, trainer.args, False, formatting, "scored"
+    ).sort(SAMPLE_ID)
+
+
 @torch.no_grad()
 def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
     """Mean loss per token of every row that preparation keeps, float32 on the CPU, by forwards in eval mode."""
     args = trainer.args
-    if "labels" not in dataset.column_names:
-        numbered = dataset.add_column(SAMPLE_ID, np.arange(len(dataset)))
-        formatting = trainer._formatting_func
-        # Preparation may shuffle.
-        dataset = trainer._prepare_dataset(numbered, trainer.processing_class, args, False, formatting, "scored").sort(
-            SAMPLE_ID
-        )
+    dataset = prepare_rows(trainer, dataset)
     if len(dataset) == 0:
         return torch.zeros(0)
     host = TrainerHost(trainer)
@@ -365,7 +371,8 @@ def default_pilot_steps(steps: int) -> int:
     return min(24, max(8, steps // 4))
 
 
-def _pilot_learning_rate(trainer: BilevelSFTTrainer) -> float:
+def pilot_learning_rate(trainer: BilevelSFTTrainer) -> float:
+    """`pilot_learning_rate`, or its default."""
     given = trainer.args.pilot_learning_rate
     if given is not None:
         return given
@@ -392,6 +399,18 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
         held_back=_validation_sets(trainer, held_back),
         steps=args.pilot_steps or default_pilot_steps(trainer.state.max_steps),
         batch_size=args.pilot_batch_size or rows_per_step(trainer),
-        learning_rate=_pilot_learning_rate(trainer),
+        learning_rate=pilot_learning_rate(trainer),
         validation_loss_weight=0.5,
     )
+
+
+def trainable_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """Dtypes of the trainable parameters by name, before a checkpoint is loaded."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def restore_dtypes(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Undo what loading did to them: PEFT loads a QLoRA adapter in fp32, and training goes on exactly in bf16 only."""
+    for name, parameter in model.named_parameters():
+        if name in dtypes:
+            parameter.data = parameter.data.to(dtypes[name])

@@ -1,0 +1,263 @@
+"""SelfRefineTrainer on a tiny model: tokens, ratios, rounds, rollback, resume, refusals."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from tests.conftest import base_arguments, parameters
+from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
+from trl_bilevel.core.implicit import implicit_weights, question_weights
+
+
+@pytest.fixture
+def refine_config(tmp_path):
+    def make(**overrides):
+        settings = base_arguments(tmp_path) | {
+            "max_steps": -1,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_rounds": 2,
+            "steps_per_round": 2,
+            "max_completion_length": 10,
+            "pilot_steps": 2,
+            "pilot_learning_rate": 1e-2,
+        }
+        return SelfRefineConfig(**(settings | overrides))
+
+    return make
+
+
+@pytest.fixture
+def trusted(rows):
+    return Dataset.from_list(rows[40:80])
+
+
+@pytest.fixture
+def build(refine_config, tiny_model, train_rows, trusted, tokenizer):
+    def make(train=None, validation=None, callbacks=None, adapter=True, **overrides):
+        datasets = {k: overrides.pop(k) for k in list(overrides) if k.endswith("_dataset")}
+        return SelfRefineTrainer(
+            tiny_model(),
+            refine_config(**overrides),
+            train_rows if train is None else train,
+            trusted if validation is None else validation,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter else None,
+            callbacks=callbacks,
+            **datasets,
+        )
+
+    return make
+
+
+def facts(trainer):
+    """The ledger without the wall time."""
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in trainer.ledger]
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+def test_rounds_train_and_keep_their_books(build, adapter, tmp_path):
+    trainer = build(adapter=adapter, eval_dataset=Dataset.from_list([{"prompt": "a", "completion": "b c"}]))
+    before = parameters(trainer)
+    trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
+    assert [entry["round"] for entry in trainer.ledger] == [0, 1]
+    for entry in trainer.ledger:
+        assert entry["questions"] == 4 and entry["responses"] == 16 and entry["kept"]
+        assert entry["trained_loss"] <= entry["incoming_loss"] and entry["standard_error"] > 0
+        assert entry["eval_loss"] > 0
+    assert trainer.ledger[1]["incoming_loss"] == trainer.ledger[0]["trained_loss"]
+    lines = (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == trainer.ledger
+    table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0001.parquet")
+    assert len(table) == 16 and (table["prompt"].iloc[::4].values == table["prompt"].iloc[3::4].values).all()
+    assert table["response"].str.len().gt(0).any()
+
+
+def test_rewards_are_implicit_weights_of_the_chosen_questions(build, tmp_path):
+    trainer = build(num_rounds=1, question_fraction=0.25)
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0000.parquet")
+    explicit = trainer.explicit_weights()
+    ids = torch.tensor(table["sample_id"].values)
+    assert set(ids.tolist()) <= set(explicit.argsort()[:10].tolist())
+    weights = implicit_weights(torch.tensor(table["score"].values), 4, trainer.args.implicit_weight_temperature)
+    weights = weights * question_weights(explicit[ids[::4]]).repeat_interleave(4)
+    torch.testing.assert_close(torch.tensor(table["weight"].values), weights, atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+def test_tokens_are_those_sampled_and_ratios_start_at_one(build):
+    """Ragged prompts, padded on the left by TRL and on the right by us: the same log-probabilities."""
+    found = {}
+
+    class Watched(SelfRefineTrainer):
+        def _score_responses(self, prompt_ids, completion_ids):
+            with torch.no_grad():
+                self.model.eval()
+                collate = self.offline.trainer.data_collator
+                rows = [
+                    {"input_ids": [*p, *c], "labels": [-100] * len(p) + list(c), "sample_id": -1}
+                    for p, c in zip(prompt_ids, completion_ids, strict=True)
+                ]
+                found["losses"] = self.offline.host.row_losses(collate(rows)).sums
+                self.model.train()
+            found["prompts"], found["completions"] = prompt_ids, completion_ids
+            return super()._score_responses(prompt_ids, completion_ids)
+
+        def _generate_and_score_completions(self, inputs):
+            out = super()._generate_and_score_completions(inputs)
+            found.setdefault("out", out)
+            return out
+
+    trainer = build(num_rounds=1)
+    trainer.__class__ = Watched
+    trainer.train()
+    out = found["out"]
+    lengths = {len(p) for p in found["prompts"]}
+    assert len(lengths) > 1
+    for row, (prompt, answer) in enumerate(zip(found["prompts"], found["completions"], strict=True)):
+        assert out["prompt_ids"][row][out["prompt_mask"][row].bool()].tolist() == list(prompt)
+        assert out["completion_ids"][row][out["completion_mask"][row].bool()].tolist() == list(answer)
+    old = -(out["old_per_token_logps"] * out["completion_mask"]).sum(-1)
+    torch.testing.assert_close(found["losses"], old, atol=1e-4, rtol=1e-5)
+    ratio = torch.exp(-found["losses"] / out["completion_mask"].sum(-1) + old / out["completion_mask"].sum(-1))
+    assert float((ratio - 1).abs().max()) < 1e-5
+
+
+def test_a_sabotaged_round_is_rolled_back_to_the_last_bit(build):
+    states = {}
+
+    class Sabotage(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            states[state.global_step] = everything()
+            if state.global_step in (2, 3):
+                for group in trainer.optimizer.param_groups:
+                    group["lr"] *= 100
+
+    def everything():
+        moments = [v.clone() for s in trainer.optimizer.state_dict()["state"].values() for v in s.values()]
+        return parameters(trainer) + moments
+
+    trainer = build(num_rounds=3, callbacks=[Sabotage()], adapter=False)
+    trainer.train()
+    assert [entry["kept"] for entry in trainer.ledger] == [True, False, True]
+    assert all(torch.equal(a, b) for a, b in zip(states[2], states[4], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(states[2], states[3], strict=True))
+    losses = [min(e["incoming_loss"], e["trained_loss"]) if e["kept"] else e["incoming_loss"] for e in trainer.ledger]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_patience_ends_the_run(build):
+    trainer = build(num_rounds=5, patience=2, learning_rate=3.0, adapter=False)
+    trainer.train()
+    assert [entry["kept"] for entry in trainer.ledger] == [False, False]
+
+
+@pytest.mark.parametrize("estimator", ["lookahead", "value_function"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_resume_at_any_step_of_a_round(build, estimator, step, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "response_estimator": estimator, "num_rounds": 2}
+    whole = build(output_dir=str(tmp_path / "a"), **settings)
+    whole.train()
+    resumed = build(output_dir=str(tmp_path / "b"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert facts(resumed) == facts(whole)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(whole), strict=True))
+    assert torch.equal(resumed.explicit_weights(), whole.explicit_weights())
+
+
+def test_given_weights_are_used(build, train_rows):
+    weights = torch.linspace(0.1, 1.9, len(train_rows))
+    trainer = build(train=train_rows.add_column("data_weight", weights.tolist()), num_rounds=1, pilot_steps=None)
+    trainer.train()
+    torch.testing.assert_close(trainer.explicit_weights(), weights / weights.mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_conversations_and_questions_without_answers(build, rows):
+    def convert(row):
+        return {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+
+    chats = [convert(row) for row in rows[:80]]
+    trainer = build(
+        train=Dataset.from_list(chats[:40]),
+        validation={"a": Dataset.from_list(chats[40:60]), "b": Dataset.from_list(chats[60:])},
+        prompt_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in chats[40:50]]),
+        question_strategy="all",
+        num_rounds=1,
+    )
+    trainer.train()
+    assert trainer.ledger[0]["questions"] == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_generations": 1}, "one response carries no signal"),
+        ({"temperature": 0.7}, "temperature=0.7"),
+        ({"top_p": 0.9}, "top_p=0.9"),
+        ({"top_k": 20}, "top_k=20"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
+        ({"generation_kwargs": {"top_k": 5}}, "top_k=5"),
+        ({"max_steps": 7}, "contradicts `num_rounds`"),
+        ({"steps_per_generation": 3}, "follow from `steps_per_round`"),
+        ({"num_rounds": 0}, "`num_rounds` must be at least 1"),
+        ({"question_strategy": "best"}, "must be one of"),
+        ({"question_fraction": 0.0}, "question_fraction"),
+        ({"selection_split": 1.0}, "selection_split"),
+        ({"implicit_weight_temperature": 0.0}, "implicit_weight_temperature"),
+        ({"scale_rewards": "group"}, "scale_rewards"),
+        ({"num_iterations": 2}, "num_iterations=2"),
+        ({"response_estimator": "loss"}, "response_estimator"),
+    ],
+)
+def test_bad_settings_are_refused(refine_config, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        refine_config(**overrides)
+
+
+def test_bad_data_is_refused(build, rows, train_rows, trusted):
+    cases = [
+        ({"validation": trusted.select(range(12))}, "too few to split"),
+        ({"train": Dataset.from_list([{"text": "a"}] * 20)}, "has no column 'prompt'"),
+        ({"train": train_rows.add_column("data_weight", [-1.0] * 40)}, "`data_weight`"),
+        ({"prompt_dataset": train_rows.select_columns(["prompt"])}, "lowest_weight"),
+        ({"selection_dataset": trusted.select(range(3))}, "select the model"),
+    ]
+    for overrides, message in cases:
+        with pytest.raises(ValueError, match=message):
+            build(**overrides)
+    with pytest.raises(TypeError, match="`train_dataset` must be"):
+        build(train=rows)
+
+
+def test_vllm_and_templates_that_are_missing(build, refine_config, tiny_model, train_rows, trusted, tokenizer):
+    with pytest.raises(ImportError, match="vLLM is not installed"):
+        build(use_vllm=True)
+    bare = tokenizer.__class__(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    chats = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}] * 40
+    )
+    with pytest.raises(ValueError, match="chat template"):
+        SelfRefineTrainer(tiny_model(), refine_config(), chats, trusted, processing_class=bare)
+
+
+def test_reward_functions_are_not_taken(refine_config, tiny_model, train_rows, trusted, tokenizer):
+    with pytest.raises((ValueError, TypeError), match="reward_funcs"):
+        SelfRefineTrainer(
+            tiny_model(),
+            refine_config(),
+            train_rows,
+            trusted,
+            processing_class=tokenizer,
+            reward_funcs=lambda **_: [1],
+        )

@@ -1,0 +1,100 @@
+"""Implicit weights: what the responses drawn for one question are worth, and when a round was worth it.
+
+Pure functions on tensors. The G responses of a question stand next to each other, as TRL generates them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def response_scores(reference_losses: Tensor, model_losses: Tensor) -> Tensor:
+    """`ell(theta_hat) - ell(theta)` of each response, in nats per response token, `[Q * G]`.
+
+    Losses are means over a response's own tokens, so this is `log(pi_theta / pi_theta_hat)(y | x) / |y|`: how much
+    likelier the parameters that validation pulled find the response than those that it did not.
+    """
+    return reference_losses - model_losses
+
+
+def implicit_weights(scores: Tensor, generations: int, temperature: float) -> Tensor:
+    """Weights of responses, a softmax over the responses of each question (arXiv 2511.21056, implicit weights).
+
+    `w_g = G exp(score_g / tau) / sum_h exp(score_h / tau)`. With `response_scores` this is the closed-form importance
+    ratio `(pi_theta / pi_theta_hat)^(1 / (tau |y|)) / Z`. Scaled to mean one within a question, so that the size of
+    the gradient does not depend on G; less one, it is the advantage whose policy gradient has the same expectation as
+    weighted fine-tuning on the responses, with less variance.
+
+    Args:
+        scores (`Tensor` float `[Q * G]`): NaN for a response that is left out; it gets weight NaN, and the others of
+            its question share the weight.
+        generations (`int`): G.
+        temperature (`float`): tau, in the units of the scores (nats per token).
+
+    Returns:
+        `Tensor` float32 `[Q * G]`.
+
+    Raises:
+        ValueError: if the number of scores is no multiple of G, or tau is not above 0.
+    """
+    if temperature <= 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}.")
+    if scores.numel() % generations:
+        raise ValueError(f"{scores.numel()} scores do not make groups of {generations}.")
+    grouped = scores.double().view(-1, generations)
+    known = ~torch.isnan(grouped)
+    logits = torch.where(known, grouped / temperature, -torch.inf)
+    # A question without any response left: no weight to give, and no NaN from an empty softmax.
+    weights = torch.softmax(torch.where(known.any(-1, keepdim=True), logits, 0.0), dim=-1)
+    weights = weights * known.sum(-1, keepdim=True)
+    return torch.where(known, weights, torch.nan).flatten().float()
+
+
+def question_weights(weights: Tensor) -> Tensor:
+    """Explicit weights `[Q]` of the questions of a round, scaled to mean one over them; all one if all are zero.
+
+    Questions are chosen because their answers weigh little. What counts within a round is how they compare.
+    """
+    mean = weights.double().mean()
+    return torch.where(mean > 0, weights / mean.clamp(min=1e-30), 1.0).float()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Outcome of a round.
+
+    Attributes:
+        kept: whether the trained model is kept.
+        incoming_loss, trained_loss: mean selection losses of both candidates (nats per token, mean over rows).
+        difference, standard_error: mean over rows of trained less incoming loss, and its standard error (paired).
+        reason: in words.
+    """
+
+    kept: bool
+    incoming_loss: float
+    trained_loss: float
+    difference: float
+    standard_error: float
+    reason: str
+
+
+def decide(incoming: Tensor, trained: Tensor) -> Decision:
+    """Keep the trained model if its selection loss is not above the incoming one's.
+
+    Args:
+        incoming, trained (`Tensor` float `[n]`): losses of the selection rows under both candidates.
+    """
+    incoming, trained = incoming.double(), trained.double()
+    change = trained - incoming
+    error = float(change.std(unbiased=True) / len(change) ** 0.5) if len(change) > 1 else float("nan")
+    difference = float(change.mean())
+    if not bool(torch.isfinite(trained).all()):
+        kept, reason = False, "the trained model has selection rows of NaN or infinite loss"
+    elif difference > 0:
+        kept, reason = False, "the selection loss rose"
+    else:
+        kept, reason = True, "the selection loss did not rise"
+    return Decision(kept, float(incoming.mean()), float(trained.mean()), difference, error, reason)

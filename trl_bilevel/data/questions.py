@@ -1,0 +1,81 @@
+"""Which questions a round of self-refining generation asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from .batches import ValidationSampler
+
+STRATEGIES = ("lowest_weight", "random", "all")
+
+
+def choose_questions(weights: Tensor, strategy: str, fraction: float, seed: int) -> Tensor:
+    """Positions of the questions that may be asked, int64, ascending.
+
+    Args:
+        weights (`Tensor` float `[N]`): explicit weight of each question's offline answer; NaN: not to be asked.
+        strategy (`str`): `"lowest_weight"`: the share `fraction` of lowest weight, whose answers training throws away;
+            `"random"`: a random share `fraction`; `"all"`.
+        fraction (`float`): in (0, 1].
+        seed (`int`): of the random share.
+
+    Raises:
+        ValueError: if no question is left.
+    """
+    known = (~torch.isnan(weights)).nonzero().squeeze(1)
+    count = len(known) if strategy == "all" else math.ceil(fraction * len(known))
+    if count == 0:
+        raise ValueError("No question is left to ask: every row was dropped in preparation.")
+    if strategy == "lowest_weight":
+        known = known[torch.argsort(weights[known], stable=True)]
+    elif strategy == "random":
+        known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
+    return known[:count].sort().values
+
+
+class QuestionSampler(Sampler[int]):
+    """The questions of all rounds, in the pattern of TRL's generation batches.
+
+    Each round asks `questions` of the pool, in passes of random order; each is repeated `generations` times in a row,
+    and the whole round `repeats` times, since TRL's dataloader hands out the generation batch anew in every step that
+    uses it. A pure function of seed and pool.
+
+    Args:
+        pool: gives the positions that may be asked, when the run starts.
+        questions, generations, repeats, rounds (`int`): see above.
+        seed (`int`): of the order.
+    """
+
+    def __init__(
+        self, pool: Callable[[], Tensor], *, questions: int, generations: int, repeats: int, rounds: int, seed: int
+    ):
+        self.pool = pool
+        self.questions = questions
+        self.generations = generations
+        self.repeats = repeats
+        self.rounds = rounds
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Positions handed out over all rounds."""
+        return self.rounds * self.repeats * self.questions * self.generations
+
+    def round(self, number: int) -> Tensor:
+        """Positions of the questions of a round, int64 `[questions]`; some twice if the pool is smaller."""
+        pool = self.pool()
+        order = ValidationSampler(len(pool), 1, self.seed)
+        start = number * self.questions
+        rows = [order.rows(step)[0] for step in range(start, start + self.questions)]
+        return pool[torch.tensor(rows)]
+
+    def __iter__(self) -> Iterator[int]:
+        """Positions, round by round."""
+        for number in range(self.rounds):
+            block = self.round(number).repeat_interleave(self.generations).tolist()
+            for _ in range(self.repeats):
+                yield from block

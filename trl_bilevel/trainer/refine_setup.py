@@ -1,0 +1,163 @@
+"""What happens once in a self-refining run: checks, splits, the making of parts, and its checkpoint files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from trl import GRPOConfig
+from trl.data_utils import is_conversational
+
+from ..data.identity import SAMPLE_ID
+from ..estimators import Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
+from .self_refine_config import SelfRefineConfig
+from .setup import MIN_CALIBRATION_ROWS
+
+if TYPE_CHECKING:
+    from .self_refine_trainer import SelfRefineTrainer
+
+MIN_SELECTION_ROWS = 8
+
+
+def resolve_config(args: GRPOConfig | None, model: Any) -> SelfRefineConfig:
+    """The config to use; the defaults if none is given."""
+    if isinstance(args, SelfRefineConfig):
+        return args
+    if args is not None:
+        raise TypeError(
+            f"`args` must be a `SelfRefineConfig`, got `{type(args).__name__}`: rounds need settings of their own."
+        )
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return SelfRefineConfig(f"{name.split('/')[-1]}-Self-Refine")
+
+
+def check_rows(args: SelfRefineConfig, train: Any, prompts: Any) -> Dataset:
+    """Check the offline rows; returns the questions (`prompt`, `sample_id`)."""
+    for name, dataset, columns in (
+        ("train_dataset", train, ("prompt", "completion")),
+        ("prompt_dataset", prompts, ("prompt",)),
+    ):
+        if dataset is None and name == "prompt_dataset":
+            continue
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+        missing = [column for column in columns if column not in dataset.column_names]
+        if missing:
+            raise ValueError(
+                f"`{name}` has no column {missing[0]!r} (it has {dataset.column_names}): a question must stand apart "
+                "from its answer to be answered anew. Split conversations into `prompt` and `completion`."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` is empty.")
+    if prompts is not None and args.question_strategy == "lowest_weight":
+        raise ValueError(
+            "`question_strategy='lowest_weight'` chooses by the weights of offline answers, and the questions of "
+            "`prompt_dataset` have none. Use 'random' or 'all'."
+        )
+    questions = (train if prompts is None else prompts).select_columns(["prompt"])
+    return questions.add_column(SAMPLE_ID, list(range(len(questions))))
+
+
+def split_validation(
+    args: SelfRefineConfig, validation: Dataset | Mapping[str, Dataset] | None, selection: Dataset | None
+) -> tuple[dict[str, Dataset], Dataset]:
+    """Rows that pull, by set, and rows that select; a seeded split of each set if there is no `selection_dataset`."""
+    if validation is None:
+        raise ValueError("`validation_dataset` is required: it says what good means.")
+    sets = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
+    if selection is not None:
+        return sets, selection
+    pulling, selecting = {}, []
+    for index, (name, rows) in enumerate(sets.items()):
+        if not isinstance(rows, Dataset):
+            raise TypeError(
+                f"`validation_dataset` {name!r} must be a `datasets.Dataset`, got `{type(rows).__name__}`."
+            )
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + 15_485_863 + index))
+        count = round(args.selection_split * len(rows))
+        selecting.append(rows.select(sorted(order[:count].tolist())))
+        pulling[name] = rows.select(sorted(order[count:].tolist()))
+    total, pulled = sum(map(len, sets.values())), sum(map(len, pulling.values()))
+    if total - pulled < MIN_SELECTION_ROWS or pulled < MIN_CALIBRATION_ROWS:
+        needed = max(MIN_SELECTION_ROWS / args.selection_split, MIN_CALIBRATION_ROWS / (1 - args.selection_split))
+        raise ValueError(
+            f"`validation_dataset` has {total} rows, too few to split: {pulled} would drive the scores (at least "
+            f"{MIN_CALIBRATION_ROWS} are needed) and {total - pulled} select the model (at least "
+            f"{MIN_SELECTION_ROWS}). Give at least {int(needed) + 1} rows, or change `selection_split`."
+        )
+    return pulling, concatenate_datasets(selecting)
+
+
+def check_generation(args: SelfRefineConfig, grpo_arguments: Mapping[str, Any]) -> None:
+    """Refuse what would break the implicit weights."""
+    for name in ("reward_funcs", "reward_processing_classes", "rollout_func", "tools", "environment_factory"):
+        if grpo_arguments.get(name) is not None:
+            raise ValueError(
+                f"`{name}` is not taken: the validation set gives the reward, and the model answers alone."
+            )
+    if not args.use_vllm:
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError("`use_vllm=True`, but vLLM is not installed. Install it, or leave `use_vllm` out.")
+    if grpo_arguments.get("quantization_config") is not None:
+        raise ValueError(
+            "`use_vllm=True` with `quantization_config`: merging an adapter into quantised weights for vLLM loses "
+            "nearly all of it. Generate without vLLM, or without quantisation."
+        )
+
+
+def check_template(trainer: SelfRefineTrainer, questions: Dataset) -> None:
+    """Conversational prompts need a chat template."""
+    if is_conversational(questions[0]) and not getattr(trainer.processing_class, "chat_template", None):
+        raise ValueError(
+            "The prompts are conversational, but the tokenizer has no chat template. Set "
+            "`processing_class.chat_template`, or give prompts as text."
+        )
+
+
+def check_selection(rows: Dataset) -> None:
+    """Enough selection rows must be left after preparation."""
+    if len(rows) < MIN_SELECTION_ROWS:
+        raise ValueError(
+            f"{len(rows)} usable rows are left to select the model, at least {MIN_SELECTION_ROWS} are needed. Give "
+            "more rows, or raise `max_length`."
+        )
+
+
+def make_response_estimator(args: SelfRefineConfig, host: EstimatorHost) -> Estimator:
+    """The estimator that scores responses."""
+    if args.response_estimator == "lookahead":
+        return LookaheadEstimator(host, lookahead_steps=args.lookahead_steps, max_grad_norm=args.max_grad_norm)
+    return ValueFunctionEstimator(
+        host,
+        max_grad_norm=args.max_grad_norm,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+    )
+
+
+def text_of(part: Any) -> str:
+    """A prompt or completion as text."""
+    return part if isinstance(part, str) else "\n".join(str(message["content"]) for message in part)
+
+
+def save_rounds(trainer: SelfRefineTrainer, folder: str) -> None:
+    """Write the state of the rounds into a checkpoint; every process writes the responses that it holds."""
+    buffer = trainer._buffered_inputs if trainer.rounds.snapshot is not None else None
+    extra = {f"estimator.{name}": value for name, value in trainer.estimator.tensors().items()}
+    trainer.rounds.save(folder, buffer or [], extra, trainer.accelerator.process_index)
+
+
+def load_rounds(trainer: SelfRefineTrainer, folder: str) -> None:
+    """Restore what `save_rounds` wrote, and TRL's place in the round."""
+    buffer, extra = trainer.rounds.load(folder, trainer.accelerator.device, trainer.accelerator.process_index)
+    trainer._buffered_inputs = buffer
+    steps = json.loads((Path(folder) / "trainer_state.json").read_text())["global_step"]
+    trainer._step = steps * trainer.args.gradient_accumulation_steps
+    trainer.estimator.load_tensors({k.removeprefix("estimator."): v for k, v in extra.items()})

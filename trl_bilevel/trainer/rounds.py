@@ -1,0 +1,178 @@
+"""What a self-refining run remembers of its rounds: the way back, the ledger, the responses. No trainer in here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..core.implicit import Decision
+from ..estimators import Estimator
+from ..estimators.base import load_optimizer_tensors, optimizer_tensors
+from .selection import atomically
+
+LEDGER_FILE = "ledger.jsonl"
+RESPONSES_FOLDER = "responses"
+STATE_FILE = "rounds.safetensors"
+BUFFER_FILE = "responses-rank{rank}.safetensors"
+SUMMARY_FILE = "rounds.json"
+
+
+class Snapshot:
+    """Values of the trainable parameters, of the optimizer and of the responses' estimator, to go back to.
+
+    Costs one more copy of the trainable parameters and of their optimizer state.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    @classmethod
+    def take(cls, parameters: Sequence[Tensor], optimizer: Any, estimator: Estimator) -> Snapshot:
+        """Copy the present values."""
+        tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
+        tensors |= optimizer_tensors(optimizer, "optimizer")
+        tensors |= {f"estimator.{name}": value for name, value in estimator.tensors().items()}
+        return cls({name: value.clone() for name, value in tensors.items()})
+
+    @torch.no_grad()
+    def restore(self, parameters: Sequence[Tensor], optimizer: Any, estimator: Estimator) -> None:
+        """Put the values back, bit for bit."""
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(self.tensors[f"parameter.{i}"])
+        # Cloned: the optimizer goes on to change what it was given, in place.
+        load_optimizer_tensors(optimizer, {k: v.clone() for k, v in self.tensors.items()}, "optimizer")
+        estimator.load_tensors(_with_prefix(self.tensors, "estimator."))
+
+
+@dataclass
+class Rounds:
+    """State of a run at any point of a round.
+
+    Attributes:
+        incoming (`Tensor` float32 `[n]`, *optional*): losses of the selection rows under the model that the present
+            round started from, or under the present model between rounds.
+        snapshot (`Snapshot`, *optional*): the way back, within a round.
+        rejected (`int`): rounds in a row that were rolled back.
+        generation (`dict`): what is known of the round's responses.
+        ledger (`list[dict]`): entries of the finished rounds.
+    """
+
+    incoming: Tensor | None = None
+    snapshot: Snapshot | None = None
+    rejected: int = 0
+    generation: dict[str, Any] = field(default_factory=dict)
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+
+    def close(self, decision: Decision, trained: Tensor, **facts: Any) -> dict[str, Any]:
+        """End the round: write the ledger entry, and count."""
+        entry = {"round": len(self.ledger), **facts, **self.generation, **asdict(decision)}
+        self.ledger.append(entry)
+        self.rejected = 0 if decision.kept else self.rejected + 1
+        self.incoming = trained if decision.kept else self.incoming
+        self.snapshot = None
+        self.generation = {}
+        return entry
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        buffer: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Tensor],
+        rank: int = 0,
+    ) -> None:
+        """Write the state into a checkpoint, each file atomically.
+
+        Args:
+            folder: of the checkpoint.
+            buffer: this process's responses that are still to be trained on, as TRL holds them; none between rounds.
+            extra: further tensors by name.
+            rank (`int`): of this process. The first one writes the state, each one its responses.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {f"{n}.{k}": v for n, part in enumerate(buffer) for k, v in part.items() if isinstance(v, Tensor)}
+        atomically(folder / BUFFER_FILE.format(rank=rank), lambda path: save_file(_on_cpu(parts), path))
+        if rank > 0:
+            return
+        tensors: dict[str, Tensor] = {} if self.incoming is None else {"incoming": self.incoming}
+        if self.snapshot is not None:
+            tensors |= {f"snapshot.{name}": value for name, value in self.snapshot.tensors.items()}
+        tensors |= {f"extra.{name}": value for name, value in extra.items()}
+        summary = {
+            "format": 1,
+            "rejected": self.rejected,
+            "generation": self.generation,
+            "ledger": self.ledger,
+            "in_round": self.snapshot is not None,
+        }
+        atomically(folder / STATE_FILE, lambda path: save_file(_on_cpu(tensors), path))
+        atomically(folder / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=1)))
+
+    def load(
+        self, folder: str | os.PathLike[str], device: torch.device, rank: int = 0
+    ) -> tuple[list[dict[str, Tensor]] | None, dict[str, Tensor]]:
+        """Restore what `save` wrote; returns the responses still to be trained on, and the extra tensors.
+
+        Raises:
+            FileNotFoundError: if the folder has no such state.
+            ValueError: if it is damaged.
+        """
+        folder = Path(folder)
+        files = (SUMMARY_FILE, STATE_FILE, BUFFER_FILE.format(rank=rank))
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} has no {missing[0]}: it is not a checkpoint of a self-refining run of as many processes."
+            )
+        try:
+            summary = json.loads((folder / SUMMARY_FILE).read_text())
+            tensors, parts = (
+                {name: value.to(device) for name, value in load_file(folder / file).items()} for file in files[1:]
+            )
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"The round state in {folder} is damaged ({error}). Resume from another one.") from error
+        self.rejected, self.generation, self.ledger = summary["rejected"], summary["generation"], summary["ledger"]
+        self.incoming = tensors["incoming"].cpu() if "incoming" in tensors else None
+        self.snapshot = Snapshot(_with_prefix(tensors, "snapshot.")) if summary["in_round"] else None
+        buffer: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts.items():
+            number, key = name.split(".", 1)
+            buffer.setdefault(int(number), {})[key] = value
+        return [buffer[number] for number in sorted(buffer)] or None, _with_prefix(tensors, "extra.")
+
+    def write_ledger(self, folder: str | os.PathLike[str]) -> None:
+        """Write all entries as JSON lines, atomically."""
+        lines = "".join(json.dumps(_finite(entry)) + "\n" for entry in self.ledger)
+        atomically(Path(folder) / LEDGER_FILE, lambda path: path.write_text(lines))
+
+
+def write_responses(folder: str | os.PathLike[str], number: int, rows: Mapping[str, list[Any]]) -> None:
+    """Write the responses of a round as parquet, atomically."""
+    target = Path(folder) / RESPONSES_FOLDER / f"round-{number:04d}.parquet"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomically(target, lambda path: Dataset.from_dict(dict(rows)).to_parquet(path))
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Cloned: safetensors refuses tensors that share memory, as slices of one generation batch do.
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN and infinity are no JSON."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}

@@ -1,0 +1,313 @@
+"""[`SelfRefineTrainer`]: rounds in which the model answers questions itself, guided by a trusted validation set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from ..core.implicit import decide, implicit_weights, question_weights, response_scores
+from ..data.identity import SAMPLE_ID
+from ..data.questions import QuestionSampler, choose_questions
+from . import refine_setup, setup
+from .host import DetachedHost
+from .offline import OfflinePart
+from .rounds import Rounds, Snapshot, write_responses
+from .self_refine_config import SelfRefineConfig
+
+
+class RoundCallback(TrainerCallback):
+    """Starts and ends the rounds of a trainer."""
+
+    def __init__(self, trainer: SelfRefineTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Have the explicit weights ready."""
+        self.trainer.offline.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open a round at its first step."""
+        if state.global_step % args.steps_per_round == 0 and self.trainer.rounds.snapshot is None:
+            self.trainer.begin_round()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close a round after its last step, before a checkpoint is written."""
+        if state.global_step % args.steps_per_round == 0:
+            self.trainer.end_round()
+            control.should_training_stop |= self.trainer.rounds.rejected >= args.patience
+
+
+class SelfRefineTrainer(GRPOTrainer):
+    """
+    Trainer for online self-refining generation (arXiv 2511.21056), guided by a small trusted validation set.
+
+    Works in rounds: questions whose offline answers weigh little are answered anew by the model, each response is
+    weighted by how much it helps the validation loss, offline rows, responses and validation rows train together, and
+    the model that fits the selection rows best is kept, else everything is rolled back.
+
+    The objective is `lambda L_val + (1 - lambda) ((1 - rho) L_offline + rho L_responses)`, where `L_responses` is
+    TRL's clipped policy loss with the advantage `u_q (w_g - 1)`: `w_g` the implicit weight of a response (mean one
+    over those of its question), `u_q` the explicit weight of the question. It has the same expected gradient as
+    weighted fine-tuning on the responses, with less variance.
+
+    Example:
+
+    ```python
+    from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
+
+    trainer = SelfRefineTrainer(
+        model="out",
+        args=SelfRefineConfig(output_dir="refined"),
+        train_dataset=bilevel_trainer.weighted_dataset(),  # or plain rows: weights are learned first
+        validation_dataset=trusted,
+    )
+    trainer.train()
+    trainer.ledger
+    ```
+
+    Args:
+        model, processing_class, callbacks, optimizers, quantization_config, peft_config:
+            As for [`~trl.GRPOTrainer`].
+        args ([`SelfRefineConfig`], *optional*):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`]):
+            Offline rows with the columns `prompt` and `completion` (text or messages). With a column `data_weight`
+            (as `BilevelSFTTrainer.weighted_dataset` writes it) these explicit weights are used; else a pilot run
+            learns them before the first round.
+        validation_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
+            Trusted rows. Split into rows that drive scores and rows that select models, unless `selection_dataset` is
+            given.
+        selection_dataset ([`~datasets.Dataset`], *optional*):
+            Trusted rows that choose between the candidates of a round.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Rows whose loss is reported in the ledger; they choose nothing.
+        prompt_dataset ([`~datasets.Dataset`], *optional*):
+            Questions without answers (`prompt`), asked in place of those of `train_dataset`.
+
+    Raises:
+        ValueError, TypeError: for input that cannot work; the message names the argument, the value and the remedy.
+
+    Generation, its back ends and the off-policy correction are TRL's. Files in `output_dir`: `ledger.jsonl`, an entry
+    per round, and `responses/round-*.parquet`.
+    """
+
+    _tag_names = ["trl", "grpo", "trl-bilevel", "self-refine"]
+    _name = "Self-Refine"
+    _paper = {
+        "title": "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation",
+        "id": "2511.21056",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        args: SelfRefineConfig | None = None,
+        train_dataset: Dataset | None = None,
+        validation_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        *,
+        selection_dataset: Dataset | None = None,
+        prompt_dataset: Dataset | None = None,
+        **grpo_arguments: Any,
+    ):
+        args = refine_setup.resolve_config(args, model)
+        questions = refine_setup.check_rows(args, train_dataset, prompt_dataset)
+        pulling, selecting = refine_setup.split_validation(args, validation_dataset, selection_dataset)
+        refine_setup.check_generation(args, grpo_arguments)
+        self.offline: OfflinePart
+        super().__init__(
+            model,
+            self._implicit_weight,
+            args,
+            questions,
+            processing_class=processing_class,
+            **grpo_arguments,
+        )
+        refine_setup.check_template(self, questions)
+        assert train_dataset is not None
+        self.offline = OfflinePart(self.model, args, train_dataset, pulling, self.processing_class)
+        self.selection_rows = setup.prepare_rows(self.offline.trainer, selecting)
+        self.eval_rows = None if eval_dataset is None else setup.prepare_rows(self.offline.trainer, eval_dataset)
+        refine_setup.check_selection(self.selection_rows)
+        self._asks_own_rows = prompt_dataset is None
+        rate = setup.pilot_learning_rate(self.offline.trainer)
+        self.scoring_host = DetachedHost(self.offline.trainer, self.offline.validation, rate)
+        self.estimator = refine_setup.make_response_estimator(args, self.scoring_host)
+        self.rounds = Rounds()
+        self._window: list[Any] = []
+        self._round_start = time.perf_counter()
+        self.add_callback(RoundCallback(self))
+
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """One entry per finished round: questions, responses, scores, losses of both candidates, the decision."""
+        return self.rounds.ledger
+
+    # Questions and their responses
+
+    def explicit_weights(self) -> Tensor:
+        """Explicit weights of the questions, float32 `[questions]`; all one for a `prompt_dataset`."""
+        return self.offline.weights() if self._asks_own_rows else torch.ones(len(self.train_dataset))
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> QuestionSampler:
+        args = self.args
+        return QuestionSampler(
+            lambda: choose_questions(
+                self.explicit_weights(), args.question_strategy, args.question_fraction, args.seed
+            ),
+            questions=args.generation_batch_size // self.num_generations,
+            generations=self.num_generations,
+            repeats=args.steps_per_generation,
+            rounds=args.num_rounds,
+            seed=args.seed,
+        )
+
+    def _implicit_weight(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        sample_id: list[int],
+        **kwargs: Any,
+    ) -> list[float]:
+        """The reward that TRL is given: each response's implicit weight times its question's explicit weight."""
+        own = self._score_responses(self._tokenize_prompts(prompts)[0], completion_ids)
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        cut = torch.tensor([ids[-1] not in ends for ids in completion_ids])
+        if self.mask_truncated_completions:
+            own[cut] = torch.nan
+        gather = self.accelerator.gather
+        scores = gather(own.to(self.accelerator.device)).cpu()
+        ids = gather(torch.tensor(sample_id, device=self.accelerator.device)).cpu()
+        weights = implicit_weights(scores, self.num_generations, self.args.implicit_weight_temperature)
+        if self.args.question_weighting:
+            explicit = self.explicit_weights()[ids[:: self.num_generations]]
+            weights = weights * question_weights(explicit).repeat_interleave(self.num_generations)
+        known = scores[~torch.isnan(scores)]
+        spread = scores.view(-1, self.num_generations).std(-1, unbiased=False)
+        texts = [gather_object([refine_setup.text_of(part) for part in parts]) for parts in (prompts, completions)]
+        cuts = gather_object(cut.tolist())
+        lengths = gather_object([len(part) for part in completion_ids])
+        self.rounds.generation = {
+            "questions": len(ids) // self.num_generations,
+            "responses": len(ids),
+            "responses_cut": sum(cuts),
+            "responses_empty": sum(not text.strip() for text in texts[1]),
+            "score_mean": float(known.mean()),
+            "score_std": float(known.std(unbiased=False)),
+            "score_std_within_question": float(spread[~torch.isnan(spread)].mean()),
+        }
+        if self.accelerator.is_main_process:
+            rows = {"prompt": texts[0], "response": texts[1], "tokens": lengths, "cut": cuts}
+            rows |= {SAMPLE_ID: ids.tolist(), "score": scores.tolist(), "weight": weights.tolist()}
+            write_responses(self.args.output_dir, len(self.ledger), rows)
+        start = self.accelerator.process_index * len(prompts)
+        return weights[start : start + len(prompts)].tolist()
+
+    @torch.no_grad()
+    def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
+        """Score of every response of this process, float32 `[n]` on the CPU, on the token ids that were sampled."""
+        self.scoring_host.step = self.state.global_step
+        with torch.enable_grad():
+            self.estimator.prepare_scoring()
+        training = self.model.training
+        self.model.eval()
+        rows = [
+            {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + list(answer), SAMPLE_ID: -1}
+            for prompt, answer in zip(prompt_ids, completion_ids, strict=True)
+        ]
+        scores, size = [], self.args.per_device_train_batch_size
+        for start in range(0, len(rows), size):
+            reference, model = self.estimator.loss_pair(self.offline.trainer.data_collator(rows[start : start + size]))
+            scores.append(response_scores(reference.means(), model.means()).float().cpu())
+        self.model.train(training)
+        return torch.cat(scores)
+
+    # The training step
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The parent's loss on the responses, and the offline and validation rows of the micro-batch."""
+        policy = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            return policy
+        args = self.args
+        micro = self._step % args.gradient_accumulation_steps
+        online = (1 - args.validation_loss_weight) * args.online_loss_weight
+        if micro == 0:
+            step = self.state.global_step
+            window = self.offline.window(step)
+            self.scoring_host.step = step
+            if args.response_estimator == "value_function":
+                self.estimator.begin_step(window)
+            training = (1 - args.validation_loss_weight) * (1 - args.online_loss_weight)
+            self._window = self.offline.micro_batches(step, window, training, args.validation_loss_weight)
+        batch, factor = self._window[micro]
+        sums = self.offline.host.row_losses(batch).sums
+        # Factors make up a sum over the processes, DDP takes the mean.
+        offline = (factor.to(sums.device) * sums).sum() * self.accelerator.num_processes
+        self._metrics["train"]["offline_loss"].append(offline.item() * args.gradient_accumulation_steps)
+        return online * policy + offline
+
+    # Rounds
+
+    def begin_round(self) -> None:
+        """Remember the way back, and how good the incoming model is."""
+        self._round_start = time.perf_counter()
+        if self.rounds.incoming is None:
+            self.rounds.incoming = self._losses(self.selection_rows)
+        self.rounds.snapshot = Snapshot.take(self._trainable(), self.optimizer, self.estimator)
+
+    def end_round(self) -> None:
+        """Keep the trained model or go back to the incoming one, by the selection rows; write the ledger."""
+        rounds = self.rounds
+        assert rounds.incoming is not None and rounds.snapshot is not None
+        trained = self._losses(self.selection_rows)
+        decision = decide(rounds.incoming, trained)
+        if not decision.kept:
+            rounds.snapshot.restore(self._trainable(), self.optimizer, self.estimator)
+        report = None if self.eval_rows is None else float(self._losses(self.eval_rows).mean())
+        facts = {"step": self.state.global_step, "seed": self.args.seed, "eval_loss": report}
+        facts["seconds"] = round(time.perf_counter() - self._round_start, 1)
+        entry = rounds.close(decision, trained, **facts)
+        if self.accelerator.is_main_process:
+            rounds.write_ledger(self.args.output_dir)
+        self.log({f"round/{k}": float(v) for k, v in entry.items() if isinstance(v, bool | int | float)})
+
+    def _losses(self, rows: Dataset) -> Tensor:
+        """Losses of prepared rows, the same on all processes."""
+        losses = setup.evaluate_rows(self.offline.trainer, rows).to(self.accelerator.device)
+        return self.accelerator.reduce(losses, reduction="mean").cpu()
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    # Files
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's files, and the selector's state beside them."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.offline.trainer.selection.save(output_dir or self.args.output_dir, {})
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+        refine_setup.save_rounds(self, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        dtypes = setup.trainable_dtypes(self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        setup.restore_dtypes(self.model, dtypes)
+        self.offline.trainer.selection.load(resume_from_checkpoint)
+        refine_setup.load_rounds(self, resume_from_checkpoint)
