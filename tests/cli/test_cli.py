@@ -51,6 +51,32 @@ def test_sft_trains_and_export_filters(run_folder, capsys):
     assert sorted(row["data_rank"] for row in kept) == list(range(7))
 
 
+def test_refine_goes_on_from_an_sft_run(run_folder, capsys):
+    assert main(["sft", "--config", f"{run_folder}/run.yaml"]) == 0
+    (run_folder / "refine.yaml").write_text(
+        f"""
+model_name_or_path: {run_folder}/out
+dataset_name: {run_folder}/out/weighted.parquet
+validation_dataset_name: {run_folder}/trusted.parquet
+output_dir: {run_folder}/refined
+selection_split: 0.5
+num_rounds: 2
+steps_per_round: 2
+per_device_train_batch_size: 4
+max_completion_length: 8
+use_cpu: true
+bf16: false
+report_to: none
+save_strategy: "no"
+disable_tqdm: true
+"""
+    )
+    assert main(["refine", "--config", f"{run_folder}/refine.yaml"]) == 0
+    assert (run_folder / "refined" / "adapter_model.safetensors").is_file()
+    assert len((run_folder / "refined" / "ledger.jsonl").read_text().splitlines()) == 2
+    assert "of 2 rounds kept" in capsys.readouterr().out
+
+
 def test_mixture_names_its_sources(run_folder):
     (run_folder / "mixture.yaml").write_text(
         (run_folder / "run.yaml").read_text().replace(f"dataset_name: {run_folder}/mixed.jsonl\n", "", 1)

@@ -56,3 +56,56 @@ def load_mixture(parts: list[Any]) -> Dataset:
         label = part.path if part.name is None else f"{part.path}/{part.name}"
         loaded.append(rows.add_column(SOURCE, [label] * len(rows)))
     return concatenate_datasets(loaded)
+
+
+def load_sets(script_args: Any, dataset_args: Any) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """Training, validation and evaluation rows that the command line names."""
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("Give either `dataset_name` or `datasets`, not both.")
+    if not dataset_args.datasets and not script_args.dataset_name:
+        raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
+    if dataset_args.datasets:
+        train = load_mixture(dataset_args.datasets)
+    else:
+        train = load_rows(
+            script_args.dataset_name, split=script_args.dataset_train_split, config=script_args.dataset_config
+        )
+    validation = load_named(script_args, "validation")
+    return train, validation, load_named(script_args, "eval")
+
+
+def load_named(script_args: Any, kind: str) -> Dataset | None:
+    """Rows of `{kind}_dataset_name`; None if it is not given."""
+    name = getattr(script_args, f"{kind}_dataset_name")
+    if not name:
+        return None
+    config = getattr(script_args, f"{kind}_dataset_config", None)
+    return load_rows(name, split=getattr(script_args, f"{kind}_dataset_split"), config=config)
+
+
+def set_model_arguments(training_args: Any, model_args: Any) -> None:
+    """Hand TRL's model options to the trainer, which loads the model."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds a PEFT adapter in place of a model."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def load_adapter(training_args: Any, folder: str, quantization_config: Any) -> Any:
+    """The base model with the adapter of a folder, ready to train on; takes over `model_init_kwargs`."""
+    from peft import AutoPeftModelForCausalLM
+
+    kwargs = training_args.model_init_kwargs
+    training_args.model_init_kwargs = None
+    if quantization_config is not None:
+        kwargs = kwargs | {"quantization_config": quantization_config}
+    return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, **kwargs)

@@ -9,6 +9,7 @@ from .._version import __version__
 
 COMMANDS = {
     "sft": ("trl_bilevel.cli.sft", "fine-tune on mixed data, with a weight learned for every row"),
+    "refine": ("trl_bilevel.cli.refine", "let the model answer anew what was answered badly, in guarded rounds"),
     "export": ("trl_bilevel.cli.export", "write a run's weighted rows, or the best of them, as parquet or JSON lines"),
     "demo": (
         "trl_bilevel.cli.demo",

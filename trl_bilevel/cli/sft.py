@@ -10,39 +10,9 @@ arguments is an option, and a key of the YAML file. Unknown keys are errors.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass
-class BilevelScriptArguments:
-    """Which data to train on.
-
-    Parameters:
-        dataset_name (`str`, *optional*): training rows: hub name, .json/.jsonl/.csv/.parquet file or saved folder.
-        dataset_config (`str`, *optional*): configuration of the hub data set.
-        dataset_train_split (`str`): split to train on.
-        validation_dataset_name (`str`, *optional*): trusted rows, named in the same ways.
-        validation_dataset_config (`str`, *optional*), validation_dataset_split (`str`): as above.
-        eval_dataset_name (`str`, *optional*), eval_dataset_split (`str`): rows for reporting only.
-        weighted_dataset_path (`str`, *optional*): where the weighted rows go; default `OUTPUT_DIR/weighted.parquet`.
-    """
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Training rows: hub name, .json/.jsonl/.csv/.parquet file, or saved folder."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_dataset_name: str | None = field(
-        default=None, metadata={"help": "Trusted rows that say what good means, named in the same ways."}
-    )
-    validation_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    validation_dataset_split: str = field(default="train", metadata={"help": "Split of the trusted rows."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Rows for reporting only."})
-    eval_dataset_split: str = field(default="test", metadata={"help": "Split of the rows for reporting."})
-    weighted_dataset_path: str | None = field(
-        default=None, metadata={"help": "Where the weighted rows go. Default: OUTPUT_DIR/weighted.parquet."}
-    )
+from .arguments import BilevelScriptArguments, parse
 
 
 def make_parser(prog: str = "trl-bilevel sft") -> Any:
@@ -59,36 +29,10 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from trl import get_peft_config, get_quantization_config
 
     from ..trainer.bilevel_sft_trainer import BilevelSFTTrainer
-    from .data import load_mixture, load_rows
+    from .data import load_sets, set_model_arguments
 
-    if dataset_args.datasets and script_args.dataset_name:
-        raise ValueError("Give either `dataset_name` or `datasets`, not both.")
-    if not dataset_args.datasets and not script_args.dataset_name:
-        raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
-    if model_args.model_name_or_path is None:
-        raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
-    if dataset_args.datasets:
-        train = load_mixture(dataset_args.datasets)
-    else:
-        train = load_rows(
-            script_args.dataset_name, split=script_args.dataset_train_split, config=script_args.dataset_config
-        )
-    validation = evaluation = None
-    if script_args.validation_dataset_name:
-        validation = load_rows(
-            script_args.validation_dataset_name,
-            split=script_args.validation_dataset_split,
-            config=script_args.validation_dataset_config,
-        )
-    if script_args.eval_dataset_name:
-        evaluation = load_rows(script_args.eval_dataset_name, split=script_args.eval_dataset_split)
-
-    model_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    training_args.model_init_kwargs = model_kwargs | (training_args.model_init_kwargs or {})
+    train, validation, evaluation = load_sets(script_args, dataset_args)
+    set_model_arguments(training_args, model_args)
     trainer = BilevelSFTTrainer(
         model_args.model_name_or_path,
         training_args,
@@ -117,12 +61,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 def run(arguments: list[str]) -> None:
     """Parse and train."""
-    parser = make_parser()
-    # `--config` is taken in two words by TRL's parser; the usual one-word form works too.
-    arguments = [
-        part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-    main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
+    main(*parse(make_parser(), arguments))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class SelfRefineTrainer(GRPOTrainer):
     from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
 
     trainer = SelfRefineTrainer(
-        model="out",
+        model=bilevel_trainer.model,
         args=SelfRefineConfig(output_dir="refined"),
         train_dataset=bilevel_trainer.weighted_dataset(),  # or plain rows: weights are learned first
         validation_dataset=trusted,

@@ -1,0 +1,79 @@
+"""`trl-bilevel refine`: online self-refining generation from a config file and the command line.
+
+    trl-bilevel refine --config FILE.yaml [--num_rounds 4 ...]
+    accelerate launch -m trl_bilevel.cli.refine --config FILE.yaml
+
+Every field of `SelfRefineConfig` (and so of TRL's `GRPOConfig`), of TRL's `ModelConfig` and of the script's own
+arguments is an option, and a key of the YAML file. Unknown keys are errors. Training rows with a column `data_weight`
+(what `trl-bilevel sft` writes to `weighted.parquet`) keep these weights; a model folder that holds an adapter goes on
+training it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from .arguments import RefineScriptArguments, parse
+
+
+def make_parser(prog: str = "trl-bilevel refine") -> Any:
+    """The parser, as in TRL's scripts."""
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    from ..trainer.self_refine_config import SelfRefineConfig
+
+    return TrlParser((RefineScriptArguments, SelfRefineConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Run the rounds, write the model, the ledger and the responses, and say what came of it."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..trainer.self_refine_trainer import SelfRefineTrainer
+    from .data import is_adapter, load_adapter, load_named, load_sets, set_model_arguments
+
+    train, validation, evaluation = load_sets(script_args, dataset_args)
+    quantization = get_quantization_config(model_args)
+    model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)
+    set_model_arguments(training_args, model_args)
+    if is_adapter(model):
+        model, peft_config, quantization = load_adapter(training_args, model, quantization), None, None
+    trainer = SelfRefineTrainer(
+        model,
+        training_args,
+        train,
+        validation,
+        evaluation,
+        selection_dataset=load_named(script_args, "selection"),
+        prompt_dataset=load_named(script_args, "prompt"),
+        quantization_config=quantization,
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    folder = training_args.output_dir
+    lines = [f"Model saved to {folder}."]
+    for entry in trainer.ledger:
+        lines.append(
+            f"Round {entry['round']}: {entry['responses']} responses to {entry['questions']} questions; selection "
+            f"loss {entry['incoming_loss']:.4f} -> {entry['trained_loss']:.4f} (+- {entry['standard_error']:.4f}): "
+            f"{'kept' if entry['kept'] else 'rolled back'}, {entry['reason']}."
+        )
+    kept = sum(entry["kept"] for entry in trainer.ledger)
+    lines.append(f"{kept} of {len(trainer.ledger)} rounds kept. Books: {folder}/ledger.jsonl, {folder}/responses/.")
+    if kept == 0:
+        lines.append("No round helped: lower the learning rate, or raise `num_generations` or `steps_per_round`.")
+    trainer.accelerator.print("\n".join(lines))
+    trainer.end()
+
+
+def run(arguments: list[str]) -> None:
+    """Parse and train."""
+    main(*parse(make_parser(), arguments))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
