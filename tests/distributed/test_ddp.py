@@ -21,12 +21,12 @@ METHODS = {
 }
 
 
-def train(folder, processes, overrides):
+def train(folder, processes, overrides, worker="worker"):
     folder.mkdir()
     launcher = []
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "tests.distributed.worker"]
+    command = [sys.executable, *launcher, "-m", f"tests.distributed.{worker}"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, str(folder), json.dumps(overrides)],
@@ -48,3 +48,11 @@ def test_two_processes_equal_one(name, tmp_path):
     # weighted losses carry that of the weights.
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["weights"] == pytest.approx(one["weights"], abs=3e-4)
+
+
+def test_self_refining_processes_stay_together(tmp_path):
+    result = train(tmp_path / "run", 2, {}, worker="refine_worker")
+    assert result["apart"] == 0
+    assert [entry["questions"] for entry in result["ledger"]] == [4, 4, 4]
+    assert all(entry["responses"] == 16 for entry in result["ledger"])
+    assert all(entry["trained_loss"] <= entry["incoming_loss"] for entry in result["ledger"] if entry["kept"])

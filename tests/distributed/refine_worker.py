@@ -1,0 +1,54 @@
+"""A self-refining run of a tiny model in each process of a `torchrun`; the first process writes what came of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+
+from tests.conftest import base_arguments, make_tiny_model, make_tokenizer, parameters
+from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
+from trl_bilevel.demo.assets import docstrings
+
+
+def main(folder: str, overrides: str) -> None:
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    rows = [{"prompt": f"What is {r['name']}?\n", "completion": r["description"]} for r in docstrings()[:80]]
+    settings = base_arguments(Path(folder)) | {
+        "max_steps": -1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_rounds": 3,
+        "steps_per_round": 2,
+        "max_completion_length": 8,
+        "pilot_steps": 2,
+        "pilot_learning_rate": 1e-2,
+        "ddp_find_unused_parameters": False,
+    }
+    tokenizer = make_tokenizer()
+    trainer = SelfRefineTrainer(
+        make_tiny_model(tokenizer),
+        SelfRefineConfig(**(settings | json.loads(overrides))),
+        Dataset.from_list(rows[:40]),
+        Dataset.from_list(rows[40:]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    flat = torch.cat([p.flatten() for p in parameters(trainer)])
+    both = trainer.accelerator.gather(flat.unsqueeze(0))
+    if trainer.is_world_process_zero():
+        result = {
+            "apart": float((both[0] - both[1]).abs().max()),
+            "ledger": trainer.ledger,
+            "moved": float(flat.abs().sum()),
+        }
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
