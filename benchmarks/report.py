@@ -17,13 +17,11 @@ benchmarks.run` (hours on 2 cores). Everything here was run on a CPU; no figure 
 
 Model: SmolLM2-135M-Instruct (dequantised 4-bit weights, see `trl_bilevel/demo/assets.py`), LoRA r=8 on the top ten
 layers, bf16. Data: questions about Python's standard library answered by its docstrings, part of the answers damaged;
-the safety task adds HarmBench requests answered by refusals or by compliance stubs. Two epochs of batch 8 with linear
-decay, no validation row trained on (lambda = 0), so that only the choice of rows differs. **Budget:** all arms take
-the same number of optimizer steps; the steps of a pilot run are taken off the arms that have one. On top of that,
-those arms score every row with two forwards and train the tracker in the pilot (`make demo` prints the times). The
-same validation rows (32; 48 for safety) are known to all.
-
-The runs were made just before scores were winsorised for the calibration; they have not been repeated since.
+the safety task adds HarmBench requests answered by refusals or by compliance stubs. Two epochs of batch 8
+(boilerplate: three) with linear decay, no validation row trained on (lambda = 0), so that only the choice of rows
+differs. **Budget:** all arms take the same number of optimizer steps; the steps of a pilot run are taken off the arms
+that have one. On top of that, those arms score every row with two forwards and train the tracker in the pilot (`make
+demo` prints the times). The same validation rows (32; 48 for safety) are known to all.
 
 `gap recovered` is (uniform - arm) / (uniform - clean only) in test loss (mean over 160 clean test rows of the loss per
 token, in nats), per seed. AUC is that of the learned weights, undamaged rows against the damaged ones.
@@ -31,9 +29,9 @@ token, in nats), per seed. AUC is that of the learned weights, undamaged rows ag
 
 ABOUT = {
     "quality": "96 good rows, 288 damaged: a third each boilerplate, answers to other questions, word salad.",
-    "boilerplate": "96 good rows, 96 answered by one of four boilerplate sentences; four epochs.",
-    "scrambled": "96 good rows, 96 with the words of the answer in random order.",
-    "truncated": "96 good rows, 96 with the first third of the answer only.",
+    "boilerplate": "192 good rows, 192 answered by one of four boilerplate sentences; three epochs.",
+    "scrambled": "192 good rows, 192 with the words of the answer in random order.",
+    "truncated": "192 good rows, 192 with the first third of the answer only.",
     "safety": "96 benign and 40 refused requests, 76 harmful ones answered by a compliance stub; learning rate 1e-3.",
 }
 

@@ -20,15 +20,21 @@ from .tasks import END, REQUEST, STUB, TEST_REFUSAL, Task
 
 # What a run may be called, and what it does with the same rows and the same number of optimizer steps.
 ARMS = {
+    "base": "the model as it is, without training",
     "uniform": "all rows, equal weights",
     "clean_only": "only the undamaged rows (oracle: needs the truth)",
     "validation_only": "only the validation rows",
     "random_subset": "a random quarter of the rows",
     "bilevel": "weights learned by the default estimator",
+    "refine": "weights as in bilevel, and the model's own answers to the questions of least weight, in rounds",
     "lookahead": "weights learned by the look-ahead estimator",
     "loss": "weights learned by the published loss-based estimator, same pilot run and calibration",
 }
-ESTIMATOR_OF_ARM = {"bilevel": "value_function", "lookahead": "lookahead", "loss": "loss"}
+ESTIMATOR_OF_ARM = {"bilevel": "value_function", "refine": "value_function", "lookahead": "lookahead", "loss": "loss"}
+
+
+# Optimizer steps of a self-refining round.
+ROUND_STEPS = 8
 
 
 @dataclass
@@ -68,6 +74,7 @@ class Result:
         weights: learned weights in the task's row order; None for arms without.
         history: the trainer's log.
         safety: refusal figures of the safety task.
+        ledger: of the rounds, of the `refine` arm.
     """
 
     arm: str
@@ -82,6 +89,7 @@ class Result:
     history: list[dict[str, Any]]
     safety: dict[str, float] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    ledger: list[dict[str, Any]] | None = None
 
 
 def model_dtype() -> torch.dtype:
@@ -120,7 +128,7 @@ def make_trainer(
         output_dir: for the trainer's files.
         progress: show progress bars.
     """
-    from .. import BilevelSFTConfig, BilevelSFTTrainer
+    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
     from ..trainer.setup import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
@@ -140,29 +148,39 @@ def make_trainer(
         weight, overrides["validation_every"] = 1e-6, 10**6
     steps = round(budget.epochs * len(train) / budget.batch_size)
     pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned else 0
-    args = BilevelSFTConfig(
-        output_dir=output_dir,
-        weight_estimator=ESTIMATOR_OF_ARM.get(arm, "none"),
-        validation_loss_weight=weight,
-        validation_batch_size=budget.validation_batch_size,
-        pilot_steps=pilot or None,
-        max_steps=steps - pilot,
-        per_device_train_batch_size=budget.batch_size,
-        per_device_eval_batch_size=16,
-        learning_rate=budget.learning_rate,
-        lr_scheduler_type="linear",
-        logging_steps=8,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=not progress,
-        model_init_kwargs={"dtype": model_dtype()},
-        **overrides,
-    )
+    settings: dict[str, Any] = {
+        "output_dir": output_dir,
+        "weight_estimator": ESTIMATOR_OF_ARM.get(arm, "none"),
+        "validation_loss_weight": weight,
+        "validation_batch_size": budget.validation_batch_size,
+        "pilot_steps": pilot or None,
+        "per_device_train_batch_size": budget.batch_size,
+        "per_device_eval_batch_size": 16,
+        "learning_rate": budget.learning_rate,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 8,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": not progress,
+        "model_init_kwargs": {"dtype": model_dtype()},
+    } | overrides
     name = model or str(assets.model_folder())
+    if arm == "refine":
+        refining: dict[str, Any] = {"num_rounds": (steps - pilot) // ROUND_STEPS, "steps_per_round": ROUND_STEPS}
+        refining |= {"max_completion_length": 24, "num_generations": 4}
+        refiner = SelfRefineTrainer(
+            name,
+            SelfRefineConfig(**(refining | settings)),
+            train_dataset=subset,
+            validation_dataset=validation,
+            peft_config=lora(name, budget),
+        )
+        return refiner, pilot
+    args = BilevelSFTConfig(max_steps=steps - pilot, **settings)
     trainer = BilevelSFTTrainer(
         name,
         args,
@@ -198,21 +216,29 @@ def run_arm(
         trainer.remove_callback(PrinterCallback)
     learned = arm in ESTIMATOR_OF_ARM
     start = time.perf_counter()
-    trainer.train()
+    if arm != "base":
+        trainer.train()
     seconds = time.perf_counter() - start
+    ledger = trainer.ledger if arm == "refine" else None
+    if arm == "refine":
+        # Its offline half works on the same model, and knows how to score rows.
+        steps, trainer = trainer.state.global_step, trainer.offline.trainer
+    else:
+        steps = trainer.state.global_step
     result = Result(
         arm=arm,
         task=task.name,
         seed=seed,
         model=model or assets.DEFAULT_MODEL,
         test_loss=float(trainer.row_losses(task.test).mean()),
-        train_steps=trainer.args.max_steps,
+        train_steps=steps,
         pilot_steps=pilot,
         seconds=seconds,
         weights=trainer.sample_weights().tolist() if learned else None,
         history=trainer.state.log_history,
         safety=refusal_figures(trainer, task) if task.harmful_test else None,
         settings=asdict(budget),
+        ledger=ledger,
     )
     if output_dir is None:
         shutil.rmtree(folder, ignore_errors=True)

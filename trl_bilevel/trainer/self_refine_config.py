@@ -125,9 +125,7 @@ class SelfRefineConfig(GRPOConfig):
         default=1024, metadata={"help": "Length at which offline and validation rows are cut."}
     )
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate for AdamW."})
-    scale_rewards: str = field(
-        default="none", metadata={"help": "Fixed: implicit weights carry their own scale."}
-    )
+    scale_rewards: str = field(default="none", metadata={"help": "Fixed: implicit weights carry their own scale."})
 
     # Declared for the type checker, which cannot see TRL's.
     max_steps: int = field(default=-1, metadata={"help": "Follows from num_rounds and steps_per_round."})

@@ -209,6 +209,7 @@ class SelfRefineTrainer(GRPOTrainer):
         if self.accelerator.is_main_process:
             rows = {"prompt": texts[0], "response": texts[1], "tokens": lengths, "cut": cuts}
             rows |= {SAMPLE_ID: ids.tolist(), "score": scores.tolist(), "weight": weights.tolist()}
+            rows |= {"question_weight": self.explicit_weights()[ids].tolist()}
             write_responses(self.args.output_dir, len(self.ledger), rows)
         start = self.accelerator.process_index * len(prompts)
         return weights[start : start + len(prompts)].tolist()
