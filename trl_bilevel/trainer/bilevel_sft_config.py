@@ -72,8 +72,8 @@ class BilevelSFTConfig(SFTConfig):
         selector_weighting (`str`, *optional*):
             How weights reach the model. `"resample"` (default for `"calibrated"`): rows are visited in proportion to
             their weights, so no step is spent on rows of no weight. `"loss"` (default, and only choice, for the
-            updates that move weights in every step): rows are visited evenly, and their losses are multiplied by the
-            weights. Both have the same expected gradient.
+            updates that move weights in every step; default for fixed weights): rows are visited evenly, and their
+            losses are multiplied by the weights. Both have the same expected gradient.
         selector_learning_rate (`float`, *optional*, defaults to `0.5`):
             Step size of the logits for `"sparse_centred"` and `"adam"`.
         selector_entropy_coef (`float`, *optional*, defaults to `0.02`):
@@ -212,7 +212,8 @@ class BilevelSFTConfig(SFTConfig):
         _one_of("selector_activation", self.selector_activation, ACTIVATIONS)
         _one_of("selector_update", self.selector_update, UPDATES)
         if self.selector_weighting is None:
-            self.selector_weighting = "resample" if self.selector_update == "calibrated" else "loss"
+            resample = self.selector_update == "calibrated" and self.weight_estimator != "none"
+            self.selector_weighting = "resample" if resample else "loss"
         _one_of("selector_weighting", self.selector_weighting, WEIGHTINGS)
         if self.selector_weighting == "resample" and self.selector_update != "calibrated":
             raise ValueError(

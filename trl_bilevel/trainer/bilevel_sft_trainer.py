@@ -54,7 +54,8 @@ class BilevelSFTTrainer(SFTTrainer):
         args ([`BilevelSFTConfig`], *optional*):
             Configuration. A plain [`~trl.SFTConfig`] is taken too, with the defaults of the upper level.
         train_dataset ([`~datasets.Dataset`]):
-            Rows of mixed quality, in any text format that [`~trl.SFTTrainer`] takes. Weights are learned for its rows.
+            Rows of mixed quality, in any text format that [`~trl.SFTTrainer`] takes. Weights are learned for its rows;
+            with `weight_estimator="none"` a column `data_weight` (as `weighted_dataset` writes it) gives fixed ones.
         validation_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
             Trusted rows that say what good means, in the same formats; several sets make several objectives
             (`args.validation_weights`). Needed unless `weight_estimator="none"` and `validation_loss_weight=0`.
@@ -89,12 +90,14 @@ class BilevelSFTTrainer(SFTTrainer):
         **sft_arguments: Any,
     ):
         args = setup.resolve_config(args, model)
+        train_dataset, fixed_weights = setup.take_weights(args, train_dataset)
         validation = setup.check_datasets(args, train_dataset, validation_dataset)
         assert train_dataset is not None
         self.row_count = len(train_dataset)
         self._caller_rows = train_dataset
         # Plain SFT needs no row numbers, and must not stumble over them (packing and padding-free merge rows).
-        self._tracks_rows = args.weight_estimator != "none" or args.validation_loss_weight > 0
+        self.weighs = args.weight_estimator != "none" or fixed_weights is not None
+        self._tracks_rows = self.weighs or args.validation_loss_weight > 0
         super().__init__(
             model,
             args,
@@ -117,6 +120,8 @@ class BilevelSFTTrainer(SFTTrainer):
             fingerprint=fingerprint(train_dataset),
             device=args.device,
         )
+        if fixed_weights is not None:
+            self.selection.set_weights(fixed_weights)
         self.validation = setup.prepare_validation(self, validation, sft_arguments.get("formatting_func"))
         self.estimator: Estimator | None = None
         self._order: Tensor | None = None
@@ -163,13 +168,13 @@ class BilevelSFTTrainer(SFTTrainer):
 
     @property
     def selects(self) -> bool:
-        """True if weights are learned."""
+        """True if weights are learned (`weighs` is true for fixed ones, too)."""
         return self.args.weight_estimator != "none"
 
     @property
     def resamples(self) -> bool:
         """True if weights act through how often a row is visited."""
-        return self.selects and self.args.selector_weighting == "resample"
+        return self.weighs and self.args.selector_weighting == "resample"
 
     @property
     def trains_validation(self) -> bool:
@@ -217,7 +222,7 @@ class BilevelSFTTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The parent's micro-batches of an optimizer step; a window looks after them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window = StepWindow(self, batches, num_items) if self.selects or self.trains_validation else None
+        self._window = StepWindow(self, batches, num_items) if self.weighs or self.trains_validation else None
         return batches, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -271,14 +276,14 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's log, with the selector's statistics while training."""
-        if self.selects and self.model.training and "loss" in logs:
+        if self.weighs and self.model.training and "loss" in logs:
             logs.update(self.selection.metrics())
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's files, and the selector's state beside them."""
         super().save_model(output_dir, _internal_call)
-        if self.selects and self.args.should_save:
+        if self.weighs and self.args.should_save:
             tensors = {} if self.estimator is None else self.estimator.tensors()
             self.selection.save(output_dir or self.args.output_dir, tensors)
 
@@ -286,7 +291,7 @@ class BilevelSFTTrainer(SFTTrainer):
         dtypes = setup.trainable_dtypes(self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         setup.restore_dtypes(self.model, dtypes)
-        if self.selects:
+        if self.weighs:
             tensors = self.selection.load(resume_from_checkpoint)
             if tensors:
                 self.estimator = setup.make_estimator(self.args, TrainerHost(self))

@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..core.selector import replace_logits
-from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS, sample_ids
+from ..data.identity import DATA_WEIGHT, sample_ids
 from ..data.sampling import WeightedSampler
 from ..estimators.base import WeightedBatch, token_mean
 from . import setup
@@ -54,21 +53,19 @@ class OfflinePart:
         validation: Mapping[str, Dataset],
         processing_class: Any,
     ):
-        given = None
+        settings = {name: getattr(args, name) for name in SHARED}
         if DATA_WEIGHT in train_dataset.column_names:
-            given = _checked_weights(train_dataset[DATA_WEIGHT])
-        ours = [name for name in RESERVED_COLUMNS if name in train_dataset.column_names]
-        config = BilevelSFTConfig(**{name: getattr(args, name) for name in SHARED}, report_to="none")
+            settings["weight_estimator"] = "none"
+        config = BilevelSFTConfig(**settings, selector_weighting="resample", report_to="none")
         self.trainer = BilevelSFTTrainer(
             model,
             config,
-            train_dataset=train_dataset.remove_columns(ours),
+            train_dataset=train_dataset,
             validation_dataset=validation,
             processing_class=processing_class,
         )
         self.trainer.state.max_steps = args.max_steps
         self.host = TrainerHost(self.trainer)
-        self._given = given
         self._epoch = -1
         self._rows: list[int] = []
 
@@ -80,14 +77,7 @@ class OfflinePart:
 
     def start(self) -> None:
         """Have weights ready: given ones, or those of a pilot run (unless a checkpoint has brought them)."""
-        selection = self.trainer.selection
-        if self._given is None:
-            self.trainer.start_selection()
-        elif not selection.calibrated:
-            live = ~torch.isneginf(selection.state.logits)
-            weights = self._given.to(live.device)[live]
-            replace_logits(selection.state, live, weights.clamp(min=1e-30).log())
-            selection.calibrated = True
+        self.trainer.start_selection()
 
     def weights(self) -> Tensor:
         """Explicit weights of the caller's rows, float32 `[rows]`, NaN for rows that preparation dropped."""
@@ -139,14 +129,3 @@ class OfflinePart:
                 factor = torch.cat([factor, validation_weight * weights.to(factor.device)])
             out.append((batch, factor))
         return out
-
-
-def _checked_weights(values: Any) -> Tensor:
-    weights = torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
-    known = weights[~torch.isnan(weights)]
-    if len(known) == 0 or not bool(torch.isfinite(known).all()) or float(known.min()) < 0 or float(known.sum()) <= 0:
-        raise ValueError(
-            "`data_weight` of `train_dataset` must be finite numbers of at least 0, and not 0 for all rows (missing "
-            "for rows that were never trained on)."
-        )
-    return torch.nan_to_num(weights, nan=0.0)

@@ -108,6 +108,15 @@ class Selection:
         weights = self.weights(torch.arange(len(self.kept))).cpu()
         return torch.where(self.kept, weights, torch.nan)
 
+    def set_weights(self, weights: Tensor) -> None:
+        """Take over weights `[row_count]` (at least 0) of the caller's rows, scaled to mean one over those kept."""
+        live = ~torch.isneginf(self.state.logits)
+        logits = weights.to(live.device)[live].clamp(min=1e-30).log()
+        core.replace_logits(self.state, live, logits - logits.max())
+        self.calibrated = True
+        self._uniform = False
+        self.refresh_gate()
+
     def update(self, ids: Tensor, scores: Tensor) -> None:
         """Take in the scores `[b]` of the rows `ids` `[b]` of one optimizer step (all processes)."""
         device = self.state.logits.device

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from ..data.identity import RESERVED_COLUMNS, SAMPLE_ID, count_overlap, sample_ids
+from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS, SAMPLE_ID, count_overlap, sample_ids
 from ..estimators import ESTIMATORS, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
 from .bilevel_sft_config import BilevelSFTConfig
 from .host import TrainerHost
@@ -59,6 +59,31 @@ def resolve_config(args: SFTConfig | None, model: Any) -> BilevelSFTConfig:
     return BilevelSFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
 
 
+def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None]:
+    """The rows without the columns of an export, and their fixed weights; as they are if weights are learned.
+
+    Returns:
+        the rows; weights float32 `[rows]` (0 where missing), or None.
+    """
+    if not isinstance(train, Dataset) or DATA_WEIGHT not in train.column_names or args.weight_estimator != "none":
+        return train, None
+    values = train[DATA_WEIGHT]
+    weights = torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
+    known = weights[~torch.isnan(weights)]
+    if len(known) == 0 or not bool(torch.isfinite(known).all()) or float(known.min()) < 0 or float(known.sum()) <= 0:
+        raise ValueError(
+            "`data_weight` of `train_dataset` must be finite numbers of at least 0, and not 0 for all rows (missing "
+            "for rows that were never trained on)."
+        )
+    if args.selector_granularity == "group":
+        raise ValueError(
+            "`selector_granularity='group'` has no meaning with the fixed weights of a column `data_weight`. Leave it "
+            "out, or remove the column and choose a `weight_estimator`."
+        )
+    ours = [name for name in RESERVED_COLUMNS if name in train.column_names]
+    return train.remove_columns(ours), torch.nan_to_num(weights, nan=0.0)
+
+
 def check_datasets(
     args: BilevelSFTConfig, train: Any, validation: Dataset | Mapping[str, Dataset] | None
 ) -> dict[str, Dataset]:
@@ -77,7 +102,8 @@ def check_datasets(
     if taken:
         raise ValueError(
             f"`train_dataset` has the column(s) {taken}, which BilevelSFTTrainer writes itself. Rename them, e.g. "
-            f'`train_dataset.rename_column("{taken[0]}", "my_{taken[0]}")`.'
+            f'`train_dataset.rename_column("{taken[0]}", "my_{taken[0]}")`; or, to train with the weights of an '
+            "earlier run (`data_weight`), set `weight_estimator='none'`."
         )
     if args.selector_granularity == "group" and args.selector_group_column not in train.column_names:
         raise ValueError(
@@ -117,7 +143,7 @@ def check_datasets(
 def check_supported(trainer: BilevelSFTTrainer) -> None:
     """Refuse what cannot work, with the reason. Plain SFT (no weights, no validation term) is never refused."""
     args = trainer.args
-    if args.weight_estimator == "none" and args.validation_loss_weight == 0:
+    if not trainer._tracks_rows:
         return
     reasons = {
         "`packing=True`": args.packing,
@@ -218,8 +244,7 @@ def kept_rows(trainer: BilevelSFTTrainer) -> Tensor:
             f"{dropped} of {len(kept)} training rows were dropped in preparation (nothing to learn from within "
             "`max_length`). They keep their row number and have no weight (NaN in `sample_weights()`)."
         )
-    needed = trainer.selects or trainer.args.validation_loss_weight > 0
-    if needed and int(kept.sum()) < batch_rows:
+    if trainer._tracks_rows and int(kept.sum()) < batch_rows:
         raise ValueError(
             f"`train_dataset` has {int(kept.sum())} usable rows, fewer than one batch of {batch_rows} rows "
             "(`per_device_train_batch_size` x processes). Lower the batch size or give more rows."

@@ -99,7 +99,7 @@ class StepWindow:
             if reference is not None or not trainer.estimator.needs_reference:
                 self.scores.append(trainer.estimator.score(losses[:count], reference))
         weights = torch.ones_like(losses)
-        if trainer.selects and not trainer.resamples:
+        if trainer.weighs and not trainer.resamples:
             weights[:count] = trainer.selection.weights(rows).to(losses.device)
         return weights
 
