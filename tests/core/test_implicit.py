@@ -120,6 +120,13 @@ def test_decisions():
     assert not broken.kept and "NaN" in broken.reason
 
 
+def test_decisions_weigh_the_rows():
+    incoming, trained = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([1.0, 1.0, 3.0])
+    assert decide(incoming, trained).kept
+    weighted = decide(incoming, trained, torch.tensor([0.1, 0.1, 0.8]))
+    assert not weighted.kept and weighted.difference == pytest.approx(0.6)
+
+
 def test_questions_of_lowest_weight():
     weights = torch.tensor([0.5, math.nan, 0.1, 2.0, 0.1])
     assert choose_questions(weights, "lowest_weight", 0.5, 0).tolist() == [2, 4]

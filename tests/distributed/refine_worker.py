@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
@@ -13,6 +14,12 @@ from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
 from trl_bilevel.demo.assets import docstrings
 
 
+def duplicates(folder: str) -> int:
+    """Responses that a question got twice: processes that draw the same random numbers would give them."""
+    files = sorted(Path(folder).glob("out/responses/*.parquet"))
+    return sum(int(pd.read_parquet(file).duplicated(["prompt", "response"]).sum()) for file in files)
+
+
 def main(folder: str, overrides: str) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
@@ -20,7 +27,6 @@ def main(folder: str, overrides: str) -> None:
     settings = base_arguments(Path(folder)) | {
         "max_steps": -1,
         "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
         "num_rounds": 3,
         "steps_per_round": 2,
         "max_completion_length": 8,
@@ -45,7 +51,7 @@ def main(folder: str, overrides: str) -> None:
         result = {
             "apart": float((both[0] - both[1]).abs().max()),
             "ledger": trainer.ledger,
-            "moved": float(flat.abs().sum()),
+            "duplicates": duplicates(folder),
         }
         (Path(folder) / "result.json").write_text(json.dumps(result))
 

@@ -50,9 +50,18 @@ def test_two_processes_equal_one(name, tmp_path):
     assert two["weights"] == pytest.approx(one["weights"], abs=3e-4)
 
 
-def test_self_refining_processes_stay_together(tmp_path):
-    result = train(tmp_path / "run", 2, {}, worker="refine_worker")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 1, "steps_per_round": 4, "response_estimator": "value_function"},
+    ],
+    ids=["lookahead", "value_function"],
+)
+def test_self_refining_processes_stay_together(overrides, tmp_path):
+    result = train(tmp_path / "run", 2, overrides, worker="refine_worker")
     assert result["apart"] == 0
     assert [entry["questions"] for entry in result["ledger"]] == [4, 4, 4]
     assert all(entry["responses"] == 16 for entry in result["ledger"])
+    assert result["duplicates"] == 0
     assert all(entry["trained_loss"] <= entry["incoming_loss"] for entry in result["ledger"] if entry["kept"])

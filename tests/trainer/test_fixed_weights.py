@@ -69,9 +69,7 @@ def test_resume_with_fixed_weights(train, train_rows, tmp_path):
     data = train_rows.add_column("data_weight", torch.linspace(0, 2, len(train_rows)).tolist())
     settings = PLAIN | {"save_strategy": "steps", "save_steps": 3}
     whole = train(data, **settings, output_dir=str(tmp_path / "a"))
-    resumed = BilevelSFTTrainer(
-        whole.model, whole.args, train_dataset=data, processing_class=whole.processing_class
-    )
+    resumed = BilevelSFTTrainer(whole.model, whole.args, train_dataset=data, processing_class=whole.processing_class)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert losses(resumed) == losses(whole)
 
@@ -93,6 +91,14 @@ def test_unusable_weights(train, train_rows, values, overrides, message):
 def test_learned_and_fixed_weights_exclude_each_other(train, train_rows, validation_rows):
     with pytest.raises(ValueError, match="weight_estimator='none'"):
         train(train_rows.add_column("data_weight", [1.0] * len(train_rows)), validation_rows)
+
+
+def test_sigmoid_keeps_the_ratios(train, train_rows):
+    weights = torch.linspace(0.1, 1.9, len(train_rows))
+    trainer = train(
+        train_rows.add_column("data_weight", weights.tolist()), **PLAIN, selector_activation="sigmoid", max_steps=1
+    )
+    torch.testing.assert_close(trainer.sample_weights(), weights / weights.mean(), atol=1e-4, rtol=1e-4)
 
 
 def test_missing_weights_are_zero(train, train_rows):

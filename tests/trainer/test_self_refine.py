@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tests.conftest import base_arguments, parameters
 from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
 from trl_bilevel.core.implicit import implicit_weights, question_weights
+from trl_bilevel.trainer.rounds import Snapshot
 
 
 @pytest.fixture
@@ -152,6 +153,61 @@ def test_a_sabotaged_round_is_rolled_back_to_the_last_bit(build):
     assert losses == sorted(losses, reverse=True)
 
 
+def test_a_round_stopped_in_the_middle_is_decided(build):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer = build(num_rounds=3, callbacks=[Stop()])
+    trainer.train()
+    assert [entry["step"] for entry in trainer.ledger] == [2, 3]
+    assert trainer.rounds.snapshot is None
+    trainer.pop_callback(Stop)
+    trainer.train()
+    assert [entry["round"] for entry in trainer.ledger] == [0, 1, 2, 3, 4]
+
+
+def test_steps_are_logged_beside_rounds(build):
+    trainer = build(logging_steps=1)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in trainer.state.log_history if "round/kept" in entry] == [2, 4]
+
+
+def test_snapshots_hold_any_optimizer_state():
+    class Nothing:
+        def tensors(self):
+            return {}
+
+        def load_tensors(self, tensors):
+            assert tensors == {}
+
+    class Optimizer:
+        state = {0: {"step": 3, "inner": {"m": torch.ones(2)}, "v": torch.zeros(2)}}
+
+        def state_dict(self):
+            return {"state": self.state, "param_groups": []}
+
+        def load_state_dict(self, loaded):
+            self.state = loaded["state"]
+
+    optimizer, parameter = Optimizer(), torch.nn.Parameter(torch.ones(3))
+    snapshot = Snapshot.take([parameter], optimizer, Nothing())
+    optimizer.state[0]["inner"]["m"].add_(1)
+    optimizer.state[0]["step"] = 4
+    with torch.no_grad():
+        parameter.zero_()
+    snapshot.restore([parameter], optimizer, Nothing())
+    assert parameter.tolist() == [1.0, 1.0, 1.0]
+    assert optimizer.state[0]["step"] == 3 and optimizer.state[0]["inner"]["m"].tolist() == [1.0, 1.0]
+
+
+def test_without_weights_and_without_validation_loss(build):
+    trainer = build(weight_estimator="none", validation_loss_weight=0.0, num_rounds=1, question_strategy="random")
+    trainer.train()
+    assert torch.allclose(trainer.explicit_weights(), torch.ones(40))
+
+
 def test_patience_ends_the_run(build):
     trainer = build(num_rounds=5, patience=2, learning_rate=3.0, adapter=False)
     trainer.train()
@@ -216,6 +272,8 @@ def test_conversations_and_questions_without_answers(build, rows):
         ({"scale_rewards": "group"}, "scale_rewards"),
         ({"num_iterations": 2}, "num_iterations=2"),
         ({"response_estimator": "loss"}, "response_estimator"),
+        ({"fp16": True, "use_cpu": False}, "fp16|half-precision"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
     ],
 )
 def test_bad_settings_are_refused(refine_config, overrides, message):

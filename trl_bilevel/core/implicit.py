@@ -68,8 +68,9 @@ class Decision:
 
     Attributes:
         kept: whether the trained model is kept.
-        incoming_loss, trained_loss: mean selection losses of both candidates (nats per token, mean over rows).
-        difference, standard_error: mean over rows of trained less incoming loss, and its standard error (paired).
+        incoming_loss, trained_loss: selection losses of both candidates (nats per token, weighted mean over rows).
+        difference, standard_error: weighted mean over rows of trained less incoming loss, and its standard error
+            (paired).
         reason: in words.
     """
 
@@ -81,20 +82,25 @@ class Decision:
     reason: str
 
 
-def decide(incoming: Tensor, trained: Tensor) -> Decision:
+def decide(incoming: Tensor, trained: Tensor, weights: Tensor | None = None) -> Decision:
     """Keep the trained model if its selection loss is not above the incoming one's.
 
     Args:
         incoming, trained (`Tensor` float `[n]`): losses of the selection rows under both candidates.
+        weights (`Tensor` float `[n]`, *optional*): share of each row in the selection loss, of sum one; equal by
+            default.
     """
     incoming, trained = incoming.double(), trained.double()
+    count = len(incoming)
+    share = torch.full_like(incoming, 1 / count) if weights is None else weights.to(incoming)
     change = trained - incoming
-    error = float(change.std(unbiased=True) / len(change) ** 0.5) if len(change) > 1 else float("nan")
-    difference = float(change.mean())
+    difference = float((share * change).sum())
+    spread = (share**2 * (change - difference) ** 2).sum().sqrt()
+    error = float(spread * (count / (count - 1)) ** 0.5) if count > 1 else float("nan")
     if not bool(torch.isfinite(trained).all()):
         kept, reason = False, "the trained model has selection rows of NaN or infinite loss"
     elif difference > 0:
         kept, reason = False, "the selection loss rose"
     else:
         kept, reason = True, "the selection loss did not rise"
-    return Decision(kept, float(incoming.mean()), float(trained.mean()), difference, error, reason)
+    return Decision(kept, float((share * incoming).sum()), float((share * trained).sum()), difference, error, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +73,9 @@ class TrainerHost:
 class DetachedHost(TrainerHost):
     """A trainer as estimators see it outside of its steps: own clock, own learning rate, own validation rows."""
 
-    def __init__(self, trainer: BilevelSFTTrainer, validation: ValidationSets, learning_rate: float):
+    def __init__(
+        self, trainer: BilevelSFTTrainer, validation: ValidationSets, learning_rate: float | Callable[[], float]
+    ):
         super().__init__(trainer)
         self._validation = validation
         self.rate = learning_rate
@@ -85,8 +87,8 @@ class DetachedHost(TrainerHost):
         return self._validation
 
     def learning_rate(self) -> float:
-        """A constant."""
-        return self.rate
+        """A constant, or what the given function says."""
+        return self.rate() if callable(self.rate) else self.rate
 
     def current_step(self) -> int:
         """What `step` was set to."""

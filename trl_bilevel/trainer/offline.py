@@ -54,6 +54,8 @@ class OfflinePart:
         processing_class: Any,
     ):
         settings = {name: getattr(args, name) for name in SHARED}
+        if args.weight_estimator == "none" and DATA_WEIGHT not in train_dataset.column_names:
+            train_dataset = train_dataset.add_column(DATA_WEIGHT, [1.0] * len(train_dataset))
         if DATA_WEIGHT in train_dataset.column_names:
             settings["weight_estimator"] = "none"
         config = BilevelSFTConfig(**settings, selector_weighting="resample", report_to="none")

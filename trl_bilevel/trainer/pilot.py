@@ -116,12 +116,12 @@ class Pilot:
             where = f"training rows (sample_id) {row_list(bad.nonzero().squeeze(1))}"
         raise NonFiniteScoreError(
             f"The pilot run scored {where} NaN or infinite. Nothing has been trained yet. Look at these rows, lower "
-            f"`pilot_learning_rate` (now {self.host.rate:g}), or use bf16 in place of fp16."
+            f"`pilot_learning_rate` (now {self.host.learning_rate():g}), or use bf16 in place of fp16."
         )
 
     def _train(self, parameters: list[torch.nn.Parameter]) -> None:
         args = self.trainer.args
-        optimizer = torch.optim.AdamW(parameters, lr=self.host.rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=self.host.learning_rate(), weight_decay=0.0)
         weight = self.validation_loss_weight
         for step in self._bar(range(self.steps), "Pilot run"):
             self.host.step = step

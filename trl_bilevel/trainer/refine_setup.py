@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from torch import Tensor
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
 from ..data.identity import SAMPLE_ID
 from ..estimators import Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
 from .self_refine_config import SelfRefineConfig
-from .setup import MIN_CALIBRATION_ROWS
+from .setup import MIN_CALIBRATION_ROWS, prepare_rows
 
 if TYPE_CHECKING:
+    from .offline import OfflinePart
     from .self_refine_trainer import SelfRefineTrainer
 
 MIN_SELECTION_ROWS = 8
@@ -65,14 +67,14 @@ def check_rows(args: SelfRefineConfig, train: Any, prompts: Any) -> Dataset:
 
 def split_validation(
     args: SelfRefineConfig, validation: Dataset | Mapping[str, Dataset] | None, selection: Dataset | None
-) -> tuple[dict[str, Dataset], Dataset]:
-    """Rows that pull, by set, and rows that select; a seeded split of each set if there is no `selection_dataset`."""
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Rows that pull and rows that select, by set; a seeded split of each set if there is no `selection_dataset`."""
     if validation is None:
         raise ValueError("`validation_dataset` is required: it says what good means.")
     sets = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
     if selection is not None:
-        return sets, selection
-    pulling, selecting = {}, []
+        return sets, {"selection": selection}
+    pulling, selecting = {}, {}
     for index, (name, rows) in enumerate(sets.items()):
         if not isinstance(rows, Dataset):
             raise TypeError(
@@ -80,7 +82,7 @@ def split_validation(
             )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + 15_485_863 + index))
         count = round(args.selection_split * len(rows))
-        selecting.append(rows.select(sorted(order[:count].tolist())))
+        selecting[name] = rows.select(sorted(order[:count].tolist()))
         pulling[name] = rows.select(sorted(order[count:].tolist()))
     total, pulled = sum(map(len, sets.values())), sum(map(len, pulling.values()))
     if total - pulled < MIN_SELECTION_ROWS or pulled < MIN_CALIBRATION_ROWS:
@@ -90,10 +92,10 @@ def split_validation(
             f"{MIN_CALIBRATION_ROWS} are needed) and {total - pulled} select the model (at least "
             f"{MIN_SELECTION_ROWS}). Give at least {int(needed) + 1} rows, or change `selection_split`."
         )
-    return pulling, concatenate_datasets(selecting)
+    return pulling, selecting
 
 
-def check_generation(args: SelfRefineConfig, grpo_arguments: Mapping[str, Any]) -> None:
+def check_generation(args: SelfRefineConfig, grpo_arguments: Mapping[str, Any], model: Any) -> None:
     """Refuse what would break the implicit weights."""
     for name in ("reward_funcs", "reward_processing_classes", "rollout_func", "tools", "environment_factory"):
         if grpo_arguments.get(name) is not None:
@@ -104,9 +106,11 @@ def check_generation(args: SelfRefineConfig, grpo_arguments: Mapping[str, Any]) 
         return
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("`use_vllm=True`, but vLLM is not installed. Install it, or leave `use_vllm` out.")
-    if grpo_arguments.get("quantization_config") is not None:
+    settings = (grpo_arguments.get("quantization_config"), (args.model_init_kwargs or {}).get("quantization_config"))
+    loaded = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if loaded or any(setting is not None for setting in settings):
         raise ValueError(
-            "`use_vllm=True` with `quantization_config`: merging an adapter into quantised weights for vLLM loses "
+            "`use_vllm=True` with a quantised model: merging an adapter into quantised weights for vLLM loses "
             "nearly all of it. Generate without vLLM, or without quantisation."
         )
 
@@ -120,13 +124,25 @@ def check_template(trainer: SelfRefineTrainer, questions: Dataset) -> None:
         )
 
 
-def check_selection(rows: Dataset) -> None:
-    """Enough selection rows must be left after preparation."""
+def prepare_selection(
+    offline: OfflinePart, args: SelfRefineConfig, sets: Mapping[str, Dataset]
+) -> tuple[Dataset, Tensor]:
+    """The selection rows of all sets, tokenised each as a set of its own, and their weights (sum one)."""
+    prepared = {
+        name: prepare_rows(offline.trainer, rows).select_columns(["input_ids", "labels"])
+        for name, rows in sets.items()
+        if len(rows)
+    }
+    given = args.validation_weights if isinstance(args.validation_weights, dict) else {}
+    shares = [torch.full((len(rows),), given.get(name, 1.0) / max(1, len(rows))) for name, rows in prepared.items()]
+    rows = concatenate_datasets(list(prepared.values()))
+    weights = torch.cat(shares)
     if len(rows) < MIN_SELECTION_ROWS:
         raise ValueError(
             f"{len(rows)} usable rows are left to select the model, at least {MIN_SELECTION_ROWS} are needed. Give "
             "more rows, or raise `max_length`."
         )
+    return rows, weights / weights.sum()
 
 
 def make_response_estimator(args: SelfRefineConfig, host: EstimatorHost) -> Estimator:
@@ -157,7 +173,7 @@ def save_rounds(trainer: SelfRefineTrainer, folder: str) -> None:
 def load_rounds(trainer: SelfRefineTrainer, folder: str) -> None:
     """Restore what `save_rounds` wrote, and TRL's place in the round."""
     buffer, extra = trainer.rounds.load(folder, trainer.accelerator.device, trainer.accelerator.process_index)
-    trainer._buffered_inputs = buffer
+    trainer._buffered_inputs = buffer  # type: ignore[assignment]
     steps = json.loads((Path(folder) / "trainer_state.json").read_text())["global_step"]
     trainer._step = steps * trainer.args.gradient_accumulation_steps
     trainer.estimator.load_tensors({k.removeprefix("estimator."): v for k, v in extra.items()})

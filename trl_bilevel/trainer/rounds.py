@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..core.implicit import Decision
 from ..estimators import Estimator
-from ..estimators.base import load_optimizer_tensors, optimizer_tensors
 from .selection import atomically
 
 LEDGER_FILE = "ledger.jsonl"
@@ -32,18 +31,25 @@ class Snapshot:
     """Values of the trainable parameters, of the optimizer and of the responses' estimator, to go back to.
 
     Costs one more copy of the trainable parameters and of their optimizer state.
+
+    Args:
+        tensors: values by name.
+        plain: what the optimizer's state holds beside tensors, by name (bitsandbytes counts steps in integers).
     """
 
-    def __init__(self, tensors: dict[str, Tensor]):
+    def __init__(self, tensors: dict[str, Tensor], plain: dict[str, Any]):
         self.tensors = tensors
+        self.plain = plain
 
     @classmethod
     def take(cls, parameters: Sequence[Tensor], optimizer: Any, estimator: Estimator) -> Snapshot:
         """Copy the present values."""
         tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
-        tensors |= optimizer_tensors(optimizer, "optimizer")
         tensors |= {f"estimator.{name}": value for name, value in estimator.tensors().items()}
-        return cls({name: value.clone() for name, value in tensors.items()})
+        state = _flat(optimizer.state_dict()["state"], "optimizer")
+        tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+        return cls({name: value.clone() for name, value in tensors.items()}, plain)
 
     @torch.no_grad()
     def restore(self, parameters: Sequence[Tensor], optimizer: Any, estimator: Estimator) -> None:
@@ -51,7 +57,11 @@ class Snapshot:
         for i, parameter in enumerate(parameters):
             parameter.copy_(self.tensors[f"parameter.{i}"])
         # Cloned: the optimizer goes on to change what it was given, in place.
-        load_optimizer_tensors(optimizer, {k: v.clone() for k, v in self.tensors.items()}, "optimizer")
+        saved = {name: value.clone() for name, value in self.tensors.items() if name.startswith("optimizer/")}
+        state = _nested(saved | self.plain, "optimizer")
+        optimizer.load_state_dict(
+            {"state": {int(k): v for k, v in state.items()}, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
         estimator.load_tensors(_with_prefix(self.tensors, "estimator."))
 
 
@@ -115,6 +125,7 @@ class Rounds:
             "generation": self.generation,
             "ledger": self.ledger,
             "in_round": self.snapshot is not None,
+            "plain": {} if self.snapshot is None else self.snapshot.plain,
         }
         atomically(folder / STATE_FILE, lambda path: save_file(_on_cpu(tensors), path))
         atomically(folder / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=1)))
@@ -144,7 +155,7 @@ class Rounds:
             raise ValueError(f"The round state in {folder} is damaged ({error}). Resume from another one.") from error
         self.rejected, self.generation, self.ledger = summary["rejected"], summary["generation"], summary["ledger"]
         self.incoming = tensors["incoming"].cpu() if "incoming" in tensors else None
-        self.snapshot = Snapshot(_with_prefix(tensors, "snapshot.")) if summary["in_round"] else None
+        self.snapshot = Snapshot(_with_prefix(tensors, "snapshot."), summary["plain"]) if summary["in_round"] else None
         buffer: dict[int, dict[str, Tensor]] = {}
         for name, value in parts.items():
             number, key = name.split(".", 1)
@@ -162,6 +173,27 @@ def write_responses(folder: str | os.PathLike[str], number: int, rows: Mapping[s
     target = Path(folder) / RESPONSES_FOLDER / f"round-{number:04d}.parquet"
     target.parent.mkdir(parents=True, exist_ok=True)
     atomically(target, lambda path: Dataset.from_dict(dict(rows)).to_parquet(path))
+
+
+def _flat(state: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
+    """A nested dict as one of paths; keys must not hold a slash."""
+    out: dict[str, Any] = {}
+    for key, value in state.items():
+        path = f"{prefix}/{key}"
+        out |= _flat(value, path) if isinstance(value, Mapping) else {path: value}
+    return out
+
+
+def _nested(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What `_flat` was given, with keys as text."""
+    out: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.removeprefix(f"{prefix}/").split("/")
+        inner = out
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[name] = value
+    return out
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ class Selection:
         """Take over weights `[row_count]` (at least 0) of the caller's rows, scaled to mean one over those kept."""
         live = ~torch.isneginf(self.state.logits)
         logits = weights.to(live.device)[live].clamp(min=1e-30).log()
-        core.replace_logits(self.state, live, logits - logits.max())
+        core.replace_logits(self.state, live, self._for_activation(logits - logits.max()))
         self.calibrated = True
         self._uniform = False
         self.refresh_gate()
@@ -171,10 +171,7 @@ class Selection:
             groups = self.groups.of_row[known]
             logits = self._group_means(groups, logits.exp()).clamp(min=1e-6).log()
             z = self._group_means(groups, z)
-        if self.state.activation == "sigmoid":
-            # The weight is sigmoid(logit): make it proportional to what the logits stand for.
-            share = 0.5 * logits.exp()
-            logits = share.log() - torch.log1p(-share)
+        logits = self._for_activation(logits)
         live = ~torch.isneginf(self.state.logits)
         core.replace_logits(self.state, live, logits)
         self.state.score_mean[live] = z
@@ -182,6 +179,13 @@ class Selection:
         self.calibrated = True
         self._uniform = False
         self.refresh_gate()
+
+    def _for_activation(self, log_weights: Tensor) -> Tensor:
+        """Logits that give weights in proportion to `log_weights.exp()`, of at most about 1."""
+        if self.state.activation == "softmax":
+            return log_weights
+        share = 0.5 * log_weights.exp()
+        return share.log() - torch.log1p(-share)
 
     def _group_means(self, groups: Tensor, values: Tensor) -> Tensor:
         """Mean of row values over each group that has rows, float32 `[live groups]`."""

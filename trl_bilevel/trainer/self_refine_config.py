@@ -176,6 +176,18 @@ class SelfRefineConfig(GRPOConfig):
             raise ValueError(
                 f"`scale_rewards={self.scale_rewards!r}` would undo the scale of the implicit weights. Leave it out."
             )
+        if self.fp16:
+            raise ValueError(
+                "`fp16=True` is not supported: the look-ahead and the tracker take steps of their own, without loss "
+                "scaling. Use bf16."
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` would undo the scale of the "
+                "implicit weights. Leave it out."
+            )
+        if getattr(self, "cast_lm_head_to_fp32", False):
+            raise ValueError("`cast_lm_head_to_fp32=True` is not supported: the offline rows use the same head.")
         self._check_sampling()
 
     def _check_sampling(self) -> None:

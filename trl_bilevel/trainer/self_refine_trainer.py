@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 
 from ..core.implicit import decide, implicit_weights, question_weights, response_scores
@@ -29,9 +29,11 @@ class RoundCallback(TrainerCallback):
     def __init__(self, trainer: SelfRefineTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Have the explicit weights ready."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the explicit weights ready; leave nothing of an earlier run that was not resumed."""
         self.trainer.offline.start()
+        if state.global_step == 0:
+            self.trainer.forget_round()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open a round at its first step."""
@@ -41,8 +43,16 @@ class RoundCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close a round after its last step, before a checkpoint is written."""
         if state.global_step % args.steps_per_round == 0:
+            # Logging an entry takes the mark away that the step itself is to be logged.
+            should_log = control.should_log
             self.trainer.end_round()
+            control.should_log = should_log
             control.should_training_stop |= self.trainer.rounds.rejected >= args.patience
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Decide a round that was stopped in the middle."""
+        if self.trainer.rounds.snapshot is not None:
+            self.trainer.end_round()
 
 
 class SelfRefineTrainer(GRPOTrainer):
@@ -122,7 +132,7 @@ class SelfRefineTrainer(GRPOTrainer):
         args = refine_setup.resolve_config(args, model)
         questions = refine_setup.check_rows(args, train_dataset, prompt_dataset)
         pulling, selecting = refine_setup.split_validation(args, validation_dataset, selection_dataset)
-        refine_setup.check_generation(args, grpo_arguments)
+        refine_setup.check_generation(args, grpo_arguments, model)
         self.offline: OfflinePart
         super().__init__(
             model,
@@ -135,22 +145,28 @@ class SelfRefineTrainer(GRPOTrainer):
         refine_setup.check_template(self, questions)
         assert train_dataset is not None
         self.offline = OfflinePart(self.model, args, train_dataset, pulling, self.processing_class)
-        self.selection_rows = setup.prepare_rows(self.offline.trainer, selecting)
+        self.selection_rows, self.selection_weights = refine_setup.prepare_selection(self.offline, args, selecting)
         self.eval_rows = None if eval_dataset is None else setup.prepare_rows(self.offline.trainer, eval_dataset)
-        refine_setup.check_selection(self.selection_rows)
         self._asks_own_rows = prompt_dataset is None
-        rate = setup.pilot_learning_rate(self.offline.trainer)
+        # A tracker goes along with the model; a look-ahead takes its few steps as large as the pilot's.
+        follows = args.response_estimator == "value_function"
+        rate = self._present_learning_rate if follows else setup.pilot_learning_rate(self.offline.trainer)
         self.scoring_host = DetachedHost(self.offline.trainer, self.offline.validation, rate)
         self.estimator = refine_setup.make_response_estimator(args, self.scoring_host)
         self.rounds = Rounds()
         self._window: list[Any] = []
         self._round_start = time.perf_counter()
         self.add_callback(RoundCallback(self))
+        # As the parent left it, so that processes do not draw the same responses: the offline part has reset it.
+        set_seed(args.seed, device_specific=True)
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
         """One entry per finished round: questions, responses, scores, losses of both candidates, the decision."""
         return self.rounds.ledger
+
+    def _present_learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
 
     # Questions and their responses
 
@@ -239,26 +255,30 @@ class SelfRefineTrainer(GRPOTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The parent's loss on the responses, and the offline and validation rows of the micro-batch."""
+        args = self.args
+        micro = self._step % args.gradient_accumulation_steps
+        if self.model.training and micro == 0:
+            # Before the parent's forward: the tracker's own backward must not meet an armed DDP reducer.
+            self._begin_step(self.state.global_step)
         policy = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
             return policy
-        args = self.args
-        micro = self._step % args.gradient_accumulation_steps
         online = (1 - args.validation_loss_weight) * args.online_loss_weight
-        if micro == 0:
-            step = self.state.global_step
-            window = self.offline.window(step)
-            self.scoring_host.step = step
-            if args.response_estimator == "value_function":
-                self.estimator.begin_step(window)
-            training = (1 - args.validation_loss_weight) * (1 - args.online_loss_weight)
-            self._window = self.offline.micro_batches(step, window, training, args.validation_loss_weight)
         batch, factor = self._window[micro]
         sums = self.offline.host.row_losses(batch).sums
         # Factors make up a sum over the processes, DDP takes the mean.
         offline = (factor.to(sums.device) * sums).sum() * self.accelerator.num_processes
         self._metrics["train"]["offline_loss"].append(offline.item() * args.gradient_accumulation_steps)
         return online * policy + offline
+
+    def _begin_step(self, step: int) -> None:
+        args = self.args
+        window = self.offline.window(step)
+        self.scoring_host.step = step
+        if args.response_estimator == "value_function":
+            self.estimator.begin_step(window)
+        training = (1 - args.validation_loss_weight) * (1 - args.online_loss_weight)
+        self._window = self.offline.micro_batches(step, window, training, args.validation_loss_weight)
 
     # Rounds
 
@@ -269,12 +289,18 @@ class SelfRefineTrainer(GRPOTrainer):
             self.rounds.incoming = self._losses(self.selection_rows)
         self.rounds.snapshot = Snapshot.take(self._trainable(), self.optimizer, self.estimator)
 
+    def forget_round(self) -> None:
+        """Drop what is left of a round that was broken off."""
+        self.rounds.snapshot = self.rounds.incoming = None
+        self._buffered_inputs = None
+        self._step = 0
+
     def end_round(self) -> None:
         """Keep the trained model or go back to the incoming one, by the selection rows; write the ledger."""
         rounds = self.rounds
         assert rounds.incoming is not None and rounds.snapshot is not None
         trained = self._losses(self.selection_rows)
-        decision = decide(rounds.incoming, trained)
+        decision = decide(rounds.incoming, trained, self.selection_weights)
         if not decision.kept:
             rounds.snapshot.restore(self._trainable(), self.optimizer, self.estimator)
         report = None if self.eval_rows is None else float(self._losses(self.eval_rows).mean())
@@ -283,7 +309,8 @@ class SelfRefineTrainer(GRPOTrainer):
         entry = rounds.close(decision, trained, **facts)
         if self.accelerator.is_main_process:
             rounds.write_ledger(self.args.output_dir)
-        self.log({f"round/{k}": float(v) for k, v in entry.items() if isinstance(v, bool | int | float)})
+        # Not the parent's log: it would put the metrics of the step under way into this entry.
+        Trainer.log(self, {f"round/{k}": float(v) for k, v in entry.items() if isinstance(v, bool | int | float)})
 
     def _losses(self, rows: Dataset) -> Tensor:
         """Losses of prepared rows, the same on all processes."""
