@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.conftest import base_arguments, parameters
-from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
+from trl_bilevel import BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 from trl_bilevel.core.implicit import implicit_weights, question_weights
 from trl_bilevel.trainer.rounds import Snapshot
 
@@ -232,6 +232,28 @@ def test_given_weights_are_used(build, train_rows):
     trainer = build(train=train_rows.add_column("data_weight", weights.tolist()), num_rounds=1, pilot_steps=None)
     trainer.train()
     torch.testing.assert_close(trainer.explicit_weights(), weights / weights.mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_goes_on_from_a_bilevel_run(
+    config, refine_config, tiny_model, train_rows, validation_rows, trusted, tokenizer
+):
+    first = BilevelSFTTrainer(
+        tiny_model(),
+        config(pilot_steps=2),
+        train_dataset=train_rows,
+        validation_dataset=validation_rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    first.train()
+    second = SelfRefineTrainer(
+        first.model, refine_config(), first.weighted_dataset(), trusted, processing_class=tokenizer
+    )
+    before = parameters(second)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(first), strict=True))
+    second.train()
+    assert len(before) == len(parameters(second)) and second.ledger[-1]["kept"]
+    torch.testing.assert_close(second.explicit_weights(), first.sample_weights(), atol=1e-5, rtol=1e-5)
 
 
 def test_conversations_and_questions_without_answers(build, rows):
