@@ -23,9 +23,10 @@ differs. **Budget:** all arms take the same number of optimizer steps; the steps
 that have one. On top of that, those arms score every row with two forwards and train the tracker in the pilot (`make
 demo` prints the times). The same validation rows (32; 48 for safety) are known to all.
 
-The `loss` arm has the published selector's score, but this package's pilot run and calibration. Where that score ranks
-the bad rows above trusted ones, the calibration finds no score at which trusted rows are denser, and leaves all
-weights equal (AUC .500): harmless, and no help. The published update itself (`selector_preset="paper"`) is not measured here.
+The `loss` arm has the published selector's score, but this package's pilot run and calibration. Where that score
+ranks the bad rows above trusted ones, the calibration finds no score at which trusted rows are denser, and leaves all
+weights equal (AUC .500): harmless, and no help. The published update itself (`selector_preset="paper"`) is not
+measured here.
 
 `gap recovered` is (uniform - arm) / (uniform - clean only) in test loss (mean over 160 clean test rows of the loss per
 token, in nats), per seed. AUC is that of the learned weights, undamaged rows against the damaged ones.
