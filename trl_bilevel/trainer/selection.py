@@ -161,7 +161,8 @@ class Selection:
         z = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
         if float(logits.max() - logits.min()) == 0:
             logger.warning(
-                "The scores do not differ: there is nothing to select by, and training goes on with equal weights."
+                "The scores do not differ, or trusted rows score no better than training rows: there is nothing to "
+                "select by, and training goes on with equal weights. More validation rows or `pilot_steps` may help."
             )
         else:
             # Calibrated weights have plateaus: a trace of the score keeps the rows in order.
