@@ -54,6 +54,9 @@ def main(folder: str, overrides: str) -> None:
             "duplicates": duplicates(folder),
         }
         (Path(folder) / "result.json").write_text(json.dumps(result))
+    # A process that leaves with its connections open may abort in their threads' destructors.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -51,17 +51,19 @@ def test_two_processes_equal_one(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "questions"),
     [
-        {"gradient_accumulation_steps": 2},
-        {"gradient_accumulation_steps": 1, "steps_per_round": 4, "response_estimator": "value_function"},
+        ({"gradient_accumulation_steps": 2}, 4),
+        ({"gradient_accumulation_steps": 1, "steps_per_round": 4, "response_estimator": "value_function"}, 4),
+        # One question over both processes: with the same random numbers they would give it the same two responses.
+        ({"gradient_accumulation_steps": 1, "steps_per_round": 1}, 1),
     ],
-    ids=["lookahead", "value_function"],
+    ids=["lookahead", "value_function", "shared_question"],
 )
-def test_self_refining_processes_stay_together(overrides, tmp_path):
+def test_self_refining_processes_stay_together(overrides, questions, tmp_path):
     result = train(tmp_path / "run", 2, overrides, worker="refine_worker")
     assert result["apart"] == 0
-    assert [entry["questions"] for entry in result["ledger"]] == [4, 4, 4]
-    assert all(entry["responses"] == 16 for entry in result["ledger"])
+    assert [entry["questions"] for entry in result["ledger"]] == [questions] * 3
+    assert all(entry["responses"] == 4 * questions for entry in result["ledger"])
     assert result["duplicates"] == 0
     assert all(entry["trained_loss"] <= entry["incoming_loss"] for entry in result["ledger"] if entry["kept"])

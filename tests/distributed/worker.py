@@ -41,6 +41,9 @@ def main(folder: str, overrides: str) -> None:
     if trainer.is_world_process_zero():
         result = {"losses": losses(trainer), "weights": trainer.sample_weights().tolist()}
         (Path(folder) / "result.json").write_text(json.dumps(result))
+    # A process that leaves with its connections open may abort in their threads' destructors.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -213,11 +213,13 @@ class BilevelSFTTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.resamples:
             return super()._get_train_sampler(train_dataset)
+        return self.weighted_sampler(lambda: int(self.state.epoch or 0))
+
+    def weighted_sampler(self, epoch: Callable[[], int]) -> WeightedSampler:
+        """Draws rows of the prepared training set in proportion to their weights; `epoch` numbers the passes."""
         ids = sample_ids(self.train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return WeightedSampler(
-            self.row_order(), lambda: self.selection.weights(ids).cpu(), lambda: int(self.state.epoch or 0), seed
-        )
+        return WeightedSampler(self.row_order(), lambda: self.selection.weights(ids).cpu(), epoch, seed)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The parent's micro-batches of an optimizer step; a window looks after them."""

@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..data.identity import DATA_WEIGHT, sample_ids
-from ..data.sampling import WeightedSampler
+from ..data.identity import DATA_WEIGHT
 from ..estimators.base import WeightedBatch, token_mean
 from . import setup
 from .bilevel_sft_config import BilevelSFTConfig
@@ -92,17 +91,9 @@ class OfflinePart:
         for number in range(step * per_step, (step + 1) * per_step):
             if number // total != self._epoch:
                 self._epoch = number // total
-                self._rows = list(
-                    WeightedSampler(
-                        self.trainer.row_order(), self._dataset_weights, lambda: self._epoch, self.trainer.args.seed
-                    )
-                )
+                self._rows = list(self.trainer.weighted_sampler(lambda: self._epoch))
             rows.append(self._rows[number % total])
         return rows
-
-    def _dataset_weights(self) -> Tensor:
-        ids = sample_ids(self.trainer.train_dataset)
-        return self.trainer.selection.weights(ids).cpu()
 
     def window(self, step: int) -> list[dict[str, Any]]:
         """This process's offline rows of an optimizer step, collated, one entry per micro-batch."""

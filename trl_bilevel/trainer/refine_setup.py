@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
+from trl.import_utils import is_vllm_available
 
 from ..data.identity import SAMPLE_ID
 from ..estimators import Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
@@ -104,7 +102,7 @@ def check_generation(args: SelfRefineConfig, grpo_arguments: Mapping[str, Any], 
             )
     if not args.use_vllm:
         return
-    if importlib.util.find_spec("vllm") is None:
+    if not is_vllm_available():
         raise ImportError("`use_vllm=True`, but vLLM is not installed. Install it, or leave `use_vllm` out.")
     settings = (grpo_arguments.get("quantization_config"), (args.model_init_kwargs or {}).get("quantization_config"))
     loaded = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
@@ -171,9 +169,7 @@ def save_rounds(trainer: SelfRefineTrainer, folder: str) -> None:
 
 
 def load_rounds(trainer: SelfRefineTrainer, folder: str) -> None:
-    """Restore what `save_rounds` wrote, and TRL's place in the round."""
+    """Restore what `save_rounds` wrote."""
     buffer, extra = trainer.rounds.load(folder, trainer.accelerator.device, trainer.accelerator.process_index)
     trainer._buffered_inputs = buffer  # type: ignore[assignment]
-    steps = json.loads((Path(folder) / "trainer_state.json").read_text())["global_step"]
-    trainer._step = steps * trainer.args.gradient_accumulation_steps
     trainer.estimator.load_tensors({k.removeprefix("estimator."): v for k, v in extra.items()})

@@ -32,6 +32,7 @@ class RoundCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the explicit weights ready; leave nothing of an earlier run that was not resumed."""
         self.trainer.offline.start()
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
         if state.global_step == 0:
             self.trainer.forget_round()
 
@@ -268,7 +269,6 @@ class SelfRefineTrainer(GRPOTrainer):
         sums = self.offline.host.row_losses(batch).sums
         # Factors make up a sum over the processes, DDP takes the mean.
         offline = (factor.to(sums.device) * sums).sum() * self.accelerator.num_processes
-        self._metrics["train"]["offline_loss"].append(offline.item() * args.gradient_accumulation_steps)
         return online * policy + offline
 
     def _begin_step(self, step: int) -> None:
@@ -293,7 +293,6 @@ class SelfRefineTrainer(GRPOTrainer):
         """Drop what is left of a round that was broken off."""
         self.rounds.snapshot = self.rounds.incoming = None
         self._buffered_inputs = None
-        self._step = 0
 
     def end_round(self) -> None:
         """Keep the trained model or go back to the incoming one, by the selection rows; write the ledger."""
