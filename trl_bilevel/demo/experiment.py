@@ -6,6 +6,7 @@ import gc
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ ARMS = {
     "validation_only": "only the validation rows",
     "random_subset": "a random quarter of the rows",
     "bilevel": "weights learned by the default estimator",
-    "refine": "weights as in bilevel, and the model's own answers to the questions of least weight, in rounds",
+    "bilevel_double": "as bilevel, with twice the rows per step: as many as refine trains on",
+    "refine": "as bilevel, and the model's own answers to the questions of least weight, in rounds",
+    "refine_random": "as refine, but the responses' scores are dealt out at random (control)",
+    "refine_best": "as refine, but all weight goes to the best response of each question (control)",
     "lookahead": "weights learned by the look-ahead estimator",
     "loss": "weights learned by the published loss-based estimator, same pilot run and calibration",
 }
-ESTIMATOR_OF_ARM = {"bilevel": "value_function", "refine": "value_function", "lookahead": "lookahead", "loss": "loss"}
+REFINING = ("refine", "refine_random", "refine_best")
+ESTIMATOR_OF_ARM = dict.fromkeys(("bilevel", "bilevel_double", *REFINING), "value_function")
+ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "loss": "loss"}
 
-
-# Optimizer steps of a self-refining round.
-ROUND_STEPS = 8
+# Settings of the self-refining arms; `Budget.refining` goes on top. Responses are cut where the tasks' answers end.
+ROUNDS: dict[str, Any] = {"steps_per_round": 8, "num_generations": 4, "max_completion_length": 24}
 
 
 @dataclass
@@ -49,6 +54,8 @@ class Budget:
         validation_batch_size: validation rows per step.
         pilot_steps: of the arms with learned weights; by default a quarter of the run, 8 to 24.
         lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
+        overrides: further settings of every arm's trainer.
+        refining: further settings of the self-refining arms.
     """
 
     epochs: float = 2.0
@@ -60,6 +67,7 @@ class Budget:
     lora_rank: int = 8
     lora_layers: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
+    refining: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -116,6 +124,7 @@ def make_trainer(
     model: str | None = None,
     output_dir: str = "demo_out",
     progress: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Any, int]:
     """The trainer of one arm, and how many pilot steps it takes (0 for arms without learned weights).
 
@@ -127,8 +136,10 @@ def make_trainer(
         model: hub name or folder; the embedded SmolLM2-135M-Instruct if None.
         output_dir: for the trainer's files.
         progress: show progress bars.
+        weights: of the training rows, if the `bilevel` arm of the same task, seed and budget has learned them: the
+            pilot run is not repeated, but counts.
     """
-    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
+    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
     from ..trainer.setup import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
@@ -168,18 +179,27 @@ def make_trainer(
         "disable_tqdm": not progress,
         "model_init_kwargs": {"dtype": model_dtype()},
     } | overrides
+    if arm == "bilevel_double":
+        settings["per_device_train_batch_size"] *= 2
+    if weights is not None and learned:
+        subset = subset.add_column("data_weight", list(weights))
+        settings |= {"weight_estimator": "none", "pilot_steps": None}
     name = model or str(assets.model_folder())
-    if arm == "refine":
-        refining: dict[str, Any] = {"num_rounds": (steps - pilot) // ROUND_STEPS, "steps_per_round": ROUND_STEPS}
-        refining |= {"max_completion_length": 24, "num_generations": 4}
-        refiner = SelfRefineTrainer(
+    if arm in REFINING:
+        rounds = ROUNDS | budget.refining
+        rounds["num_rounds"] = (steps - pilot) // rounds["steps_per_round"]
+        if arm == "refine_best":
+            rounds["implicit_weight_temperature"] = 1e-4
+        refiner = _refine_trainer(arm)(
             name,
-            SelfRefineConfig(**(refining | settings)),
+            SelfRefineConfig(**(settings | rounds)),
             train_dataset=subset,
             validation_dataset=validation,
             peft_config=lora(name, budget),
         )
         return refiner, pilot
+    if weights is not None and learned:
+        settings["selector_weighting"] = "resample"
     args = BilevelSFTConfig(max_steps=steps - pilot, **settings)
     trainer = BilevelSFTTrainer(
         name,
@@ -200,16 +220,17 @@ def run_arm(
     model: str | None = None,
     output_dir: str | None = None,
     progress: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> Result:
     """Train one arm and measure it.
 
     Args:
         output_dir: where the adapter and the weighted rows are kept; nothing is kept if None.
-        arm, task, seed, budget, model, progress: as for `make_trainer`.
+        arm, task, seed, budget, model, progress, weights: as for `make_trainer`.
     """
     folder = output_dir or tempfile.mkdtemp()
     trainer, pilot = make_trainer(
-        arm, task, seed=seed, budget=budget, model=model, output_dir=folder, progress=progress
+        arm, task, seed=seed, budget=budget, model=model, output_dir=folder, progress=progress, weights=weights
     )
     if not progress:
         # Without progress bars, transformers prints every log entry as a dict in their place.
@@ -219,8 +240,8 @@ def run_arm(
     if arm != "base":
         trainer.train()
     seconds = time.perf_counter() - start
-    ledger = trainer.ledger if arm == "refine" else None
-    if arm == "refine":
+    ledger = trainer.ledger if arm in REFINING else None
+    if arm in REFINING:
         # Its offline half works on the same model, and knows how to score rows.
         steps, trainer = trainer.state.global_step, trainer.offline.trainer
     else:
@@ -249,6 +270,20 @@ def run_arm(
     del trainer
     gc.collect()
     return result
+
+
+def _refine_trainer(arm: str) -> type:
+    from .. import SelfRefineTrainer
+
+    class RandomWeights(SelfRefineTrainer):
+        """The same scores, dealt out to other responses."""
+
+        def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
+            scores = super()._score_responses(prompt_ids, completion_ids)
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+            return scores[torch.randperm(len(scores), generator=generator)]
+
+    return RandomWeights if arm == "refine_random" else SelfRefineTrainer
 
 
 def lora(model: str, budget: Budget) -> Any:

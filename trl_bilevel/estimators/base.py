@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..core.implicit import response_scores
 from ..core.scores import RowLosses, difference_scores
 
 Batch = Mapping[str, Any]
@@ -87,6 +88,11 @@ class Estimator(ABC):
         surprise (`core.scores.difference_scores`).
         """
         return difference_scores(*self.loss_pair(batch))
+
+    def response_scores(self, batch: Batch) -> Tensor:
+        """Scores `[b]` of sampled responses, in nats per response token: the exponent of their implicit weights."""
+        reference, model = self.loss_pair(batch)
+        return response_scores(reference.means(), model.means())
 
     def tensors(self) -> dict[str, Tensor]:
         """State to save, as named tensors."""
