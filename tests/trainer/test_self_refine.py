@@ -208,6 +208,13 @@ def test_without_weights_and_without_validation_loss(build):
     assert torch.allclose(trainer.explicit_weights(), torch.ones(40))
 
 
+def test_continuous_batching_generates(build, tmp_path):
+    trainer = build(use_transformers_continuous_batching=True, num_rounds=1)
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0000.parquet")
+    assert len(table) == 16 and table["score"].notna().all() and table["tokens"].between(1, 10).all()
+
+
 def test_patience_ends_the_run(build):
     trainer = build(num_rounds=5, patience=2, learning_rate=3.0, adapter=False)
     trainer.train()

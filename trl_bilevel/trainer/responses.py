@@ -42,7 +42,8 @@ def weigh(
     device, generations, group = trainer.accelerator.device, trainer.args.num_generations, trainer.num_generations
     assert generations is not None
     ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
-    cut = torch.tensor([ids[-1] not in ends for ids in completion_ids])
+    # A back end may give nothing at all.
+    cut = torch.tensor([bool(ids) and ids[-1] not in ends for ids in completion_ids])
     if trainer.mask_truncated_completions:
         own_scores = own_scores.masked_fill(cut, torch.nan)
     scores = gather(own_scores.to(device)).cpu()
