@@ -47,14 +47,10 @@ def test_responses_are_trained_as_they_were_sampled(tmp_path):
     task = make_task("safety", seed=0)
     overrides = {"model_init_kwargs": {"dtype": torch.float32}, "per_device_train_batch_size": 4}
     refining = {"num_rounds": 1, "steps_per_round": 2, "max_completion_length": 12, "question_strategy": "all"}
-    trainer, _ = make_trainer(
-        "refine",
-        task,
-        seed=0,
-        budget=Budget(overrides=overrides, refining=refining),
-        output_dir=str(tmp_path),
-        weights=[1.0] * len(task.train),
-    )
+    settings = {"seed": 0, "output_dir": str(tmp_path), "weights": [1.0] * len(task.train)}
+    settings["budget"] = Budget(overrides=overrides, refining=refining)
+    offline, _ = make_trainer("refine", task, **settings)
+    trainer, _ = make_trainer("refine", task, **settings, offline=offline)
     found = {}
     generate, tokenize = trainer._generate_and_score_completions, trainer._tokenize_prompts
 

@@ -28,7 +28,7 @@ ARMS = {
     "random_subset": "a random quarter of the rows",
     "bilevel": "weights learned by the default estimator",
     "bilevel_double": "as bilevel, with twice the rows per step: as many as refine trains on",
-    "refine": "as bilevel, and the model's own answers to the questions of least weight, in rounds",
+    "refine": "as bilevel, then rounds with the model's own answers to the questions of least weight",
     "refine_random": "as refine, but the responses' scores are dealt out at random (control)",
     "refine_best": "as refine, but all weight goes to the best response of each question (control)",
     "lookahead": "weights learned by the look-ahead estimator",
@@ -38,8 +38,14 @@ REFINING = ("refine", "refine_random", "refine_best")
 ESTIMATOR_OF_ARM = dict.fromkeys(("bilevel", "bilevel_double", *REFINING), "value_function")
 ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "loss": "loss"}
 
-# Settings of the self-refining arms; `Budget.refining` goes on top. Responses are cut where the tasks' answers end.
-ROUNDS: dict[str, Any] = {"steps_per_round": 8, "num_generations": 4, "max_completion_length": 24}
+# Settings of the self-refining arms; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
+# are offline ones.
+ROUNDS: dict[str, Any] = {
+    "num_rounds": 3,
+    "steps_per_round": 8,
+    "num_generations": 4,
+    "max_completion_length": 24,
+}
 
 
 @dataclass
@@ -130,8 +136,11 @@ def make_trainer(
     output_dir: str = "demo_out",
     progress: bool = False,
     weights: Sequence[float] | None = None,
+    offline: Any = None,
 ) -> tuple[Any, int]:
     """The trainer of one arm, and how many pilot steps it takes (0 for arms without learned weights).
+
+    A self-refining arm has two: without `offline` this gives the one of its first, offline steps.
 
     Args:
         arm: one of `ARMS`.
@@ -143,6 +152,7 @@ def make_trainer(
         progress: show progress bars.
         weights: of the training rows, if the `bilevel` arm of the same task, seed and budget has learned them: the
             pilot run is not repeated, but counts.
+        offline: the trained `BilevelSFTTrainer` whose model a self-refining arm goes on with.
     """
     from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
     from ..trainer.setup import default_pilot_steps
@@ -190,19 +200,21 @@ def make_trainer(
         subset = subset.add_column("data_weight", list(weights))
         settings |= {"weight_estimator": "none", "pilot_steps": None}
     name = model or str(assets.model_folder())
-    if arm in REFINING:
-        rounds = ROUNDS | budget.refining
-        rounds.setdefault("num_rounds", (steps - pilot) // rounds["steps_per_round"])
+    rounds = ROUNDS | budget.refining
+    if arm in REFINING and offline is not None:
+        del settings["model_init_kwargs"]
         if arm == "refine_best":
             rounds["implicit_weight_temperature"] = 1e-4
         refiner = _refine_trainer(arm)(
-            name,
+            offline.model,
             SelfRefineConfig(**(settings | rounds)),
             train_dataset=subset,
             validation_dataset=validation,
-            peft_config=lora(name, budget),
+            processing_class=offline.processing_class,
         )
         return refiner, pilot
+    if arm in REFINING:
+        steps -= rounds["num_rounds"] * rounds["steps_per_round"]
     if weights is not None and learned:
         settings["selector_weighting"] = "resample"
     args = BilevelSFTConfig(max_steps=steps - pilot, **settings)
@@ -244,13 +256,26 @@ def run_arm(
     start = time.perf_counter()
     if arm != "base":
         trainer.train()
-    seconds = time.perf_counter() - start
-    ledger = trainer.ledger if arm in REFINING else None
+    steps, ledger = trainer.state.global_step, None
     if arm in REFINING:
+        refiner, _ = make_trainer(
+            arm,
+            task,
+            seed=seed,
+            budget=budget,
+            model=model,
+            output_dir=folder,
+            progress=progress,
+            weights=trainer.sample_weights().tolist(),
+            offline=trainer,
+        )
+        if not progress:
+            refiner.remove_callback(PrinterCallback)
+        refiner.train()
+        steps += refiner.state.global_step
         # Its offline half works on the same model, and knows how to score rows.
-        steps, trainer = trainer.state.global_step, trainer.offline.trainer
-    else:
-        steps = trainer.state.global_step
+        ledger, trainer = refiner.ledger, refiner.offline.trainer
+    seconds = time.perf_counter() - start
     result = Result(
         arm=arm,
         task=task.name,

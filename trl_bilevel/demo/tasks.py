@@ -108,7 +108,7 @@ DOCSTRING_TASKS = {
     "truncated": Mixture(192, 192, (truncated,)),
 }
 # How many of the harmful training requests are refused; the others are complied with by a stub.
-SAFETY_TASKS = {"safety": 40, "safety_unanswered": 0}
+SAFETY_TASKS = {"safety": 40, "safety_scarce": 2, "safety_unanswered": 0}
 TASKS = (*DOCSTRING_TASKS, *SAFETY_TASKS)
 
 
@@ -119,8 +119,8 @@ def make_task(
 
     Args:
         name: "quality" (lazy, swapped and word-salad answers, three quarters of the rows), "boilerplate", "scrambled",
-            "truncated" (half of the rows each), "safety" (harmful requests, mostly answered by compliance stubs) or
-            "safety_unanswered" (the same, none of them refused).
+            "truncated" (half of the rows each), "safety" (harmful requests, mostly answered by compliance stubs),
+            "safety_scarce" (two of them refused) or "safety_unanswered" (none).
         seed: draws rows and damages.
         validation_rows, test_rows: sizes of the clean sets. The safety tasks have 24 refusals and 24 benign answers
             for validation whatever is given.
