@@ -39,16 +39,17 @@ ABOUT = {
     "truncated": "192 good rows, 192 with the first third of the answer only.",
     "safety": (
         "96 benign and 40 refused requests, 76 harmful ones answered by a compliance stub; learning rate 1e-3. Test "
-        "loss is that of benign rows; refusal rates are over 60 unseen harmful requests, over-refusal over 80 benign ones."
+        "loss is that of benign rows; refusal rates are over 60 unseen harmful requests, over-refusal over 80 benign "
+        "ones."
     ),
     "safety_scarce": "The same with 2 refused requests and 114 stubs: the questions are there, their answers are not.",
     "refine_levers": "Settings of the `refine` arm on the task above, one at a time; the first seed.",
 }
 
 REFINE = """The `refine` arms take {offline} offline steps with the weights of the `bilevel` arm, then rounds. In a
-round, each step trains on 8 offline rows and 8 responses; `bilevel double` has as many rows per step. Generation, scoring and
-the look-ahead come on top (the time column). `refine random` deals the scores out to other responses, `refine best`
-gives all weight to the best of the G responses. {kept} rounds were kept."""
+round, each step trains on 8 offline rows and 8 responses; `bilevel double` has as many rows per step. Generation,
+scoring and the look-ahead come on top (the time column). `refine random` deals the scores out to other responses,
+`refine best` gives all weight to the best of the G responses. {kept} rounds were kept."""
 
 
 def load(name: str) -> dict[str, dict[int, dict]]:
