@@ -44,21 +44,23 @@ class RowSink:
         self.factors: Tensor | None = None
         self._seen: set[int] = set()
 
-    def attach(self, log_probs: Tensor) -> None:
+    def attach(self, log_probs: Tensor, scored: Tensor) -> None:
         """Between forward and backward: learn what the backward multiplies each row's loss with.
 
         It is read off the gradient of the log-probabilities, so that weights, token counts, accumulation, number of
         processes and loss scaling cancel, whatever they are.
 
         Args:
-            log_probs (`Tensor` `[B, S - 1]`): log-probability of each token after the first, zero where ignored, as
-                the loss is computed from it (with one factor per row).
+            log_probs (`Tensor` `[B, S - 1]`): log-probability of each token after the first, as the loss is computed
+                from it (with one factor per row).
+            scored (`Tensor` bool `[B, S - 1]`): true where the loss counts it. Ignored log-probabilities are constant
+                zeros, but have a gradient all the same.
         """
         self.factors = torch.zeros_like(self.products)
 
         def read(gradient: Tensor) -> None:
             assert self.factors is not None
-            self.factors += self._sum(-gradient.to(self.factors), shift=1)
+            self.factors += self._sum(-gradient.to(self.factors) * scored, shift=1)
 
         log_probs.register_hook(read)
 

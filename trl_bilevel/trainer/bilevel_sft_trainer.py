@@ -253,7 +253,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
         def weighted_model(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
-            window.attach(outputs.log_probs)
+            window.attach(outputs.log_probs, outputs.label_mask)
             losses = row_losses(outputs.log_probs.detach(), outputs.label_mask).means()
             rows = factor * window.observe(ids, losses)
             outputs.log_probs = outputs.log_probs * rows.to(outputs.log_probs.dtype).unsqueeze(-1)

@@ -90,10 +90,10 @@ class StepWindow:
         self.scores.append(self._reader.scores()[: len(self.batches[micro]["input_ids"])])
         self._reader = None
 
-    def attach(self, log_probs: Tensor) -> None:
-        """Between forward and backward: the log-probabilities `[B, S - 1]`, before any factor multiplies them."""
+    def attach(self, log_probs: Tensor, scored: Tensor) -> None:
+        """Between forward and backward: log-probabilities `[B, S - 1]` without factors, and which the loss counts."""
         if self._reader is not None:
-            self._reader.attach(log_probs)
+            self._reader.attach(log_probs, scored)
 
     def observe(self, ids: Tensor, losses: Tensor) -> Tensor:
         """Take in the row losses of a micro-batch's forward.
