@@ -110,8 +110,9 @@ def test_norms_of_a_layer_used_twice_are_refused(ids):
     net = Net()
     taps = GradientTaps(net)
     random_direction(taps)
-    with pytest.raises(ValueError, match="'twice' is used several times.*alignment_normalise"), taps.watch(
-        4, norms=True
+    with (
+        pytest.raises(ValueError, match="'twice' is used several times.*alignment_normalise"),
+        taps.watch(4, norms=True),
     ):
         net(ids).sum().backward()
 

@@ -80,7 +80,7 @@ class BackwardReader(Protocol):
     """Reads the scores of a micro-batch's rows off its backward."""
 
     def attach(self, log_probs: Tensor, scored: Tensor) -> None:
-        """Between forward and backward: the log-probabilities `[B, S - 1]` of the loss, and which of them it counts."""
+        """Between forward and backward: log-probabilities `[B, S - 1]` of the loss, and which of them it counts."""
 
     def scores(self) -> Tensor:
         """After the backward: scores `[B]` float32; NaN for a row that the backward multiplied by zero."""
