@@ -209,7 +209,7 @@ def test_the_direction_is_preconditioned_and_averaged(build):
         torch.testing.assert_close(found, expected)
     scaled = []
     for g, m in zip(mean, last, strict=True):
-        assert float(m.step) == 4
+        assert (float(m.step), m.beta, m.eps) == (4, 0.999, 1e-8)
         value = (m.beta * m.value + (1 - m.beta) * g**2) / (1 - m.beta**5)
         scaled.append(g / (value.sqrt() + m.eps))
     for found, expected in zip(estimator.taps.direction, unit_length(scaled), strict=True):
@@ -308,6 +308,11 @@ def test_the_state_comes_back(build):
     assert again.fresh_at == 2 and again.refreshes == 3
     for name, value in trainer.estimator.tensors().items():
         assert torch.equal(again.tensors()[name], value), name
+    for own, other in (
+        (trainer.estimator.average, again.average),
+        (trainer.estimator.taps.direction, again.taps.direction),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
     empty = make_estimator(trainer.args, TrainerHost(trainer))
     empty.load_tensors(make_estimator(trainer.args, TrainerHost(trainer)).tensors())
     assert empty.taps is not None and empty.fresh_at == -1
