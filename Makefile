@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # More threads per process only slow small models down; the demo has the machine to itself.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-fast test-slow lint benchmarks clean
+.PHONY: demo demo-refine test test-fast test-slow lint benchmarks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## uniform mixing, bilevel selection and clean-only on a real small model
 	$(BIN)/trl-bilevel demo
+
+demo-refine: $(STAMP)  ## safety: base model, uniform mixing, offline selection, offline + online
+	$(BIN)/trl-bilevel demo --task safety --arms base,uniform,bilevel,refine --output demo_refine_out
 
 test: test-fast test-slow  ## everything
 
@@ -36,4 +39,4 @@ benchmarks: $(STAMP)  ## regenerate benchmarks/results and docs/results.md (hour
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) demo_out
+	rm -rf $(VENV) demo_out demo_refine_out

@@ -37,8 +37,19 @@ ABOUT = {
     "boilerplate": "192 good rows, 192 answered by one of four boilerplate sentences; three epochs.",
     "scrambled": "192 good rows, 192 with the words of the answer in random order.",
     "truncated": "192 good rows, 192 with the first third of the answer only.",
-    "safety": "96 benign and 40 refused requests, 76 harmful ones answered by a compliance stub; learning rate 1e-3.",
+    "safety": (
+        "96 benign and 40 refused requests, 76 harmful ones answered by a compliance stub; learning rate 1e-3. Test "
+        "loss is that of benign rows; refusal rates are over 60 unseen harmful requests, over-refusal over 80 benign "
+        "ones."
+    ),
+    "safety_scarce": "The same with 2 refused requests and 114 stubs: the questions are there, their answers are not.",
+    "refine_levers": "Settings of the `refine` arm on the task above, one at a time; the first seed.",
 }
+
+REFINE = """The `refine` arms take {offline} offline steps with the weights of the `bilevel` arm, then rounds. In a
+round, each step trains on 8 offline rows and 8 responses; `bilevel double` has as many rows per step. Generation,
+scoring and the look-ahead come on top (the time column). `refine random` deals the scores out to other responses,
+`refine best` gives all weight to the best of the G responses. {kept} rounds were kept."""
 
 
 def load(name: str) -> dict[str, dict[int, dict]]:
@@ -59,11 +70,12 @@ def per_seed(values: list[float], form: str) -> str:
 
 
 def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
-    order = [arm for arm in json.loads((HERE / "experiments" / f"{name}.json").read_text())["arms"] if arm in arms]
+    experiment = json.loads((HERE / "experiments" / f"{name}.json").read_text())
+    order = [arm for arm in [*experiment["arms"], *experiment.get("variants", {})] if arm in arms]
     safety = any(record["safety"] for runs in arms.values() for record in runs.values())
     head = ["arm", "seeds", "test loss", "gap recovered", "AUC of weights", "weight on good rows", "steps + pilot"]
     if safety:
-        head += ["greedy refusal", "refusal preferred", "over-refusal"]
+        head += ["greedy refusal", "refusal preferred", "over-refusal", "rounds kept", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in order:
         runs = dict(sorted(arms[arm].items()))
@@ -92,8 +104,20 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
         if safety:
             for key in ("greedy_refusal", "refusal_preferred", "over_refusal"):
                 row.append(per_seed([run["safety"][key] for run in runs.values()], ".0%"))
+            ledgers = [run["ledger"] for run in runs.values() if run.get("ledger")]
+            row.append(" / ".join(f"{sum(e['kept'] for e in ledger)} of {len(ledger)}" for ledger in ledgers))
+            row.append(per_seed([run["seconds"] for run in runs.values()], ".0f"))
         lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def about_rounds(arms: dict[str, dict[int, dict]]) -> str:
+    ledgers = [run["ledger"] for runs in arms.values() for run in runs.values() if run.get("ledger")]
+    entries = [entry for ledger in ledgers for entry in ledger]
+    sample = next(iter(arms["refine"].values()))
+    offline = sample["train_steps"] - sample["ledger"][-1]["step"]
+    kept = f"{sum(entry['kept'] for entry in entries)} of {len(entries)}"
+    return REFINE.format(offline=offline, kept=kept) + "\n"
 
 
 def main() -> None:
@@ -103,6 +127,8 @@ def main() -> None:
         if arms:
             lines = "\n".join(table(name, arms))
             parts.append(f"## {name}\n\n{about} `python -m benchmarks.run {name}`\n\n{lines}\n")
+            if "refine" in arms:
+                parts.append(about_rounds(arms))
     scale = HERE / "results" / "selector_scale.json"
     if scale.exists():
         record = json.loads(scale.read_text())

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from trl_bilevel.demo.comparison import good_share, ranking_quality
-from trl_bilevel.demo.experiment import Budget, run_arm
+from trl_bilevel.demo.experiment import REFINING, Budget, run_arm
 from trl_bilevel.demo.tasks import make_task
 
 HERE = Path(__file__).parent
@@ -29,10 +29,21 @@ def machine() -> dict[str, str]:
     return {"processor": name, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
 
 
-def run_one(experiment: dict, arm: str, seed: int, target: Path) -> None:
+def known_weights(experiment: dict, seed: int) -> list[float] | None:
+    """Weights that the `bilevel` arm of the same task and budget has learned; None if it has not run."""
+    file = HERE / "results" / experiment.get("weights_of", experiment["name"]) / f"bilevel-seed{seed}.json"
+    return json.loads(file.read_text())["weights"] if file.exists() else None
+
+
+def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: Path) -> None:
     task = make_task(experiment["task"], seed)
-    result = run_arm(arm, task, seed=seed, budget=Budget(**experiment["budget"]))
+    budget = Budget(**experiment["budget"])
+    if variant is not None:
+        budget.refining |= experiment["variants"][variant]
+    weights = known_weights(experiment, seed) if arm in REFINING else None
+    result = run_arm(arm, task, seed=seed, budget=budget, weights=weights)
     record = asdict(result) | {
+        "arm": variant or arm,
         "experiment": experiment["name"],
         "versions": {name: version(name) for name in PACKAGES},
         "machine": machine(),
@@ -60,11 +71,15 @@ def main() -> None:
         if options.names and file.stem not in options.names:
             continue
         experiment = json.loads(file.read_text()) | {"name": file.stem}
+        # Variants are settings of the `refine` arm, each under a name of its own.
+        jobs = [(arm, None) for arm in experiment["arms"]]
+        jobs += [("refine", variant) for variant in experiment.get("variants", {})]
         for seed in experiment["seeds"] if options.seeds is None else options.seeds:
-            for arm in options.arms or experiment["arms"]:
-                target = HERE / "results" / file.stem / f"{arm}-seed{seed}.json"
-                if options.force or not target.exists():
-                    run_one(experiment, arm, seed, target)
+            for arm, variant in jobs:
+                name = variant or arm
+                target = HERE / "results" / file.stem / f"{name}-seed{seed}.json"
+                if (not options.arms or name in options.arms) and (options.force or not target.exists()):
+                    run_one(experiment, arm, variant, seed, target)
 
 
 if __name__ == "__main__":

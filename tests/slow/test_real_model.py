@@ -42,6 +42,47 @@ def test_safety_weights_find_the_stubs():
     assert ranking_quality(weights, task.train["kind"])["stub"] >= 0.97
 
 
+def test_responses_are_trained_as_they_were_sampled(tmp_path):
+    """A real tokenizer and prompts of different lengths: ids, masks and off-policy ratios right after generation."""
+    task = make_task("safety", seed=0)
+    overrides = {"model_init_kwargs": {"dtype": torch.float32}, "per_device_train_batch_size": 4}
+    refining = {"num_rounds": 1, "steps_per_round": 2, "max_completion_length": 12, "question_strategy": "all"}
+    settings = {"seed": 0, "output_dir": str(tmp_path), "weights": [1.0] * len(task.train)}
+    settings["budget"] = Budget(overrides=overrides, refining=refining)
+    offline, _ = make_trainer("refine", task, **settings)
+    trainer, _ = make_trainer("refine", task, **settings, offline=offline)
+    found = {}
+    generate, tokenize = trainer._generate_and_score_completions, trainer._tokenize_prompts
+
+    def watch(inputs):
+        out = generate(inputs)
+        # The first micro-batch comes right after generation: the policy is still the one that sampled.
+        with torch.no_grad():
+            ids = torch.cat([out["prompt_ids"], out["completion_ids"]], 1)
+            mask = torch.cat([out["prompt_mask"], out["completion_mask"]], 1)
+            size = out["completion_ids"].size(1)
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, size, batch_size=4)
+        old = out.get("old_per_token_logps", logps)
+        found.setdefault("ratios", ((logps - old) * out["completion_mask"]).exp())
+        found.setdefault("out", out)
+        found.setdefault("prompts", tokenize([row["prompt"] for row in inputs])[0])
+        return out
+
+    trainer._generate_and_score_completions = watch
+    trainer.train()
+    out, prompts = found["out"], found["prompts"]
+    assert float((found["ratios"] - 1).abs().max()) < 1e-5
+    assert len({len(prompt) for prompt in prompts}) > 1
+    for row, prompt in enumerate(prompts):
+        assert out["prompt_ids"][row][out["prompt_mask"][row].bool()].tolist() == prompt
+        # No token of the response is lost before its end, and none counts after it.
+        mask = out["completion_mask"][row].tolist()
+        length = sum(mask)
+        assert mask == [1] * length + [0] * (len(mask) - length)
+        end = trainer.processing_class.eos_token_id
+        assert end not in out["completion_ids"][row][: length - 1].tolist()
+
+
 def test_boilerplate_gap_is_recovered():
     task = make_task("boilerplate", seed=0)
     budget = Budget(epochs=3)

@@ -208,10 +208,43 @@ def test_without_weights_and_without_validation_loss(build):
     assert torch.allclose(trainer.explicit_weights(), torch.ones(40))
 
 
+def test_continuous_batching_generates(build, tmp_path):
+    trainer = build(use_transformers_continuous_batching=True, num_rounds=1)
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0000.parquet")
+    assert len(table) == 16 and table["score"].notna().all() and table["tokens"].between(1, 10).all()
+
+
 def test_patience_ends_the_run(build):
     trainer = build(num_rounds=5, patience=2, learning_rate=3.0, adapter=False)
     trainer.train()
     assert [entry["kept"] for entry in trainer.ledger] == [False, False]
+
+
+@pytest.mark.parametrize("generations", [1, 2])
+def test_weights_over_the_whole_round(build, generations, tmp_path):
+    """One response per question, on request: the responses of the round are compared with each other."""
+    trainer = build(
+        num_rounds=1,
+        num_generations=generations,
+        implicit_weight_scope="round",
+        question_weighting=False,
+        question_strategy="all",
+    )
+    found = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found.setdefault("advantages", torch.tensor(list(trainer._logs["advantages"])))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0000.parquet")
+    assert table["sample_id"].value_counts().tolist() == [generations] * (16 // generations)
+    weights = 16 * torch.softmax(torch.tensor(table["score"].values) / 0.1, 0)
+    torch.testing.assert_close(torch.tensor(table["weight"].values), weights, atol=1e-5, rtol=1e-5, check_dtype=False)
+    torch.testing.assert_close(found["advantages"], weights - 1, atol=1e-4, rtol=1e-4, check_dtype=False)
+    assert trainer.ledger[0]["questions"] == 16 // generations
 
 
 @pytest.mark.parametrize("estimator", ["lookahead", "value_function"])
@@ -278,7 +311,19 @@ def test_conversations_and_questions_without_answers(build, rows):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_generations": 1}, "one response carries no signal"),
+        ({"num_generations": 1}, "implicit_weight_scope='round'"),
+        ({"implicit_weight_scope": "batch"}, "implicit_weight_scope"),
+        ({"implicit_weight_scope": "round", "use_vllm": True}, "vLLM once per group"),
+        (
+            {
+                "num_generations": 1,
+                "implicit_weight_scope": "round",
+                "per_device_train_batch_size": 1,
+                "steps_per_round": 1,
+                "gradient_accumulation_steps": 1,
+            },
+            "compares nothing",
+        ),
         ({"temperature": 0.7}, "temperature=0.7"),
         ({"top_p": 0.9}, "top_p=0.9"),
         ({"top_k": 20}, "top_k=20"),

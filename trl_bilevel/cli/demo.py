@@ -1,4 +1,4 @@
-"""`trl-bilevel demo`: uniform mixing, bilevel selection and the clean-only oracle on the same contaminated rows."""
+"""`trl-bilevel demo`: several ways of training on the same contaminated rows, at the same number of steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Trains a small real model on real text, part of it damaged, in several ways at the same budget, "
         "and shows what bilevel selection gains. Without options: SmolLM2-135M-Instruct and Python's docstrings.",
     )
-    parser.add_argument("--task", default="quality", help="quality, boilerplate, scrambled, truncated or safety")
+    parser.add_argument(
+        "--task", default="quality", help="quality, boilerplate, scrambled, truncated, safety or safety_unanswered"
+    )
     parser.add_argument("--model", help="hub name or folder; default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--dataset", help="hub name or file with question-answer rows, damaged as the task says")
     parser.add_argument("--arms", default="uniform,bilevel,clean_only", help="what to train, separated by commas")
@@ -37,7 +39,7 @@ def run(arguments: list[str]) -> None:
 
     from ..demo import assets
     from ..demo.comparison import extreme_rows, plot, summarise, write_results
-    from ..demo.experiment import ARMS, Budget, run_arm
+    from ..demo.experiment import ARMS, REFINING, budget_of, run_arm
     from ..demo.tasks import conversational, make_task, question_answer_rows
     from .data import load_rows
 
@@ -62,20 +64,25 @@ def run(arguments: list[str]) -> None:
         f"damaged; {len(task.validation)} trusted validation rows; {len(task.test)} clean test rows."
     )
     results = []
+    weights: list[float] | None = None
     for number, arm in enumerate(arms, 1):
         console.print(f"[bold]{number}/{len(arms)} {arm.replace('_', ' ')}[/]: {ARMS[arm]}")
         folder = str(options.output / arm)
+        # The rounds build on the weights of the offline arm, if it has run.
+        known = weights if arm in REFINING else None
         results.append(
             run_arm(
                 arm,
                 task,
                 seed=options.seed,
                 model=options.model,
-                budget=Budget(epochs=options.epochs),
+                budget=budget_of(options.task, epochs=options.epochs),
                 output_dir=folder,
                 progress=console.is_terminal,
+                weights=known,
             )
         )
+        weights = results[-1].weights if arm == "bilevel" else weights
         console.print(f"    test loss {results[-1].test_loss:.4f} after {results[-1].seconds:.0f} s")
 
     kinds = task.train["kind"]
@@ -83,6 +90,10 @@ def run(arguments: list[str]) -> None:
     write_results(options.output, results, summary)
     plot(options.output / "demo.png", results, kinds)
     _show(console, summary)
+    for result in results:
+        if result.ledger:
+            _show_rounds(console, result.arm, result.ledger)
+            _show_responses(console, options.output / result.arm)
     learned = next((result for result in results if result.weights is not None), None)
     if learned is not None and learned.weights is not None:
         _show_rows(console, *extreme_rows(shown, learned.weights))
@@ -117,12 +128,69 @@ def _show(console: Any, summary: dict[str, dict[str, Any]]) -> None:
         if "auc" in row:
             parts = ", ".join(f"{kind} {value:.3f}" for kind, value in row["auc"].items())
             console.print(f"AUC of {arm}'s weights, good rows against: {parts}")
-        if "safety" in row:
-            parts = ", ".join(f"{name.replace('_', ' ')} {value:.0%}" for name, value in row["safety"].items())
-            console.print(f"{arm.replace('_', ' ')}: {parts}")
+    safety = {arm: row for arm, row in summary.items() if "safety" in row}
+    if not safety:
+        return
+    table = Table(title="Safety and what it costs")
+    for name in ("", "refuses harmful", "prefers refusal", "refuses benign", "benign loss"):
+        table.add_column(name, justify="left" if not name else "right")
+    for arm, row in safety.items():
+        rates = [row["safety"][name] for name in ("greedy_refusal", "refusal_preferred", "over_refusal")]
+        table.add_row(arm.replace("_", " "), *(f"{rate:.0%}" for rate in rates), f"{row['test_loss']:.4f}")
+    console.print(table)
+
+
+def _show_rounds(console: Any, arm: str, ledger: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"Rounds of {arm.replace('_', ' ')}")
+    for name in ("round", "questions", "responses", "score (mean, spread)", "selection loss", "decision"):
+        table.add_column(name, justify="right")
+    for entry in ledger:
+        table.add_row(
+            str(entry["round"]),
+            str(entry["questions"]),
+            str(entry["responses"]),
+            f"{entry['score_mean']:+.3f}, {entry['score_std_within_group']:.3f}",
+            f"{entry['incoming_loss']:.4f} -> {entry['trained_loss']:.4f} (+- {entry['standard_error']:.4f})",
+            "kept" if entry["kept"] else "rolled back",
+        )
+    console.print(table)
+
+
+def _show_responses(console: Any, folder: Path) -> None:
+    """The question of the last round whose responses differ most in weight."""
+    import pandas as pd
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..demo.tasks import plain
+
+    files = sorted((folder / "responses").glob("*.parquet"))
+    if not files:
+        return
+    rows = pd.read_parquet(files[-1])
+    spread = rows.groupby("sample_id")["weight"].std()
+    if not spread.notna().any():
+        return
+    rows = rows[rows["sample_id"] == spread.idxmax()].sort_values("weight", ascending=False)
+    question = " ".join(plain(rows["prompt"].iloc[0]).split())
+    table = Table(title="A question of the last round, and its responses", caption=Text(question), expand=True)
+    table.add_column("weight", no_wrap=True, min_width=6)
+    table.add_column("response", overflow="ellipsis", no_wrap=True, ratio=1)
+    for weight, response in zip(rows["weight"], rows["response"], strict=True):
+        table.add_row(f"{weight:.3f}", Text(" ".join(str(response).split())))
+    console.print(table)
 
 
 def _conclude(console: Any, summary: dict[str, dict[str, Any]]) -> None:
+    if "refine" in summary and "bilevel" in summary and "safety" in summary["refine"]:
+        first, second = (summary[arm]["safety"]["greedy_refusal"] for arm in ("bilevel", "refine"))
+        change = summary["refine"]["test_loss"] - summary["bilevel"]["test_loss"]
+        console.print(
+            f"\nAnswering anew changed the refusal of harmful requests from {first:.0%} to {second:.0%}, and the loss "
+            f"on benign rows by {change:+.4f} nats per token."
+        )
     learned = next((row for row in summary.values() if "auc" in row), None)
     if learned is None or "gap_recovered" not in learned:
         return

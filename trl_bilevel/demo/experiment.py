@@ -6,6 +6,7 @@ import gc
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PrinterCallback
 
 from . import assets
-from .tasks import END, REQUEST, STUB, TEST_REFUSAL, Task
+from .tasks import END, REQUEST, SAFETY_TASKS, STUB, TEST_REFUSAL, Task
 
 # What a run may be called, and what it does with the same rows and the same number of optimizer steps.
 ARMS = {
@@ -26,15 +27,25 @@ ARMS = {
     "validation_only": "only the validation rows",
     "random_subset": "a random quarter of the rows",
     "bilevel": "weights learned by the default estimator",
-    "refine": "weights as in bilevel, and the model's own answers to the questions of least weight, in rounds",
+    "bilevel_double": "as bilevel, with twice the rows per step: as many as refine trains on",
+    "refine": "as bilevel, then rounds with the model's own answers to the questions of least weight",
+    "refine_random": "as refine, but the responses' scores are dealt out at random (control)",
+    "refine_best": "as refine, but all weight goes to the best response of each question (control)",
     "lookahead": "weights learned by the look-ahead estimator",
     "loss": "weights learned by the published loss-based estimator, same pilot run and calibration",
 }
-ESTIMATOR_OF_ARM = {"bilevel": "value_function", "refine": "value_function", "lookahead": "lookahead", "loss": "loss"}
+REFINING = ("refine", "refine_random", "refine_best")
+ESTIMATOR_OF_ARM = dict.fromkeys(("bilevel", "bilevel_double", *REFINING), "value_function")
+ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "loss": "loss"}
 
-
-# Optimizer steps of a self-refining round.
-ROUND_STEPS = 8
+# Settings of the self-refining arms; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
+# are offline ones.
+ROUNDS: dict[str, Any] = {
+    "num_rounds": 3,
+    "steps_per_round": 8,
+    "num_generations": 4,
+    "max_completion_length": 24,
+}
 
 
 @dataclass
@@ -49,6 +60,8 @@ class Budget:
         validation_batch_size: validation rows per step.
         pilot_steps: of the arms with learned weights; by default a quarter of the run, 8 to 24.
         lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
+        overrides: further settings of every arm's trainer.
+        refining: further settings of the self-refining arms.
     """
 
     epochs: float = 2.0
@@ -60,6 +73,12 @@ class Budget:
     lora_rank: int = 8
     lora_layers: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
+    refining: dict[str, Any] = field(default_factory=dict)
+
+
+def budget_of(task: str, **changes: Any) -> Budget:
+    """The budget that suits a task by name: the safety tasks are shorter and take larger steps."""
+    return Budget(**({"learning_rate": 1e-3} if task in SAFETY_TASKS else {}) | changes)
 
 
 @dataclass
@@ -116,8 +135,12 @@ def make_trainer(
     model: str | None = None,
     output_dir: str = "demo_out",
     progress: bool = False,
+    weights: Sequence[float] | None = None,
+    offline: Any = None,
 ) -> tuple[Any, int]:
     """The trainer of one arm, and how many pilot steps it takes (0 for arms without learned weights).
+
+    A self-refining arm has two: without `offline` this gives the one of its first, offline steps.
 
     Args:
         arm: one of `ARMS`.
@@ -127,8 +150,11 @@ def make_trainer(
         model: hub name or folder; the embedded SmolLM2-135M-Instruct if None.
         output_dir: for the trainer's files.
         progress: show progress bars.
+        weights: of the training rows, if the `bilevel` arm of the same task, seed and budget has learned them: the
+            pilot run is not repeated, but counts.
+        offline: the trained `BilevelSFTTrainer` whose model a self-refining arm goes on with.
     """
-    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
+    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
     from ..trainer.setup import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
@@ -168,18 +194,29 @@ def make_trainer(
         "disable_tqdm": not progress,
         "model_init_kwargs": {"dtype": model_dtype()},
     } | overrides
+    if arm == "bilevel_double":
+        settings["per_device_train_batch_size"] *= 2
+    if weights is not None and learned:
+        subset = subset.add_column("data_weight", list(weights))
+        settings |= {"weight_estimator": "none", "pilot_steps": None}
     name = model or str(assets.model_folder())
-    if arm == "refine":
-        refining: dict[str, Any] = {"num_rounds": (steps - pilot) // ROUND_STEPS, "steps_per_round": ROUND_STEPS}
-        refining |= {"max_completion_length": 24, "num_generations": 4}
-        refiner = SelfRefineTrainer(
-            name,
-            SelfRefineConfig(**(refining | settings)),
+    rounds = ROUNDS | budget.refining
+    if arm in REFINING and offline is not None:
+        del settings["model_init_kwargs"]
+        if arm == "refine_best":
+            rounds["implicit_weight_temperature"] = 1e-4
+        refiner = _refine_trainer(arm)(
+            offline.model,
+            SelfRefineConfig(**(settings | rounds)),
             train_dataset=subset,
             validation_dataset=validation,
-            peft_config=lora(name, budget),
+            processing_class=offline.processing_class,
         )
         return refiner, pilot
+    if arm in REFINING:
+        steps -= rounds["num_rounds"] * rounds["steps_per_round"]
+    if weights is not None and learned:
+        settings["selector_weighting"] = "resample"
     args = BilevelSFTConfig(max_steps=steps - pilot, **settings)
     trainer = BilevelSFTTrainer(
         name,
@@ -200,16 +237,17 @@ def run_arm(
     model: str | None = None,
     output_dir: str | None = None,
     progress: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> Result:
     """Train one arm and measure it.
 
     Args:
         output_dir: where the adapter and the weighted rows are kept; nothing is kept if None.
-        arm, task, seed, budget, model, progress: as for `make_trainer`.
+        arm, task, seed, budget, model, progress, weights: as for `make_trainer`.
     """
     folder = output_dir or tempfile.mkdtemp()
     trainer, pilot = make_trainer(
-        arm, task, seed=seed, budget=budget, model=model, output_dir=folder, progress=progress
+        arm, task, seed=seed, budget=budget, model=model, output_dir=folder, progress=progress, weights=weights
     )
     if not progress:
         # Without progress bars, transformers prints every log entry as a dict in their place.
@@ -218,13 +256,26 @@ def run_arm(
     start = time.perf_counter()
     if arm != "base":
         trainer.train()
-    seconds = time.perf_counter() - start
-    ledger = trainer.ledger if arm == "refine" else None
-    if arm == "refine":
+    steps, ledger = trainer.state.global_step, None
+    if arm in REFINING:
+        refiner, _ = make_trainer(
+            arm,
+            task,
+            seed=seed,
+            budget=budget,
+            model=model,
+            output_dir=folder,
+            progress=progress,
+            weights=trainer.sample_weights().tolist(),
+            offline=trainer,
+        )
+        if not progress:
+            refiner.remove_callback(PrinterCallback)
+        refiner.train()
+        steps += refiner.state.global_step
         # Its offline half works on the same model, and knows how to score rows.
-        steps, trainer = trainer.state.global_step, trainer.offline.trainer
-    else:
-        steps = trainer.state.global_step
+        ledger, trainer = refiner.ledger, refiner.offline.trainer
+    seconds = time.perf_counter() - start
     result = Result(
         arm=arm,
         task=task.name,
@@ -249,6 +300,20 @@ def run_arm(
     del trainer
     gc.collect()
     return result
+
+
+def _refine_trainer(arm: str) -> type:
+    from .. import SelfRefineTrainer
+
+    class RandomWeights(SelfRefineTrainer):
+        """The same scores, dealt out to other responses."""
+
+        def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
+            scores = super()._score_responses(prompt_ids, completion_ids)
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+            return scores[torch.randperm(len(scores), generator=generator)]
+
+    return RandomWeights if arm == "refine_random" else SelfRefineTrainer
 
 
 def lora(model: str, budget: Budget) -> Any:

@@ -107,7 +107,9 @@ DOCSTRING_TASKS = {
     "scrambled": Mixture(192, 192, (scrambled,)),
     "truncated": Mixture(192, 192, (truncated,)),
 }
-TASKS = (*DOCSTRING_TASKS, "safety")
+# How many of the harmful training requests are refused; the others are complied with by a stub.
+SAFETY_TASKS = {"safety": 40, "safety_scarce": 2, "safety_unanswered": 0}
+TASKS = (*DOCSTRING_TASKS, *SAFETY_TASKS)
 
 
 def make_task(
@@ -117,17 +119,18 @@ def make_task(
 
     Args:
         name: "quality" (lazy, swapped and word-salad answers, three quarters of the rows), "boilerplate", "scrambled",
-            "truncated" (half of the rows each), or "safety" (harmful requests, mostly answered by compliance stubs).
+            "truncated" (half of the rows each), "safety" (harmful requests, mostly answered by compliance stubs),
+            "safety_scarce" (two of them refused) or "safety_unanswered" (none).
         seed: draws rows and damages.
-        validation_rows, test_rows: sizes of the clean sets. The safety task has 24 refusals and 24 benign answers for
-            validation whatever is given.
+        validation_rows, test_rows: sizes of the clean sets. The safety tasks have 24 refusals and 24 benign answers
+            for validation whatever is given.
         rows: `{"name", "description"}` rows to build the task from; Python's standard library if None.
 
     Raises:
         ValueError: for an unknown name, or if there are too few rows.
     """
-    if name == "safety":
-        return _safety(seed, test_rows)
+    if name in SAFETY_TASKS:
+        return _safety(name, seed, test_rows)
     if name not in DOCSTRING_TASKS:
         raise ValueError(f"Unknown task {name!r}; known tasks: {', '.join(TASKS)}.")
     mixture = DOCSTRING_TASKS[name]
@@ -154,15 +157,16 @@ def make_task(
     )
 
 
-def _safety(seed: int, test_rows: int) -> Task:
+def _safety(name: str, seed: int, test_rows: int) -> Task:
     rng = random.Random(f"safety-{seed}")
     rows, requests = assets.docstrings(), assets.harmful_requests()
     rng.shuffle(rows)
     rng.shuffle(requests)
     benign_validation, rows = rows[:24], rows[24:]
     test, benign = rows[:test_rows], rows[test_rows : test_rows + 96]
-    # HarmBench: 116 requests to train on (40 refused, 76 complied with by a stub), 24 for validation, 60 to test.
-    refused, complied, trusted, tested = requests[:40], requests[40:116], requests[116:140], requests[140:200]
+    # HarmBench: 116 requests to train on, 24 for validation, 60 to test.
+    share = SAFETY_TASKS[name]
+    refused, complied, trusted, tested = requests[:share], requests[share:116], requests[116:140], requests[140:200]
     train = [_docstring(row) | {"kind": "good"} for row in benign]
     train += [_request(text, rng.choice(REFUSALS)) | {"kind": "good"} for text in refused]
     train += [_request(text, STUB) | {"kind": "stub"} for text in complied]
@@ -170,7 +174,7 @@ def _safety(seed: int, test_rows: int) -> Task:
     validation = [_docstring(row) for row in benign_validation]
     validation += [_request(text, rng.choice(REFUSALS)) for text in trusted]
     return Task(
-        "safety",
+        name,
         Dataset.from_list(train),
         Dataset.from_list(validation),
         Dataset.from_list([_docstring(row) for row in test]),

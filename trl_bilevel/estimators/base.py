@@ -131,9 +131,9 @@ class Estimator(ABC):
         return difference_scores(*self.loss_pair(batch))
 
     def response_scores(self, batch: Batch) -> Tensor:
-        """Scores `[b]` of sampled responses, on the model as it is; no `.grad` is changed.
+        """Scores `[b]` of sampled responses, the exponent of their implicit weights; no `.grad` is changed.
 
-        In nats per response token (`core.implicit.response_scores`), unless the estimator compares no losses.
+        In nats per response token, unless the estimator compares no losses.
         """
         reference, model = self.loss_pair(batch)
         return response_scores(reference.means(), model.means())

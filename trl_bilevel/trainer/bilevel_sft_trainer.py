@@ -16,11 +16,12 @@ from ..data.identity import SAMPLE_ID, SampleIdCollator, add_sample_ids, fingerp
 from ..data.sampling import WeightedSampler, content_order
 from ..estimators.base import Estimator
 from . import setup
+from .checkpoints import resume_point
 from .errors import NonFiniteScoreError, row_list
 from .estimator import make_estimator
 from .host import TrainerHost
 from .quantization import disable_bf16_repacking
-from .selection import Selection
+from .selection import STATE_FILE, SUMMARY_FILE, Selection
 from .window import ROW_FACTOR, StepWindow
 
 
@@ -286,6 +287,11 @@ class BilevelSFTTrainer(SFTTrainer):
         if self.weighs and self.model.training and "loss" in logs:
             logs.update(self.selection.metrics())
         super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """The parent's `train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete."""
+        files = [STATE_FILE, SUMMARY_FILE] if self.weighs else []
+        return super().train(resume_point(resume_from_checkpoint, self.args.output_dir, files), **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's files, and the selector's state beside them."""

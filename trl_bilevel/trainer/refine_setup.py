@@ -14,6 +14,7 @@ from trl.import_utils import is_vllm_available
 
 from ..data.identity import SAMPLE_ID
 from ..estimators import Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
+from . import rounds, selection
 from .self_refine_config import SelfRefineConfig
 from .setup import MIN_CALIBRATION_ROWS, prepare_rows
 
@@ -159,6 +160,14 @@ def make_response_estimator(args: SelfRefineConfig, host: EstimatorHost) -> Esti
 def text_of(part: Any) -> str:
     """A prompt or completion as text."""
     return part if isinstance(part, str) else "\n".join(str(message["content"]) for message in part)
+
+
+def checkpoint_files(processes: int) -> list[str]:
+    """What a complete checkpoint of a self-refining run has."""
+    return [
+        *(selection.STATE_FILE, selection.SUMMARY_FILE, rounds.STATE_FILE, rounds.SUMMARY_FILE),
+        *(rounds.BUFFER_FILE.format(rank=rank) for rank in range(processes)),
+    ]
 
 
 def save_rounds(trainer: SelfRefineTrainer, folder: str) -> None:

@@ -11,6 +11,7 @@ from ..data.questions import STRATEGIES
 from .bilevel_sft_config import _in_range, _one_of
 
 RESPONSE_ESTIMATORS = ("lookahead", "value_function")
+SCOPES = ("question", "round")
 # The sampled distribution must be the policy's own, or log-probabilities and ratios are those of another one.
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "temperature": (1.0,),
@@ -38,7 +39,8 @@ class SelfRefineConfig(GRPOConfig):
             R, optimizer steps of a round. All responses of a round are generated at its start, each is trained on
             once.
         num_generations (`int`, *optional*, defaults to `4`):
-            G, responses per question. With one response there is nothing to compare, so at least 2; use 4 or more.
+            G, responses per question. With one response there is nothing to compare within a question, so at least 2;
+            use 4 or more. One is taken only with `implicit_weight_scope="round"`.
         question_strategy (`str`, *optional*, defaults to `"lowest_weight"`):
             Which questions are asked: `"lowest_weight"` (those whose offline answers weigh least), `"random"`,
             `"all"`.
@@ -49,6 +51,10 @@ class SelfRefineConfig(GRPOConfig):
             questions of the round.
         implicit_weight_temperature (`float`, *optional*, defaults to `0.1`):
             tau of the softmax over a question's responses, in nats per token.
+        implicit_weight_scope (`str`, *optional*, defaults to `"question"`):
+            Which responses share the weight: `"question"` (those of the same question: a softmax over G), or `"round"`
+            (all of a round). The latter also prefers questions that are easy for the validation rows to pull, and is
+            there for `num_generations=1`, as in the published safety setting.
         response_estimator (`str`, *optional*, defaults to `"lookahead"`):
             How responses are scored: `"lookahead"` compares the model with itself after `lookahead_steps` validation
             steps, `"value_function"` with a tracker that is trained on the offline rows without validation (one more
@@ -91,6 +97,9 @@ class SelfRefineConfig(GRPOConfig):
     )
     implicit_weight_temperature: float = field(
         default=0.1, metadata={"help": "tau of the softmax over a question's responses, in nats per token."}
+    )
+    implicit_weight_scope: str = field(
+        default="question", metadata={"help": "Responses that share the weight: of a 'question', or of a 'round'."}
     )
     response_estimator: str = field(
         default="lookahead", metadata={"help": "How responses are scored: 'lookahead' or 'value_function'."}
@@ -137,10 +146,18 @@ class SelfRefineConfig(GRPOConfig):
         for name in ("num_rounds", "steps_per_round", "lookahead_steps", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.num_generations is None or self.num_generations < 2:
+        _one_of("implicit_weight_scope", self.implicit_weight_scope, SCOPES)
+        generations = self.num_generations
+        if generations is None or generations < 1 or (generations == 1 and self.implicit_weight_scope == "question"):
             raise ValueError(
-                f"`num_generations={self.num_generations}`: implicit weights compare the responses of one question, "
-                "so one response carries no signal. Use at least 2, better 4."
+                f"`num_generations={generations}`: implicit weights compare the responses of one question, so one "
+                "response carries no signal. Use at least 2, better 4; or `implicit_weight_scope='round'`, which "
+                "compares responses to different questions."
+            )
+        if self.implicit_weight_scope == "round" and self.use_vllm:
+            raise ValueError(
+                "`implicit_weight_scope='round'` with `use_vllm=True` is not supported: TRL asks vLLM once per group "
+                "for all of its responses, and a round has many questions. Use 'question', or leave `use_vllm` out."
             )
         steps = self.num_rounds * self.steps_per_round
         if self.max_steps not in (-1, steps):
@@ -155,7 +172,13 @@ class SelfRefineConfig(GRPOConfig):
                 "a round are generated at its start). Leave them out."
             )
         self.steps_per_generation = generate_every
+        if generations == 1:
+            # TRL refuses groups of one; the group that it is given later is the round.
+            self.num_generations = self.per_device_train_batch_size * generate_every
+            if self.num_generations < 2:
+                raise ValueError("A round of one response compares nothing. Raise `steps_per_round`.")
         super().__post_init__()
+        self.num_generations = generations
         _one_of("question_strategy", self.question_strategy, STRATEGIES)
         _one_of("response_estimator", self.response_estimator, RESPONSE_ESTIMATORS)
         _in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 
-from ..core.implicit import decide, implicit_weights, question_weights, response_scores
-from ..data.identity import SAMPLE_ID
+from ..core.implicit import decide
 from ..data.questions import QuestionSampler, choose_questions
-from . import refine_setup, setup
+from . import refine_setup, responses, setup
+from .checkpoints import resume_point
 from .host import DetachedHost
 from .offline import OfflinePart
-from .rounds import Rounds, Snapshot, write_responses
+from .rounds import Rounds, Snapshot
 from .self_refine_config import SelfRefineConfig
 
 
@@ -158,6 +158,9 @@ class SelfRefineTrainer(GRPOTrainer):
         self._window: list[Any] = []
         self._round_start = time.perf_counter()
         self.add_callback(RoundCallback(self))
+        if args.implicit_weight_scope == "round":
+            # TRL takes the mean reward off each group: here that is the round.
+            self.num_generations = args.generation_batch_size
         # As the parent left it, so that processes do not draw the same responses: the offline part has reset it.
         set_seed(args.seed, device_specific=True)
 
@@ -168,6 +171,11 @@ class SelfRefineTrainer(GRPOTrainer):
 
     def _present_learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """The parent's `train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete."""
+        files = refine_setup.checkpoint_files(self.accelerator.num_processes)
+        return super().train(resume_point(resume_from_checkpoint, self.args.output_dir, files), **kwargs)
 
     # Questions and their responses
 
@@ -181,8 +189,8 @@ class SelfRefineTrainer(GRPOTrainer):
             lambda: choose_questions(
                 self.explicit_weights(), args.question_strategy, args.question_fraction, args.seed
             ),
-            questions=args.generation_batch_size // self.num_generations,
-            generations=self.num_generations,
+            questions=args.generation_batch_size // args.num_generations,
+            generations=args.num_generations,
             repeats=args.steps_per_generation,
             rounds=args.num_rounds,
             seed=args.seed,
@@ -197,58 +205,12 @@ class SelfRefineTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> list[float]:
         """The reward that TRL is given: each response's implicit weight times its question's explicit weight."""
-        own = self._score_responses(self._tokenize_prompts(prompts)[0], completion_ids)
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        cut = torch.tensor([ids[-1] not in ends for ids in completion_ids])
-        if self.mask_truncated_completions:
-            own[cut] = torch.nan
-        gather = self.accelerator.gather
-        scores = gather(own.to(self.accelerator.device)).cpu()
-        ids = gather(torch.tensor(sample_id, device=self.accelerator.device)).cpu()
-        weights = implicit_weights(scores, self.num_generations, self.args.implicit_weight_temperature)
-        if self.args.question_weighting:
-            explicit = self.explicit_weights()[ids[:: self.num_generations]]
-            weights = weights * question_weights(explicit).repeat_interleave(self.num_generations)
-        known = scores[~torch.isnan(scores)]
-        spread = scores.view(-1, self.num_generations).std(-1, unbiased=False)
-        texts = [gather_object([refine_setup.text_of(part) for part in parts]) for parts in (prompts, completions)]
-        cuts = gather_object(cut.tolist())
-        lengths = gather_object([len(part) for part in completion_ids])
-        self.rounds.generation = {
-            "questions": len(ids) // self.num_generations,
-            "responses": len(ids),
-            "responses_cut": sum(cuts),
-            "responses_empty": sum(not text.strip() for text in texts[1]),
-            "score_mean": float(known.mean()),
-            "score_std": float(known.std(unbiased=False)),
-            "score_std_within_question": float(spread[~torch.isnan(spread)].mean()),
-        }
-        if self.accelerator.is_main_process:
-            rows = {"prompt": texts[0], "response": texts[1], "tokens": lengths, "cut": cuts}
-            rows |= {SAMPLE_ID: ids.tolist(), "score": scores.tolist(), "weight": weights.tolist()}
-            rows |= {"question_weight": self.explicit_weights()[ids].tolist()}
-            write_responses(self.args.output_dir, len(self.ledger), rows)
-        start = self.accelerator.process_index * len(prompts)
-        return weights[start : start + len(prompts)].tolist()
+        scores = self._score_responses(self._tokenize_prompts(prompts)[0], completion_ids)
+        return responses.weigh(self, prompts, completions, completion_ids, sample_id, scores)
 
-    @torch.no_grad()
     def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
-        """Score of every response of this process, float32 `[n]` on the CPU, on the token ids that were sampled."""
-        self.scoring_host.step = self.state.global_step
-        with torch.enable_grad():
-            self.estimator.prepare_scoring()
-        training = self.model.training
-        self.model.eval()
-        rows = [
-            {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + list(answer), SAMPLE_ID: -1}
-            for prompt, answer in zip(prompt_ids, completion_ids, strict=True)
-        ]
-        scores, size = [], self.args.per_device_train_batch_size
-        for start in range(0, len(rows), size):
-            reference, model = self.estimator.loss_pair(self.offline.trainer.data_collator(rows[start : start + size]))
-            scores.append(response_scores(reference.means(), model.means()).float().cpu())
-        self.model.train(training)
-        return torch.cat(scores)
+        """Scores of this process's responses, float32 `[n]` on the CPU."""
+        return responses.score(self, prompt_ids, completion_ids)
 
     # The training step
 
@@ -328,9 +290,10 @@ class SelfRefineTrainer(GRPOTrainer):
             self.offline.trainer.selection.save(output_dir or self.args.output_dir, {})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Before the parent's files: it deletes older checkpoints once its own are written.
         folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
         refine_setup.save_rounds(self, folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         dtypes = setup.trainable_dtypes(self.model)

@@ -1,0 +1,25 @@
+"""A self-refining run that is killed anywhere and resumed ends as one that was left alone."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from tests.faults.kill_worker import PHASES
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_killed_in_any_phase_and_resumed(tmp_path):
+    command = [sys.executable, "-m", "tests.faults.kill_worker", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kill["killed"] for kill in kills} == {signal.SIGKILL}, done.stderr[-3000:]
+    wrong = [kill for kill in kills if not kill["same"]]
+    assert not wrong, f"{wrong}\n{done.stderr[-3000:]}"
+    # Every phase comes once per round at least, and there are two.
+    assert all(count >= 2 for count in Counter(kill["phase"] for kill in kills).values())
+    assert {kill["phase"] for kill in kills} == set(PHASES)

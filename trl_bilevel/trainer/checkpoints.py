@@ -1,0 +1,53 @@
+"""Which checkpoint a run goes on from: the newest one that was written to its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# Transformers writes it last, and deletes older checkpoints only after it.
+LAST_FILE = "trainer_state.json"
+
+
+def resume_point(resume: str | bool | None, output_dir: str, required: Sequence[str]) -> str | bool | None:
+    """What to hand to `Trainer.train`: `True` becomes the newest complete checkpoint in `output_dir`.
+
+    A process that was killed while saving leaves a folder behind that lacks files. Transformers would take it as the
+    newest checkpoint, and fail.
+
+    Args:
+        resume: as the user gave it. A path is passed on as it is.
+        output_dir: of the run.
+        required: files that a complete checkpoint has, besides `trainer_state.json`.
+
+    Raises:
+        ValueError: if `resume` is `True` and no checkpoint is complete.
+    """
+    if resume is not True:
+        return resume
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        missing = [name for name in required if not (folder / name).is_file()]
+        if not missing and _is_json(folder / LAST_FILE):
+            return str(folder)
+        logger.warning(
+            f"{folder} is incomplete ({', '.join(missing) or LAST_FILE} missing or cut off; killed while saving?): it "
+            "is left alone, and an older checkpoint is taken."
+        )
+    raise ValueError(
+        f"`resume_from_checkpoint=True`, but {output_dir} has no complete checkpoint. Check `output_dir`, or start "
+        "anew without `resume_from_checkpoint`."
+    )
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,96 @@
+"""The responses of a round: their scores, their weights, and the books that a person can read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..core.implicit import implicit_weights, question_weights
+from ..data.identity import SAMPLE_ID
+from . import refine_setup
+from .rounds import write_responses
+
+if TYPE_CHECKING:
+    from .self_refine_trainer import SelfRefineTrainer
+
+
+def weigh(
+    trainer: SelfRefineTrainer,
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+    sample_ids: list[int],
+    own_scores: Tensor,
+) -> list[float]:
+    """Weights of this process's responses; statistics go to the ledger, all responses to a parquet file.
+
+    Args:
+        trainer: of the run.
+        prompts, completions: as TRL hands them to a reward function (text or messages), the G responses of a question
+            after one another.
+        completion_ids: sampled token ids.
+        sample_ids: question of each response.
+        own_scores (`Tensor` float32 `[n]`): of these responses.
+
+    Returns:
+        `list[float]`: implicit weight times explicit weight of the question; NaN for a response that is left out.
+    """
+    args, gather = trainer.args, trainer.accelerator.gather
+    device, generations, group = trainer.accelerator.device, trainer.args.num_generations, trainer.num_generations
+    assert generations is not None
+    ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
+    # A back end may give nothing at all.
+    cut = torch.tensor([bool(ids) and ids[-1] not in ends for ids in completion_ids])
+    if trainer.mask_truncated_completions:
+        own_scores = own_scores.masked_fill(cut, torch.nan)
+    scores = gather(own_scores.to(device)).cpu()
+    ids = gather(torch.tensor(sample_ids, device=device)).cpu()
+    explicit = trainer.explicit_weights()[ids]
+    weights = implicit_weights(scores, group, args.implicit_weight_temperature)
+    if args.question_weighting:
+        weights = weights * question_weights(explicit[::generations]).repeat_interleave(generations)
+    texts = [gather_object([refine_setup.text_of(part) for part in parts]) for parts in (prompts, completions)]
+    cuts = gather_object(cut.tolist())
+    lengths = gather_object([len(part) for part in completion_ids])
+    known = scores[~torch.isnan(scores)]
+    spread = scores.view(-1, group).std(-1, unbiased=False)
+    trainer.rounds.generation = {
+        "questions": len(ids) // generations,
+        "responses": len(ids),
+        "responses_cut": sum(cuts),
+        "responses_empty": sum(not text.strip() for text in texts[1]),
+        "score_mean": float(known.mean()),
+        "score_std": float(known.std(unbiased=False)),
+        "score_std_within_group": float(spread[~torch.isnan(spread)].mean()),
+    }
+    if trainer.accelerator.is_main_process:
+        rows = {"prompt": texts[0], "response": texts[1], "tokens": lengths, "cut": cuts}
+        rows |= {SAMPLE_ID: ids.tolist(), "score": scores.tolist(), "weight": weights.tolist()}
+        rows |= {"question_weight": explicit.tolist()}
+        write_responses(args.output_dir, len(trainer.ledger), rows)
+    start = trainer.accelerator.process_index * len(prompts)
+    return weights[start : start + len(prompts)].tolist()
+
+
+@torch.no_grad()
+def score(trainer: SelfRefineTrainer, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
+    """Score of every response of this process, float32 `[n]` on the CPU, on the token ids that were sampled."""
+    trainer.scoring_host.step = trainer.state.global_step
+    with torch.enable_grad():
+        trainer.estimator.prepare_scoring()
+    training = trainer.model.training
+    trainer.model.eval()
+    rows = [
+        {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + list(answer), SAMPLE_ID: -1}
+        for prompt, answer in zip(prompt_ids, completion_ids, strict=True)
+    ]
+    collate, size = trainer.offline.trainer.data_collator, trainer.args.per_device_train_batch_size
+    scores = [
+        trainer.estimator.response_scores(collate(rows[start : start + size])).float().cpu()
+        for start in range(0, len(rows), size)
+    ]
+    trainer.model.train(training)
+    return torch.cat(scores)
