@@ -18,6 +18,12 @@ METHODS = {
         "selector_update": "sparse_centred",
         "selector_warmup_steps": 3,
     },
+    "online_alignment": {
+        "weight_estimator": "alignment",
+        "selector_update": "sparse_centred",
+        "selector_warmup_steps": 0,
+        "estimator_refresh_steps": 3,
+    },
 }
 
 

@@ -29,6 +29,8 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
         ({"selector_granularity": "group"}, "needs `selector_group_column`"),
         ({"selector_granularity": "token"}, "`selector_granularity` must be one of 'sample', 'group'"),
         ({"selector_activation": "relu"}, "`selector_activation` must be one of"),
+        ({"alignment_direction": "down"}, "`alignment_direction` must be one of 'preconditioned', 'gradient'"),
+        ({"alignment_averaging": 1.0}, r"`alignment_averaging` must lie in \[0, 1\), got 1.0"),
         ({"selector_update": "sgd"}, "`selector_update` must be one of"),
         ({"selector_preset": "mine"}, "`selector_preset` must be one of 'paper', 'seal'"),
         ({"selector_weighting": "both"}, "`selector_weighting` must be one of"),

@@ -8,15 +8,18 @@ trainer calls
    the step; it returns the reference loss of each of their rows (or `None` if the estimator needs none, or takes no
    scores now);
 2. `score(model_losses, reference_losses)` for each micro-batch, with the model's losses read off its ordinary forward;
-3. `row_scores(batch)` for rows scored out of turn, by forwards without gradient (the scoring pass).
+   or, if the estimator `reads_backward`, `watch(rows)` around forward and backward of each micro-batch;
+3. `row_scores(batch)` for rows scored out of turn (the scoring pass), `response_scores(batch)` for sampled responses.
+
+The scores of all micro-batches move the selector after the last backward of the step.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +32,27 @@ Batch = Mapping[str, Any]
 WeightedBatch = tuple[Batch, Tensor]
 
 
+class SecondMoment(NamedTuple):
+    """Adam's second moment of a parameter.
+
+    Attributes:
+        value (`Tensor`): running mean of squared gradients, in the parameter's shape, not bias-corrected.
+        step (`Tensor` `[]`): optimizer steps done.
+        beta, eps (`float`): Adam's `beta2` and `eps`.
+    """
+
+    value: Tensor
+    step: Tensor
+    beta: float
+    eps: float
+
+
 class EstimatorHost(Protocol):
     """What a trainer offers to an estimator."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model whose forward `row_losses` runs."""
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that training changes, in a fixed order."""
@@ -50,6 +72,19 @@ class EstimatorHost(Protocol):
     def current_step(self) -> int:
         """Optimizer steps done."""
 
+    def second_moments(self, parameters: Sequence[torch.nn.Parameter]) -> list[SecondMoment | None]:
+        """Adam's second moments, `None` for parameters that the optimizer has none of (in full precision)."""
+
+
+class BackwardReader(Protocol):
+    """Reads the scores of a micro-batch's rows off its backward."""
+
+    def attach(self, log_probs: Tensor, scored: Tensor) -> None:
+        """Between forward and backward: log-probabilities `[B, S - 1]` of the loss, and which of them it counts."""
+
+    def scores(self) -> Tensor:
+        """After the backward: scores `[B]` float32; NaN for a row that the backward multiplied by zero."""
+
 
 class Estimator(ABC):
     """One way of scoring rows. See the module's docstring for the life of a step."""
@@ -59,6 +94,8 @@ class Estimator(ABC):
     needs_validation_term: ClassVar[bool] = False
     #: True if `score` needs reference losses (and takes no score on steps without them).
     needs_reference: ClassVar[bool] = True
+    #: True if scores come from `watch`, after the backward, and not from `score`.
+    reads_backward: ClassVar[bool] = False
 
     def __init__(self, host: EstimatorHost):
         self.host = host
@@ -67,9 +104,13 @@ class Estimator(ABC):
     def begin_step(self, window: Sequence[Batch]) -> list[Tensor] | None:
         """Reference losses `[b]` (float32, mean per response token) of the rows of each micro-batch, or `None`."""
 
-    @abstractmethod
     def score(self, model_losses: Tensor, reference_losses: Tensor | None) -> Tensor:
         """Scores `[b]` from the model's losses and the reference losses, both `[b]` float32. Larger is better."""
+        raise TypeError(f"The estimator {self.name!r} does not score by losses.")
+
+    def watch(self, rows: int) -> AbstractContextManager[BackwardReader]:
+        """A context around forward and backward of a micro-batch of `rows` rows, for estimators that read it."""
+        raise TypeError(f"The estimator {self.name!r} does not read backward passes.")
 
     def prepare_scoring(self) -> None:  # noqa: B027 (only some have something to prepare)
         """Called once, in training mode, before `row_scores` scores all rows in evaluation mode."""
@@ -90,7 +131,10 @@ class Estimator(ABC):
         return difference_scores(*self.loss_pair(batch))
 
     def response_scores(self, batch: Batch) -> Tensor:
-        """Scores `[b]` of sampled responses, in nats per response token: the exponent of their implicit weights."""
+        """Scores `[b]` of sampled responses, the exponent of their implicit weights; no `.grad` is changed.
+
+        In nats per response token, unless the estimator compares no losses.
+        """
         reference, model = self.loss_pair(batch)
         return response_scores(reference.means(), model.means())
 

@@ -13,6 +13,7 @@ GRANULARITIES = ("sample", "group")
 ACTIVATIONS = ("softmax", "sigmoid")
 WEIGHTINGS = ("resample", "loss")
 UPDATES = ("calibrated", "sparse_centred", "adam")
+DIRECTIONS = ("preconditioned", "gradient", "displacement")
 
 # What each preset sets; an explicit argument that contradicts one is overridden, and the config says so.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -45,8 +46,8 @@ class BilevelSFTConfig(SFTConfig):
 
     Parameters:
         weight_estimator (`str`, *optional*, defaults to `"value_function"`):
-            Where scores come from: `"value_function"`, `"lookahead"`, `"loss"` (published, for reproduction) or
-            `"none"` (uniform weights).
+            Where scores come from: `"value_function"`, `"lookahead"`, `"alignment"` (gradient inner products),
+            `"loss"` (published, for reproduction) or `"none"` (uniform weights).
         validation_loss_weight (`float`, *optional*, defaults to `0.5`):
             lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0 the validation rows
             drive the weights and are never trained on by the model.
@@ -60,10 +61,18 @@ class BilevelSFTConfig(SFTConfig):
         validation_every (`int`, *optional*, defaults to `1`):
             Add the validation term on every k-th step only, k times as strong.
         estimator_refresh_steps (`int`, *optional*):
-            M. `lookahead`: steps between refreshes (default 32). `value_function`: train the tracker and take scores
-            on every M-th step only (default 1).
+            M. `lookahead`, `alignment`: steps between refreshes (default 32 and 16). `value_function`: train the
+            tracker and take scores on every M-th step only (default 1).
         lookahead_steps (`int`, *optional*, defaults to `4`):
-            K, validation steps of a look-ahead.
+            K, validation steps of a look-ahead (`lookahead`; `alignment` with `alignment_direction="displacement"`).
+        alignment_direction (`str`, *optional*, defaults to `"preconditioned"`):
+            `alignment`: what the rows' gradients are compared with: the gradient of the validation loss as Adam would
+            step along it (`"preconditioned"`), as it is (`"gradient"`), or the way that `lookahead_steps` validation
+            steps take (`"displacement"`).
+        alignment_averaging (`float`, *optional*, defaults to `0.5`):
+            `alignment`: decay of the direction's running mean over refreshes, in [0, 1); 0 keeps the last one only.
+        alignment_normalise (`bool`, *optional*, defaults to `False`):
+            `alignment`: divide each score by the norm of the row's own gradient.
         selector_update (`str`, *optional*, defaults to `"calibrated"`):
             How scores become weights. `"calibrated"`: before training, a short pilot run on throwaway parameters
             scores every row once; the weights make the training rows score like validation rows that the pilot held
@@ -114,7 +123,7 @@ class BilevelSFTConfig(SFTConfig):
 
     weight_estimator: str = field(
         default="value_function",
-        metadata={"help": "Where scores come from: 'value_function', 'lookahead', 'loss' or 'none'."},
+        metadata={"help": "Where scores come from: 'value_function', 'lookahead', 'alignment', 'loss' or 'none'."},
     )
     validation_loss_weight: float = field(
         default=0.5, metadata={"help": "lambda, weight of the validation loss in the objective, in [0, 1)."}
@@ -136,9 +145,22 @@ class BilevelSFTConfig(SFTConfig):
     )
     estimator_refresh_steps: int | None = field(
         default=None,
-        metadata={"help": "lookahead: steps between refreshes (32). value_function: score on every M-th step (1)."},
+        metadata={
+            "help": "lookahead, alignment: steps between refreshes (32, 16). value_function: score on every M-th step "
+            "(1)."
+        },
     )
     lookahead_steps: int = field(default=4, metadata={"help": "Validation steps of a look-ahead."})
+    alignment_direction: str = field(
+        default="preconditioned",
+        metadata={"help": "alignment: 'preconditioned' or plain 'gradient' of validation, or its 'displacement'."},
+    )
+    alignment_averaging: float = field(
+        default=0.5, metadata={"help": "alignment: decay of the direction's running mean over refreshes, in [0, 1)."}
+    )
+    alignment_normalise: bool = field(
+        default=False, metadata={"help": "alignment: divide scores by the norm of the row's own gradient."}
+    )
     selector_update: str = field(
         default="calibrated",
         metadata={"help": "How scores become weights: 'calibrated', 'sparse_centred' or 'adam'."},
@@ -211,6 +233,7 @@ class BilevelSFTConfig(SFTConfig):
         _one_of("selector_granularity", self.selector_granularity, GRANULARITIES)
         _one_of("selector_activation", self.selector_activation, ACTIVATIONS)
         _one_of("selector_update", self.selector_update, UPDATES)
+        _one_of("alignment_direction", self.alignment_direction, DIRECTIONS)
         if self.selector_weighting is None:
             resample = self.selector_update == "calibrated" and self.weight_estimator != "none"
             self.selector_weighting = "resample" if resample else "loss"
@@ -225,6 +248,7 @@ class BilevelSFTConfig(SFTConfig):
         _in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
         _in_range("filter_rate", self.filter_rate, 0.0, 1.0)
         _in_range("ess_alarm", self.ess_alarm, 0.0, 1.0)
+        _in_range("alignment_averaging", self.alignment_averaging, 0.0, 1.0)
         _in_range("selector_entropy_coef", self.selector_entropy_coef, 0.0, 1.0)
         for name in (
             "validation_batch_size",

@@ -18,6 +18,7 @@ from ..estimators.base import Estimator
 from . import setup
 from .checkpoints import resume_point
 from .errors import NonFiniteScoreError, row_list
+from .estimator import make_estimator
 from .host import TrainerHost
 from .quantization import disable_bf16_repacking
 from .selection import STATE_FILE, SUMMARY_FILE, Selection
@@ -197,7 +198,7 @@ class BilevelSFTTrainer(SFTTrainer):
             if not self.selection.calibrated:
                 self.selection.calibrate(*setup.make_pilot(self).run())
         elif self.estimator is None:
-            self.estimator = setup.make_estimator(self.args, TrainerHost(self))
+            self.estimator = make_estimator(self.args, TrainerHost(self))
 
     def row_order(self) -> Tensor:
         """Positions in the prepared training set, in an order given by the rows' content, int64 `[rows kept]`."""
@@ -229,10 +230,16 @@ class BilevelSFTTrainer(SFTTrainer):
         return batches, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The parent's step on the micro-batch with its validation rows and row factors."""
-        if self._window is not None:
-            inputs = self._window.next_inputs()
-        return super().training_step(model, inputs, num_items_in_batch)
+        """The parent's step on the micro-batch with its validation rows and factors; the last one moves weights."""
+        window = self._window
+        if window is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = window.next_inputs()
+        with window.watch():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if window.complete:
+            window.finish()
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -247,15 +254,13 @@ class BilevelSFTTrainer(SFTTrainer):
 
         def weighted_model(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
+            window.attach(outputs.log_probs, outputs.label_mask)
             losses = row_losses(outputs.log_probs.detach(), outputs.label_mask).means()
             rows = factor * window.observe(ids, losses)
             outputs.log_probs = outputs.log_probs * rows.to(outputs.log_probs.dtype).unsqueeze(-1)
             return outputs
 
-        loss = super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
-        if window.complete:
-            window.finish()
-        return loss
+        return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
 
     def stop_on_non_finite(self, ids: Tensor) -> None:
         """Save the state before this step, and raise `NonFiniteScoreError` naming the rows."""
@@ -302,5 +307,5 @@ class BilevelSFTTrainer(SFTTrainer):
         if self.weighs:
             tensors = self.selection.load(resume_from_checkpoint)
             if tensors:
-                self.estimator = setup.make_estimator(self.args, TrainerHost(self))
+                self.estimator = make_estimator(self.args, TrainerHost(self))
                 self.estimator.load_tensors(tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.scores import RowLosses, row_losses
 from ..data.identity import SAMPLE_ID
-from ..estimators.base import WeightedBatch
+from ..estimators.base import SecondMoment, WeightedBatch
 from .validation import ValidationSets
 
 if TYPE_CHECKING:
@@ -27,6 +27,16 @@ class TrainerHost:
     def __init__(self, trainer: BilevelSFTTrainer):
         self.trainer = trainer
         self._parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The unwrapped model."""
+        return self.trainer.model
+
+    @property
+    def optimizer(self) -> Any:
+        """What steps the model's parameters; `None` before training."""
+        return self.trainer.optimizer
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that training changes, in the model's order."""
@@ -69,9 +79,23 @@ class TrainerHost:
         """Optimizer steps done."""
         return int(self.trainer.state.global_step)
 
+    def second_moments(self, parameters: Sequence[torch.nn.Parameter]) -> list[SecondMoment | None]:
+        """Those of `torch.optim`'s Adam and AdamW; 8-bit ones are quantised, and left alone."""
+        found: dict[int, SecondMoment] = {}
+        for group in [] if self.optimizer is None else self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                if "exp_avg_sq" in state:
+                    step = torch.as_tensor(state["step"])
+                    found[id(parameter)] = SecondMoment(state["exp_avg_sq"], step, group["betas"][1], group["eps"])
+        return [found.get(id(parameter)) for parameter in parameters]
+
 
 class DetachedHost(TrainerHost):
-    """A trainer as estimators see it outside of its steps: own clock, own learning rate, own validation rows."""
+    """A trainer as estimators see it outside of its steps: own clock, learning rate, validation rows, optimizer.
+
+    `step` and `optimizer` (`None` if nothing steps the parameters) are for the owner to set.
+    """
 
     def __init__(
         self, trainer: BilevelSFTTrainer, validation: ValidationSets, learning_rate: float | Callable[[], float]
@@ -80,6 +104,16 @@ class DetachedHost(TrainerHost):
         self._validation = validation
         self.rate = learning_rate
         self.step = 0
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """What `optimizer` was set to."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, value: torch.optim.Optimizer | None) -> None:
+        self._optimizer = value
 
     @property
     def validation(self) -> ValidationSets:

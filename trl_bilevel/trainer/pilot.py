@@ -93,6 +93,7 @@ class Pilot:
                     parameter.copy_(value)
             trainer.model.train(was_training)
             self.estimator.release()
+            self.host.optimizer = None
         return scores, validation, validation_weights
 
     def _score_held_back(self) -> tuple[Tensor, Tensor]:
@@ -122,6 +123,7 @@ class Pilot:
     def _train(self, parameters: list[torch.nn.Parameter]) -> None:
         args = self.trainer.args
         optimizer = torch.optim.AdamW(parameters, lr=self.host.learning_rate(), weight_decay=0.0)
+        self.host.optimizer = optimizer
         weight = self.validation_loss_weight
         for step in self._bar(range(self.steps), "Pilot run"):
             self.host.step = step

@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS, SAMPLE_ID, count_overlap, sample_ids
-from ..estimators import ESTIMATORS, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
+from ..estimators import ESTIMATORS
 from .bilevel_sft_config import BilevelSFTConfig
+from .estimator import check_alignment, make_estimator
 from .host import TrainerHost
 from .pilot import Pilot
 from .selection import Groups, make_groups
@@ -210,6 +211,8 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
             f"`selector_update={args.selector_update!r}` leaves the validation set without influence. Set "
             "`validation_loss_weight` above 0, or `selector_update='calibrated'`, or `weight_estimator='lookahead'`."
         )
+    if args.weight_estimator == "alignment":
+        check_alignment(trainer)
     if args.remove_unused_columns and trainer.args.dataset_kwargs and trainer._skip_prepare_dataset:
         missing = {"input_ids", "labels"} - set(trainer.train_dataset.column_names)
         if missing:
@@ -362,27 +365,6 @@ def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
         losses.append(host.row_losses(batch).means().cpu())
     trainer.model.train(training)
     return torch.cat(losses)
-
-
-def make_estimator(args: BilevelSFTConfig, host: EstimatorHost) -> Estimator:
-    """The estimator that the config names, on a host."""
-    if args.weight_estimator == "value_function":
-        return ValueFunctionEstimator(
-            host,
-            every=args.estimator_refresh_steps or 1,
-            max_grad_norm=args.max_grad_norm,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-        )
-    if args.weight_estimator == "lookahead":
-        return LookaheadEstimator(
-            host,
-            lookahead_steps=args.lookahead_steps,
-            refresh_steps=args.estimator_refresh_steps or 32,
-            max_grad_norm=args.max_grad_norm,
-        )
-    return ESTIMATORS[args.weight_estimator](host)
 
 
 def warmup_steps(trainer: BilevelSFTTrainer) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..core.schedule import validation_loss_weight
+from ..estimators.base import BackwardReader
 from . import setup
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class StepWindow:
         self.losses: list[Tensor] = []
         self.scores: list[Tensor] = []
         self.validation_losses: list[Tensor] = []
+        self._reader: BackwardReader | None = None
 
     def next_inputs(self) -> dict[str, Any]:
         """The coming micro-batch; before the first one, reference losses and validation rows are made ready.
@@ -75,6 +78,23 @@ class StepWindow:
             joined[ROW_FACTOR] = factor
             self.inputs.append(joined)
 
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """A context around forward and backward of the coming micro-batch, for estimators that read the backward."""
+        trainer, micro = self.trainer, len(self.ids)
+        if not trainer.updates_online or trainer.estimator is None or not trainer.estimator.reads_backward:
+            yield
+            return
+        with trainer.estimator.watch(len(self.inputs[micro]["input_ids"])) as self._reader:
+            yield
+        self.scores.append(self._reader.scores()[: len(self.batches[micro]["input_ids"])])
+        self._reader = None
+
+    def attach(self, log_probs: Tensor, scored: Tensor) -> None:
+        """Between forward and backward: log-probabilities `[B, S - 1]` without factors, and which the loss counts."""
+        if self._reader is not None:
+            self._reader.attach(log_probs, scored)
+
     def observe(self, ids: Tensor, losses: Tensor) -> Tensor:
         """Take in the row losses of a micro-batch's forward.
 
@@ -93,7 +113,7 @@ class StepWindow:
         self.losses.append(losses[:count])
         if len(losses) > count:
             self.validation_losses.append(losses[count:])
-        if trainer.updates_online:
+        if trainer.updates_online and self._reader is None:
             assert trainer.estimator is not None
             reference = None if self.references is None else self.references[micro]
             if reference is not None or not trainer.estimator.needs_reference:
@@ -109,19 +129,24 @@ class StepWindow:
         return len(self.ids) == len(self.batches)
 
     def finish(self) -> None:
-        """Before the last backward of the step: log, check, and move the selector by the scores of all processes."""
+        """After the last backward of the step: log, check, and move the selector by the scores of all processes."""
         trainer = self.trainer
         if self.validation_losses:
             trainer._metrics["train"]["validation_loss"].append(torch.cat(self.validation_losses).mean().item())
         ids, losses = self._gather(torch.cat(self.ids)), self._gather(torch.cat(self.losses))
         scores = self._gather(torch.cat(self.scores)) if self.scores else losses
-        finite = torch.isfinite(losses) & torch.isfinite(scores)
+        # A score that is read off the backward is NaN for a row that the backward did not reach (weight 0).
+        scored = ~torch.isnan(scores) if trainer.estimator is not None and trainer.estimator.reads_backward else None
+        finite = torch.isfinite(losses) & (torch.isfinite(scores) if scored is None else ~torch.isinf(scores))
         own = torch.cat(self.validation_losses) if self.validation_losses else losses[:0]
         trusted = self._gather(torch.isfinite(own).all().reshape(1))
         if not bool(finite.all() & trusted.all()):
             trainer.stop_on_non_finite(ids[~finite])
         if self.scores and trainer.state.global_step >= setup.warmup_steps(trainer):
-            trainer.selection.update(ids, scores)
+            if scored is not None:
+                ids, scores = ids[scored], scores[scored]
+            if len(ids):
+                trainer.selection.update(ids, scores)
             if trainer.selection.gate is None or trainer.state.global_step % setup.GATE_REFRESH_STEPS == 0:
                 trainer.selection.refresh_gate()
 

@@ -1,0 +1,74 @@
+"""Making the estimator that a config names."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ..estimators import (
+    ESTIMATORS,
+    AlignmentEstimator,
+    Estimator,
+    EstimatorHost,
+    LookaheadEstimator,
+    ValueFunctionEstimator,
+)
+from ..estimators.taps import GradientTaps, untappable_layers
+from .bilevel_sft_config import BilevelSFTConfig
+
+if TYPE_CHECKING:
+    from .bilevel_sft_trainer import BilevelSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def make_estimator(args: BilevelSFTConfig, host: EstimatorHost) -> Estimator:
+    """The estimator that the config names, on a host."""
+    if args.weight_estimator == "value_function":
+        return ValueFunctionEstimator(
+            host,
+            every=args.estimator_refresh_steps or 1,
+            max_grad_norm=args.max_grad_norm,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+    if args.weight_estimator == "lookahead":
+        return LookaheadEstimator(
+            host,
+            lookahead_steps=args.lookahead_steps,
+            refresh_steps=args.estimator_refresh_steps or 32,
+            max_grad_norm=args.max_grad_norm,
+        )
+    if args.weight_estimator == "alignment":
+        return AlignmentEstimator(
+            host,
+            refresh_steps=args.estimator_refresh_steps or 16,
+            averaging=args.alignment_averaging,
+            precondition=args.alignment_direction == "preconditioned",
+            displacement=args.alignment_direction == "displacement",
+            normalise=args.alignment_normalise,
+            lookahead_steps=args.lookahead_steps,
+            max_grad_norm=args.max_grad_norm,
+        )
+    return ESTIMATORS[args.weight_estimator](host)
+
+
+def check_alignment(trainer: BilevelSFTTrainer) -> None:
+    """Refuse models whose rows' gradients cannot be read off the backward."""
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "`weight_estimator='alignment'` does not support the auxiliary loss of mixture-of-experts models: it "
+            "mixes the gradients of all rows. Use 'value_function' or 'lookahead'."
+        )
+    if trainer.args.torch_compile:
+        raise ValueError(
+            "`weight_estimator='alignment'` does not support `torch_compile=True`: it reads the backward of single "
+            "layers. Unset it, or use 'value_function' or 'lookahead'."
+        )
+    taps = GradientTaps(trainer.model, untappable_layers(trainer.model))
+    if taps.left_out:
+        logger.info(
+            f"`weight_estimator='alignment'` leaves {len(taps.left_out)} trainable parameters out of its scores "
+            f"(norm weights, LM head, tied embeddings): {', '.join(taps.left_out[:8])} ..."
+        )
