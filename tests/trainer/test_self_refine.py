@@ -247,7 +247,21 @@ def test_weights_over_the_whole_round(build, generations, tmp_path):
     assert trainer.ledger[0]["questions"] == 16 // generations
 
 
-@pytest.mark.parametrize("estimator", ["lookahead", "value_function"])
+def test_alignment_is_the_lookahead_to_first_order(build):
+    """Gradients read off one backward against the difference of two forwards, after small steps."""
+    prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [5, 6]]
+    answers = [[20, 21, 22], [30, 31, 32, 33, 34], [40], [50, 51]]
+    scores = {}
+    for estimator in ("lookahead", "alignment"):
+        trainer = build(response_estimator=estimator, pilot_learning_rate=1e-4, max_grad_norm=0.0)
+        scores[estimator] = trainer._score_responses(prompts, answers)
+        assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    spread = float(scores["lookahead"].std())
+    assert spread > 1e-4
+    torch.testing.assert_close(scores["alignment"], scores["lookahead"], rtol=0, atol=0.02 * spread)
+
+
+@pytest.mark.parametrize("estimator", ["lookahead", "value_function", "alignment"])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_resume_at_any_step_of_a_round(build, estimator, step, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "response_estimator": estimator, "num_rounds": 2}

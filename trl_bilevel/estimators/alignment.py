@@ -46,6 +46,8 @@ class AlignmentEstimator(Estimator):
         normalise (`bool`, defaults to `False`): divide each score by the norm of the row's own gradient (cosine).
         displacement (`bool`, defaults to `False`): `U = theta - theta_V`, with `theta_V` the model after
             `lookahead_steps` AdamW steps on validation rows, in place of the gradient.
+        unit_length (`bool`, defaults to `True`): scale `U` to length 1. Without it, and with `displacement`, a score
+            is the look-ahead's to first order: nats per token that the steps take off the row's loss.
         lookahead_steps (`int`, defaults to `4`): K, for `displacement`.
         max_grad_norm (`float`, defaults to `1.0`): clipping of the validation gradient, for `displacement`.
 
@@ -67,6 +69,7 @@ class AlignmentEstimator(Estimator):
         precondition: bool = True,
         normalise: bool = False,
         displacement: bool = False,
+        unit_length: bool = True,
         lookahead_steps: int = 4,
         max_grad_norm: float = 1.0,
     ):
@@ -77,6 +80,7 @@ class AlignmentEstimator(Estimator):
         self.precondition = precondition
         self.normalise = normalise
         self.displacement = displacement
+        self.unit_length = unit_length
         self.lookahead_steps = lookahead_steps
         self.max_grad_norm = max_grad_norm
         self.taps: GradientTaps | None = GradientTaps(host.model, untappable_layers(host.model))
@@ -96,11 +100,11 @@ class AlignmentEstimator(Estimator):
             if not self.average:
                 self.average = [torch.zeros_like(tensor) for tensor in found]
             torch._foreach_lerp_(self.average, found, 1 - self.averaging)
-            # Scaled to unit length below, so the bias of the running mean matters to the preconditioner only.
+            # At unit length the bias of the running mean matters to the preconditioner only.
             found = [tensor / (1 - self.averaging**self.refreshes) for tensor in self.average]
         if self.precondition and not self.displacement:
             found = self._preconditioned(found)
-        self.taps.direction = core.unit_length(found)
+        self.taps.direction = core.unit_length(found) if self.unit_length else found
         self.fresh_at = self.host.current_step()
 
     def _gradient(self, draws: int) -> list[Tensor]:

@@ -13,7 +13,7 @@ from trl.data_utils import is_conversational
 from trl.import_utils import is_vllm_available
 
 from ..data.identity import SAMPLE_ID
-from ..estimators import Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
+from ..estimators import AlignmentEstimator, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
 from . import rounds, selection
 from .self_refine_config import SelfRefineConfig
 from .setup import MIN_CALIBRATION_ROWS, prepare_rows
@@ -148,6 +148,16 @@ def make_response_estimator(args: SelfRefineConfig, host: EstimatorHost) -> Esti
     """The estimator that scores responses."""
     if args.response_estimator == "lookahead":
         return LookaheadEstimator(host, lookahead_steps=args.lookahead_steps, max_grad_norm=args.max_grad_norm)
+    if args.response_estimator == "alignment":
+        # In nats per token, like the others, so that the temperature means the same.
+        return AlignmentEstimator(
+            host,
+            averaging=0.0,
+            displacement=True,
+            unit_length=False,
+            lookahead_steps=args.lookahead_steps,
+            max_grad_norm=args.max_grad_norm,
+        )
     return ValueFunctionEstimator(
         host,
         max_grad_norm=args.max_grad_norm,

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from ..data.questions import STRATEGIES
 from .bilevel_sft_config import _in_range, _one_of
 
-RESPONSE_ESTIMATORS = ("lookahead", "value_function")
+RESPONSE_ESTIMATORS = ("lookahead", "alignment", "value_function")
 SCOPES = ("question", "round")
 # The sampled distribution must be the policy's own, or log-probabilities and ratios are those of another one.
 SAMPLING: dict[str, tuple[Any, ...]] = {
@@ -57,8 +57,10 @@ class SelfRefineConfig(GRPOConfig):
             there for `num_generations=1`, as in the published safety setting.
         response_estimator (`str`, *optional*, defaults to `"lookahead"`):
             How responses are scored: `"lookahead"` compares the model with itself after `lookahead_steps` validation
-            steps, `"value_function"` with a tracker that is trained on the offline rows without validation (one more
-            forward and backward of the offline rows in every step).
+            steps, `"alignment"` takes the inner product of a response's gradient with these steps (the same to first
+            order, by one forward and backward in place of two forwards), `"value_function"` compares it with a tracker
+            that is trained on the offline rows without validation (one more forward and backward of the offline rows
+            in every step).
         lookahead_steps (`int`, *optional*, defaults to `4`):
             K, validation steps of the look-ahead.
         online_loss_weight (`float`, *optional*, defaults to `0.5`):
@@ -102,7 +104,8 @@ class SelfRefineConfig(GRPOConfig):
         default="question", metadata={"help": "Responses that share the weight: of a 'question', or of a 'round'."}
     )
     response_estimator: str = field(
-        default="lookahead", metadata={"help": "How responses are scored: 'lookahead' or 'value_function'."}
+        default="lookahead",
+        metadata={"help": "How responses are scored: 'lookahead', 'alignment' or 'value_function'."},
     )
     lookahead_steps: int = field(default=4, metadata={"help": "K, validation steps of the look-ahead."})
     online_loss_weight: float = field(
