@@ -208,6 +208,13 @@ def test_without_weights_and_without_validation_loss(build):
     assert torch.allclose(trainer.explicit_weights(), torch.ones(40))
 
 
+def test_weights_that_hardly_differ_are_warned_of(build, caplog):
+    trainer = build(num_rounds=1, implicit_weight_temperature=100.0)
+    trainer.train()
+    assert "hardly differ" in caplog.text and "`implicit_weight_temperature` is 100" in caplog.text
+    assert trainer.ledger[0]["weight_std_within_group"] < 0.1
+
+
 def test_continuous_batching_generates(build, tmp_path):
     trainer = build(use_transformers_continuous_batching=True, num_rounds=1)
     trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,11 @@ from .rounds import write_responses
 
 if TYPE_CHECKING:
     from .self_refine_trainer import SelfRefineTrainer
+
+logger = logging.getLogger(__name__)
+
+# Weights of mean one that spread by less than this are as good as equal.
+FLAT = 0.1
 
 
 def weigh(
@@ -50,13 +56,14 @@ def weigh(
     ids = gather(torch.tensor(sample_ids, device=device)).cpu()
     explicit = trainer.explicit_weights()[ids]
     weights = implicit_weights(scores, group, args.implicit_weight_temperature)
+    weight_spread = _spread_within(weights, group)
     if args.question_weighting:
         weights = weights * question_weights(explicit[::generations]).repeat_interleave(generations)
     texts = [gather_object([refine_setup.text_of(part) for part in parts]) for parts in (prompts, completions)]
     cuts = gather_object(cut.tolist())
     lengths = gather_object([len(part) for part in completion_ids])
     known = scores[~torch.isnan(scores)]
-    spread = scores.view(-1, group).std(-1, unbiased=False)
+    spread = _spread_within(scores, group)
     trainer.rounds.generation = {
         "questions": len(ids) // generations,
         "responses": len(ids),
@@ -64,8 +71,16 @@ def weigh(
         "responses_empty": sum(not text.strip() for text in texts[1]),
         "score_mean": float(known.mean()),
         "score_std": float(known.std(unbiased=False)),
-        "score_std_within_group": float(spread[~torch.isnan(spread)].mean()),
+        "score_std_within_group": spread,
+        "weight_std_within_group": weight_spread,
     }
+    if weight_spread < FLAT:
+        logger.warning(
+            f"Round {len(trainer.ledger)}: the responses' weights hardly differ (standard deviation "
+            f"{weight_spread:.3f} around 1), so the responses have next to no effect: their scores spread by "
+            f"{spread:.4f} nats per token, and `implicit_weight_temperature` is {args.implicit_weight_temperature:g}. "
+            "Lower it, raise `lookahead_steps`, or train offline first."
+        )
     if trainer.accelerator.is_main_process:
         rows = {"prompt": texts[0], "response": texts[1], "tokens": lengths, "cut": cuts}
         rows |= {SAMPLE_ID: ids.tolist(), "score": scores.tolist(), "weight": weights.tolist()}
@@ -73,6 +88,12 @@ def weigh(
         write_responses(args.output_dir, len(trainer.ledger), rows)
     start = trainer.accelerator.process_index * len(prompts)
     return weights[start : start + len(prompts)].tolist()
+
+
+def _spread_within(values: Tensor, group: int) -> float:
+    """Mean over the groups of the standard deviation within a group; groups with a response left out do not count."""
+    spread = values.view(-1, group).std(-1, unbiased=False)
+    return float(spread[~torch.isnan(spread)].mean())
 
 
 @torch.no_grad()
