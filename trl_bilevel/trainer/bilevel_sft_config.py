@@ -12,6 +12,8 @@ from ..estimators import ESTIMATORS
 GRANULARITIES = ("sample", "group")
 ACTIVATIONS = ("softmax", "sigmoid")
 WEIGHTINGS = ("resample", "loss")
+# Scored rows that a prediction of weights needs at least; 128 and more are sensible (docs/results.md).
+MIN_SCORED_ROWS = 16
 UPDATES = ("calibrated", "sparse_centred", "adam")
 DIRECTIONS = ("preconditioned", "gradient", "displacement")
 
@@ -112,6 +114,10 @@ class BilevelSFTConfig(SFTConfig):
             least 5e-5) for full fine-tuning.
         pilot_batch_size (`int`, *optional*):
             Training rows per pilot step, over all processes. Defaults to the training rows of an optimizer step.
+        pilot_scored_rows (`int`, *optional*):
+            `"calibrated"`: training rows that the pilot run scores, drawn at random; weights of the others are
+            predicted from hidden states of the lower layers (a fifth of the cost, see docs/method.md). Defaults to
+            all rows.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             `"calibrated"`: power to which the calibrated weights are raised. 1 reproduces the density of the
             validation rows' scores; above 1 trades variety of rows for purity.
@@ -211,6 +217,10 @@ class BilevelSFTConfig(SFTConfig):
     pilot_batch_size: int | None = field(
         default=None, metadata={"help": "Training rows per pilot step. Default: those of an optimizer step."}
     )
+    pilot_scored_rows: int | None = field(
+        default=None,
+        metadata={"help": "Rows that the pilot run scores; weights of the others are predicted. Default: all rows."},
+    )
     calibration_sharpness: float = field(
         default=1.0, metadata={"help": "Power of the calibrated weights: above 1 trades variety of rows for purity."}
     )
@@ -261,6 +271,11 @@ class BilevelSFTConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.pilot_scored_rows is not None and self.pilot_scored_rows < MIN_SCORED_ROWS:
+            raise ValueError(
+                f"`pilot_scored_rows` must be at least {MIN_SCORED_ROWS}, got {self.pilot_scored_rows}: fewer rows do "
+                "not show how weights depend on what a row says. Leave it out to score all rows."
+            )
         for name in (
             "selector_learning_rate",
             "selector_warmup_steps",

@@ -16,6 +16,7 @@ from ..data.identity import SAMPLE_ID, SampleIdCollator, add_sample_ids, fingerp
 from ..data.sampling import WeightedSampler, content_order
 from ..estimators.base import Estimator
 from . import setup
+from .amortise import predict_weights
 from .checkpoints import resume_point
 from .errors import NonFiniteScoreError, row_list
 from .estimator import make_estimator
@@ -196,7 +197,8 @@ class BilevelSFTTrainer(SFTTrainer):
             return
         if self.args.selector_update == "calibrated":
             if not self.selection.calibrated:
-                self.selection.calibrate(*setup.make_pilot(self).run())
+                scores = setup.make_pilot(self).run()
+                self.selection.calibrate(*scores, lambda rows, weights: predict_weights(self, rows, weights))
         elif self.estimator is None:
             self.estimator = make_estimator(self.args, TrainerHost(self))
 

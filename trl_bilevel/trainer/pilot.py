@@ -9,19 +9,18 @@ weights, and never learns the bad rows in the first place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.batches import ValidationSampler
-from ..data.identity import SAMPLE_ID
+from ..data.identity import SAMPLE_ID, sample_ids
 from ..estimators import Estimator
 from ..estimators.base import ShadowParameters, token_mean
 from .errors import NonFiniteScoreError, row_list
 from .host import DetachedHost
+from .passes import progress, row_batches
 from .validation import ValidationSets
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ class Pilot:
         held_back (`ValidationSets`): rows that only get scored.
         steps (`int`), batch_size (`int`, rows over all processes), learning_rate (`float`), validation_loss_weight
             (`float`): settings of the pilot.
+        scored_rows (`int`, *optional*): score only so many rows, drawn at random.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Pilot:
         batch_size: int,
         learning_rate: float,
         validation_loss_weight: float,
+        scored_rows: int | None = None,
     ):
         self.trainer = trainer
         self.host = DetachedHost(trainer, validation, learning_rate)
@@ -61,7 +62,9 @@ class Pilot:
         self.held_back = held_back
         self.steps = steps
         self.validation_loss_weight = validation_loss_weight
+        # Random, and a function of the rows' contents alone: its first rows are a fair sample.
         self.order = trainer.row_order()
+        self.scored_rows = scored_rows
         self.sampler = ValidationSampler(len(self.order), batch_size, trainer.args.seed + 7919)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +72,8 @@ class Pilot:
 
         Returns:
             `tuple` of `Tensor` float32: scores of the caller's rows `[row_count, F]` (NaN where preparation dropped
-            the row); scores of the held-back validation rows `[c, F]`; their shares in the validation loss `[c]`.
+            the row, or it is not among those scored); scores of the held-back validation rows `[c, F]`; their shares
+            in the validation loss `[c]`.
         """
         trainer = self.trainer
         parameters = self.host.trainable_parameters()
@@ -82,11 +86,14 @@ class Pilot:
             trainer.model.eval()
             validation, validation_weights = self._score_held_back()
             scores = torch.zeros(trainer.row_count, validation.shape[1], device=trainer.args.device)
-            for batch in self._bar(self._train_batches(), "Scoring training rows", self._train_batch_count()):
+            rows = self.order[: self.scored_rows]
+            for batch in row_batches(trainer, rows, "Scoring training rows"):
                 scores[batch[SAMPLE_ID].to(scores.device)] = self.estimator.row_scores(batch).to(scores.dtype)
             scores = self.host.global_sum(scores).cpu()
-            scores[~trainer.selection.kept] = torch.nan
-            self._check(scores, validation)
+            scored = torch.zeros(trainer.row_count, dtype=torch.bool)
+            scored[sample_ids(trainer.train_dataset)[rows]] = True
+            self._check(scores, scored, validation)
+            scores[~scored] = torch.nan
         finally:
             with torch.no_grad():
                 for parameter, value in zip(parameters, initial.values, strict=True):
@@ -108,8 +115,8 @@ class Pilot:
         mean = self.host.global_sum(torch.cat(scores)) / self.trainer.args.world_size
         return mean.cpu(), torch.cat(weights)
 
-    def _check(self, scores: Tensor, validation: Tensor) -> None:
-        bad = self.trainer.selection.kept & ~torch.isfinite(scores).all(-1)
+    def _check(self, scores: Tensor, scored: Tensor, validation: Tensor) -> None:
+        bad = scored & ~torch.isfinite(scores).all(-1)
         if not bool(bad.any()) and bool(torch.isfinite(validation).all()):
             return
         where = "validation rows"
@@ -125,7 +132,7 @@ class Pilot:
         optimizer = torch.optim.AdamW(parameters, lr=self.host.learning_rate(), weight_decay=0.0)
         self.host.optimizer = optimizer
         weight = self.validation_loss_weight
-        for step in self._bar(range(self.steps), "Pilot run"):
+        for step in progress(self.trainer, range(self.steps), "Pilot run"):
             self.host.step = step
             rows = self.order[self.sampler.rows(step)][args.process_index :: args.world_size].tolist()
             size = args.per_device_train_batch_size
@@ -144,23 +151,3 @@ class Pilot:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.host.step = self.steps
-
-    def _train_batches(self) -> Iterator[dict[str, Any]]:
-        """This process's rows, similar lengths together so that little is padded."""
-        trainer = self.trainer
-        lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-        order = sorted(self.order.tolist(), key=lengths.__getitem__)
-        mine = order[trainer.args.process_index :: trainer.args.world_size]
-        size = trainer.args.per_device_eval_batch_size
-        for start in range(0, len(mine), size):
-            yield trainer.collate_rows(mine[start : start + size])
-
-    def _train_batch_count(self) -> int:
-        args = self.trainer.args
-        mine = len(range(args.process_index, len(self.order), args.world_size))
-        return -(-mine // args.per_device_eval_batch_size)
-
-    def _bar(self, items: Any, description: str, total: int | None = None) -> Any:
-        args = self.trainer.args
-        hidden = args.disable_tqdm or not self.trainer.is_world_process_zero()
-        return tqdm(items, desc=description, total=total, disable=hidden, leave=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,13 +142,22 @@ class Selection:
             )
         self._uniform = False
 
-    def calibrate(self, scores: Tensor, validation_scores: Tensor, validation_weights: Tensor) -> None:
-        """Set all weights at once from the scores of every kept row and of held-back validation rows.
+    def calibrate(
+        self,
+        scores: Tensor,
+        validation_scores: Tensor,
+        validation_weights: Tensor,
+        predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Set all weights at once from the scores of rows and of held-back validation rows.
 
         Args:
-            scores (`Tensor` float32 `[row_count, F]`): NaN for rows without a score (dropped in preparation).
+            scores (`Tensor` float32 `[row_count, F]`): NaN for rows without a score (dropped in preparation, or
+                left to `predict`).
             validation_scores (`Tensor` float32 `[c, F]`).
             validation_weights (`Tensor` float32 `[c]`): share of each validation row in the validation loss.
+            predict (callable, *optional*): gives the weights `[row_count]` of all rows from sample ids and weights (at
+                most 1) of those scored; asked if kept rows have no score.
         """
         device = self.state.logits.device
         scores = scores.to(device)
@@ -159,6 +168,13 @@ class Selection:
         if row_scores.shape[1] > 1:
             logits += ending_logits(row_scores[:, 1], validation_scores[:, 1], logits.exp(), validation_weights)
         z = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
+        self._recent.append(torch.stack([first.mean(), first.std(unbiased=False)]))
+        kept = self.kept.to(device)
+        if predict is not None and bool((kept & ~known).any()):
+            weights = predict(known.nonzero().squeeze(1), logits.exp()).to(device)
+            everything = torch.zeros_like(weights)
+            everything[known] = z
+            known, logits, z = kept, weights[kept].log(), everything[kept]
         if float(logits.max() - logits.min()) == 0:
             logger.warning(
                 "The scores do not differ, or trusted rows score no better than training rows: there is nothing to "
@@ -176,7 +192,6 @@ class Selection:
         live = ~torch.isneginf(self.state.logits)
         core.replace_logits(self.state, live, logits)
         self.state.score_mean[live] = z
-        self._recent.append(torch.stack([first.mean(), first.std(unbiased=False)]))
         self.calibrated = True
         self._uniform = False
         self.refresh_gate()

@@ -19,6 +19,7 @@ from trl import SFTConfig
 
 from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS, SAMPLE_ID, count_overlap, sample_ids
 from ..estimators import ESTIMATORS
+from .amortise import decoder_layers
 from .bilevel_sft_config import BilevelSFTConfig
 from .estimator import check_alignment, make_estimator
 from .host import TrainerHost
@@ -213,6 +214,8 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         )
     if args.weight_estimator == "alignment":
         check_alignment(trainer)
+    if args.pilot_scored_rows is not None:
+        decoder_layers(trainer.model)
     if args.remove_unused_columns and trainer.args.dataset_kwargs and trainer._skip_prepare_dataset:
         missing = {"input_ids", "labels"} - set(trainer.train_dataset.column_names)
         if missing:
@@ -408,6 +411,7 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
         batch_size=args.pilot_batch_size or rows_per_step(trainer),
         learning_rate=pilot_learning_rate(trainer),
         validation_loss_weight=0.5,
+        scored_rows=args.pilot_scored_rows,
     )
 
 

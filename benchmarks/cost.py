@@ -1,0 +1,137 @@
+"""Counted cost of selection: FLOPs of a whole two-epoch run, everything included, against TRL's `SFTTrainer`.
+
+python -m benchmarks.cost [--rows 384 1536] [--settings default fast ...]
+
+FLOPs are counted by `torch.utils.flop_counter` while the trainers run (pilot, scoring, validation rows, trackers and
+the recomputation of gradient checkpointing are all in), on a small Llama whose LM head has the share that it has in
+SmolLM2-135M: the ratio does not depend on the machine. Writes `benchmarks/results/cost.json`.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+
+HERE = Path(__file__).parent
+VOCABULARY, BATCH, VALIDATION = 600, 8, 32
+
+# What each line of the table sets; `None` is TRL's own trainer.
+SETTINGS: dict[str, dict | None] = {
+    "SFTTrainer": None,
+    "default": {},
+    "default, lambda = 0": {"validation_loss_weight": 0.0},
+    "lookahead, lambda = 0": {"weight_estimator": "lookahead", "validation_loss_weight": 0.0},
+    "value_function, online": {"selector_update": "sparse_centred"},
+    "lookahead, online, lambda = 0": {
+        "weight_estimator": "lookahead",
+        "selector_update": "sparse_centred",
+        "validation_loss_weight": 0.0,
+    },
+    "alignment, online, lambda = 0": {
+        "weight_estimator": "alignment",
+        "selector_update": "sparse_centred",
+        "validation_loss_weight": 0.0,
+    },
+}
+
+
+def make_rows(count: int, seed: int) -> Dataset:
+    """Tokenised rows: prompts of 20 to 30 tokens, responses of 10 to 40."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        prompt, answer = rng.randint(20, 30), rng.randint(10, 40)
+        ids = [rng.randrange(3, VOCABULARY) for _ in range(prompt + answer)]
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return Dataset.from_list(rows)
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=144,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def count(setting: dict | None, rows: int, tokenizer: object) -> int:
+    """FLOPs of one run."""
+    arguments = {
+        "output_dir": tempfile.mkdtemp(),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": BATCH,
+        "gradient_checkpointing": True,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "logging_steps": 10**6,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    parts = {
+        "train_dataset": make_rows(rows, 0),
+        "processing_class": tokenizer,
+        "peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    }
+    if setting is None:
+        trainer = SFTTrainer(make_model(), SFTConfig(**arguments), **parts)
+    else:
+        args = BilevelSFTConfig(**(arguments | setting))
+        trainer = BilevelSFTTrainer(make_model(), args, validation_dataset=make_rows(VALIDATION, 1), **parts)
+    trainer.remove_callback(PrinterCallback)
+    with FlopCounterMode(display=False) as counter:
+        trainer.train()
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", type=int, default=[384, 1536])
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    options = parser.parse_args()
+    disable_progress_bars()
+    from tests.conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    flops = {
+        name: {rows: count(SETTINGS[name], rows, tokenizer) for rows in options.rows}
+        for name in ["SFTTrainer", *(name for name in options.settings if name != "SFTTrainer")]
+    }
+    plain = flops["SFTTrainer"]
+    ratios = {name: {rows: round(n / plain[rows], 4) for rows, n in runs.items()} for name, runs in flops.items()}
+    record = {
+        "rows": options.rows,
+        "batch": BATCH,
+        "validation_rows": VALIDATION,
+        "flops": flops,
+        "ratio": ratios,
+        "versions": {name: version(name) for name in ("trl-bilevel", "trl", "torch", "transformers", "peft")},
+    }
+    (HERE / "results" / "cost.json").write_text(json.dumps(record, indent=1))
+    for name, runs in ratios.items():
+        print(f"{name:32}", "  ".join(f"{rows}: {ratio:.3f}" for rows, ratio in runs.items()))
+
+
+if __name__ == "__main__":
+    main()

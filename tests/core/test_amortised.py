@@ -1,0 +1,65 @@
+"""Prediction of weights against closed forms."""
+
+import numpy as np
+import pytest
+import torch
+
+from trl_bilevel.core.amortised import fit_weight_predictor
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 20, generator=generator)
+    direction = torch.randn(20, generator=generator)
+    weights = torch.sigmoid(features @ direction / 3)
+    return features, weights
+
+
+def test_weights_of_unseen_rows_are_predicted(data):
+    features, weights = data
+    predictor = fit_weight_predictor(features[:200], weights[:200])
+    found = predictor(features[200:])
+    assert found.dtype == torch.float32 and found.shape == (100,)
+    assert float(np.corrcoef(found, weights[200:])[0, 1]) > 0.9
+    assert 0.8 < predictor.explained < 1
+
+
+def test_the_error_is_that_of_rows_left_out(data):
+    """Against leaving each row out and fitting anew, with the penalty that was chosen."""
+    features, weights = data[0][:40], data[1][:40]
+    predictor = fit_weight_predictor(features, weights)
+    scaler, ridge = predictor.model[0], predictor.model[1]
+    x, y = scaler.transform(features.double().numpy()), weights.double().numpy()
+    errors = []
+    for row in range(len(y)):
+        keep = np.arange(len(y)) != row
+        mean_x, mean_y = x[keep].mean(0), y[keep].mean()
+        centred = x[keep] - mean_x
+        gram = centred.T @ centred + ridge.alpha_ * np.eye(x.shape[1])
+        slope = np.linalg.solve(gram, centred.T @ (y[keep] - mean_y))
+        errors.append((x[row] - mean_x) @ slope + mean_y - y[row])
+    assert predictor.error == pytest.approx(float(np.sqrt(np.mean(np.square(errors)))), rel=1e-6)
+
+
+def test_features_that_say_nothing_give_the_mean():
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(100, generator=generator)
+    predictor = fit_weight_predictor(torch.randn(100, 50, generator=generator), weights)
+    assert predictor.explained < 0.1
+    found = predictor(torch.randn(20, 50, generator=generator))
+    torch.testing.assert_close(found, torch.full_like(found, float(weights.mean())), atol=0.05, rtol=0)
+
+
+def test_equal_weights_stay_equal():
+    predictor = fit_weight_predictor(torch.randn(20, 4), torch.full((20,), 0.5))
+    torch.testing.assert_close(predictor(torch.randn(5, 4)), torch.full((5,), 0.5))
+
+
+def test_unusable_input_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        fit_weight_predictor(torch.zeros(1, 3), torch.zeros(1))
+    with pytest.raises(ValueError, match="same rows"):
+        fit_weight_predictor(torch.zeros(4, 3), torch.zeros(3))
+    with pytest.raises(ValueError, match="finite"):
+        fit_weight_predictor(torch.full((4, 3), torch.nan), torch.zeros(4))

@@ -1,0 +1,34 @@
+"""Passes over prepared training rows outside of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from .bilevel_sft_trainer import BilevelSFTTrainer
+
+
+def row_batches(trainer: BilevelSFTTrainer, positions: Tensor, description: str) -> Iterator[dict[str, Any]]:
+    """This process's share of rows of the prepared set, collated, similar lengths together so that little is padded.
+
+    Args:
+        positions (`Tensor` int64): in content order (`trainer.row_order()`), so that nothing depends on the caller's.
+        description: of the progress bar.
+    """
+    args = trainer.args
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    mine = sorted(positions.tolist(), key=lengths.__getitem__)[args.process_index :: args.world_size]
+    size = args.per_device_eval_batch_size
+    starts = range(0, len(mine), size)
+    for start in progress(trainer, starts, description):
+        yield trainer.collate_rows(mine[start : start + size])
+
+
+def progress(trainer: BilevelSFTTrainer, items: Any, description: str) -> Any:
+    """A progress bar on the first process, unless bars are off."""
+    hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+    return tqdm(items, desc=description, disable=hidden, leave=False)
