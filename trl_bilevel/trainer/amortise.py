@@ -46,8 +46,13 @@ def decoder_layers(model: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def pooled_states(trainer: BilevelSFTTrainer, batch: Mapping[str, Any]) -> Tensor:
-    """Mean over each row's scored tokens of the hidden state at `DEPTH`, float32 `[b, d]` on the CPU."""
+def pooled_states(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: float = DEPTH) -> Tensor:
+    """Mean over each row's scored tokens of a hidden state, float32 `[b, d]` on the CPU.
+
+    Args:
+        batch: collated rows.
+        depth (`float`): after which share of the layers; at least after the first one.
+    """
     decoder, layers = decoder_layers(trainer.model)
     found: list[Tensor] = []
 
@@ -56,7 +61,7 @@ def pooled_states(trainer: BilevelSFTTrainer, batch: Mapping[str, Any]) -> Tenso
         raise _ReachedDepth
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    handle = layers[max(0, round(DEPTH * len(layers)) - 1)].register_forward_hook(keep)
+    handle = layers[max(0, round(depth * len(layers)) - 1)].register_forward_hook(keep)
     try:
         with trainer.compute_loss_context_manager():
             decoder(**inputs, use_cache=False)

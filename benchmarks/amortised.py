@@ -1,0 +1,92 @@
+"""How well weights of rows that were not scored are predicted, by number of scored rows and depth of the features.
+
+python -m benchmarks.amortised [--tasks quality] [--seeds 0]
+
+One pilot run of the default estimator on SmolLM2-135M-Instruct scores all rows; then subsets of them stand in for the
+scored rows (mean of 8 draws each), and the others are predicted. Writes `benchmarks/results/amortised/TASK-seedN.json`.
+"""
+
+import argparse
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.run import machine
+from trl_bilevel.core.amortised import fit_weight_predictor
+from trl_bilevel.core.calibration import FLOOR
+from trl_bilevel.demo.comparison import good_share, ranking_quality
+from trl_bilevel.demo.experiment import budget_of, make_trainer
+from trl_bilevel.demo.tasks import make_task
+from trl_bilevel.trainer.amortise import pooled_states
+from trl_bilevel.trainer.passes import row_batches
+
+HERE = Path(__file__).parent
+SCORED = (32, 64, 128, 192, 256)
+DEPTHS = (0.0, 0.2, 0.4, 0.67, 1.0)
+DRAWS = 8
+
+
+def measure(name: str, seed: int) -> dict:
+    task = make_task(name, seed)
+    trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget_of(name), output_dir=tempfile.mkdtemp())
+    # The pilot of a full run: 24 steps.
+    trainer.state.max_steps = 96
+    trainer.start_selection()
+    weights = trainer.sample_weights()
+    trainer.model.eval()
+    features = {}
+    for depth in DEPTHS:
+        states = {}
+        for batch in row_batches(trainer, trainer.row_order(), "Reading rows"):
+            states |= dict(zip(batch["sample_id"].tolist(), pooled_states(trainer, batch, depth), strict=True))
+        features[depth] = torch.stack([states[row] for row in range(len(weights))])
+    kinds = task.train["kind"]
+    largest = weights.max()
+    record = {
+        "task": name,
+        "seed": seed,
+        "auc_scored": ranking_quality(weights.tolist(), kinds),
+        "good_share_scored": good_share(weights.tolist(), kinds),
+        "versions": {package: version(package) for package in ("trl-bilevel", "trl", "torch", "transformers", "peft")},
+        "machine": machine(),
+        "predicted": {},
+    }
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(weights), generator=generator) for _ in range(DRAWS)]
+    for depth, states in features.items():
+        for count in SCORED:
+            found = []
+            for order in orders:
+                scored, rest = order[:count], order[count:]
+                predictor = fit_weight_predictor(states[scored], weights[scored] / largest)
+                predicted = predictor(states[rest]).clamp(FLOOR, 1.0).tolist()
+                names = [kinds[row] for row in rest.tolist()]
+                found.append((ranking_quality(predicted, names)["all"], good_share(predicted, names)))
+            auc, share = (sum(values) / DRAWS for values in zip(*found, strict=True))
+            record["predicted"][f"depth {depth:g}, {count} scored"] = {
+                "depth": depth,
+                "scored": count,
+                "auc": round(auc, 4),
+                "good_share": round(share, 4),
+            }
+            print(name, seed, f"depth {depth:g}, {count} scored: AUC {auc:.3f}, on good rows {share:.0%}", flush=True)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", default=["quality"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    options = parser.parse_args()
+    folder = HERE / "results" / "amortised"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in options.tasks:
+        for seed in options.seeds:
+            (folder / f"{name}-seed{seed}.json").write_text(json.dumps(measure(name, seed), indent=1))
+
+
+if __name__ == "__main__":
+    main()
