@@ -3,7 +3,7 @@
 python -m benchmarks.amortised [--tasks quality] [--seeds 0]
 
 One pilot run of the default estimator on SmolLM2-135M-Instruct scores all rows; then subsets of them stand in for the
-scored rows (mean of 8 draws each), and the others are predicted. Writes `benchmarks/results/amortised/TASK-seedN.json`.
+scored rows (mean of 8 draws each), and the others are predicted. Results go to `benchmarks/results/amortised`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from trl_bilevel.trainer.passes import row_batches
 
 HERE = Path(__file__).parent
 SCORED = (32, 64, 128, 192, 256)
-DEPTHS = (0.0, 0.2, 0.4, 0.67, 1.0)
+DEPTHS = (0.03, 0.2, 0.4, 0.67, 1.0)
 DRAWS = 8
 
 
