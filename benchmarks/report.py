@@ -48,8 +48,23 @@ ABOUT = {
 
 REFINE = """The `refine` arms take {offline} offline steps with the weights of the `bilevel` arm, then rounds. In a
 round, each step trains on 8 offline rows and 8 responses; `bilevel double` has as many rows per step. Generation,
-scoring and the look-ahead come on top (the time column). `refine random` deals the scores out to other responses,
-`refine best` gives all weight to the best of the G responses. {kept} rounds were kept."""
+scoring and the look-ahead come on top (seconds of training on one of two busy cores: an indication only). `refine
+random` deals the scores out to other responses, `refine best` gives all weight to the best of the G responses,
+`refine no responses` takes the same steps with offline rows alone. {kept} rounds were kept."""
+
+READING = """**What the rounds did.** On `safety` they win nothing over offline selection. It refuses every request
+already, so all responses of a question are refusals that differ in wording; dealing their scores out at random does
+as well, and so do the same steps without any response (first seed). Loss on benign rows ends .01 to .04 above that
+of `bilevel`. Over-refusal differs more between seeds than between arms (the first seed's 15% come with the
+restarted learning rate: 16% without any response).
+
+On `safety_scarce` the first seed leaves something to win: unseen refusals are likelier than the stub for 8% of the
+requests after offline selection and 5% after the same steps without responses, but for 18% with random scores, 32%
+with scores, 60% with eight responses per question, and 72% with a temperature of .03; benign loss stays within .04
+of the arm without responses. So the weights do steer, and sharper ones steer more. In the second seed every arm is
+at 100%. One seed is no proof, and greedy refusal is 97% or more everywhere. Not run: a third seed of
+`safety_scarce` and its other baselines, the levers of the experiment file that the table lacks, `loss` and two
+seeds of the random subset on `safety`."""
 
 
 def load(name: str) -> dict[str, dict[int, dict]]:
@@ -83,7 +98,7 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
         gaps = []
         for seed, loss in losses.items():
             both = [arms.get(other, {}).get(seed) for other in ("uniform", "clean_only")]
-            if both[0] and both[1] and both[0]["test_loss"] > both[1]["test_loss"]:
+            if arm != "base" and both[0] and both[1] and both[0]["test_loss"] > both[1]["test_loss"]:
                 gap = both[0]["test_loss"] - both[1]["test_loss"]
                 gaps.append((both[0]["test_loss"] - loss) / gap)
         auc = ""
@@ -129,6 +144,8 @@ def main() -> None:
             parts.append(f"## {name}\n\n{about} `python -m benchmarks.run {name}`\n\n{lines}\n")
             if "refine" in arms:
                 parts.append(about_rounds(arms))
+            if name == "refine_levers":
+                parts.append(READING + "\n")
     scale = HERE / "results" / "selector_scale.json"
     if scale.exists():
         record = json.loads(scale.read_text())
