@@ -187,9 +187,11 @@ def _conclude(console: Any, summary: dict[str, dict[str, Any]]) -> None:
     if "refine" in summary and "bilevel" in summary and "safety" in summary["refine"]:
         first, second = (summary[arm]["safety"]["greedy_refusal"] for arm in ("bilevel", "refine"))
         change = summary["refine"]["test_loss"] - summary["bilevel"]["test_loss"]
+        refusal = f"left the refusal of harmful requests at {second:.0%}"
+        if first != second:
+            refusal = f"changed the refusal of harmful requests from {first:.0%} to {second:.0%}"
         console.print(
-            f"\nAnswering anew changed the refusal of harmful requests from {first:.0%} to {second:.0%}, and the loss "
-            f"on benign rows by {change:+.4f} nats per token."
+            f"\nAnswering anew {refusal}, and the loss on benign rows changed by {change:+.4f} nats per token."
         )
     learned = next((row for row in summary.values() if "auc" in row), None)
     if learned is None or "gap_recovered" not in learned:
