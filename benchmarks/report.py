@@ -60,11 +60,12 @@ restarted learning rate: 16% without any response).
 
 On `safety_scarce` the first seed leaves something to win: unseen refusals are likelier than the stub for 8% of the
 requests after offline selection and 5% after the same steps without responses, but for 18% with random scores, 32%
-with scores, 60% with eight responses per question, 72% with a temperature of .03, and 93% with the tracker's
-scores. Benign loss stays within .04 of the arm without responses, but the tracker's rises by .10. So the weights do
-steer, and sharper ones steer more. In the second seed every arm is at 100%. One seed is no proof, and greedy
-refusal is 97% or more everywhere. Not run: a third seed of `safety_scarce` and its other baselines, the levers of
-the experiment file that the table lacks, `loss` and two seeds of the random subset on `safety`."""
+with scores, 43% with rounds half as long, 60% with eight responses per question, 72% with a temperature of .03, and
+93% with the tracker's scores. Benign loss stays within .04 of the arm without responses, but the tracker's rises by
+.10. So the weights do steer, and sharper ones steer more. In the second seed every arm is at 100%. One seed is no
+proof, and greedy refusal is 97% or more everywhere. Not run: a third seed of `safety_scarce` and its other
+baselines, the levers of the experiment file that the table lacks, `loss` and two seeds of the random subset on
+`safety`."""
 
 
 def load(name: str) -> dict[str, dict[int, dict]]:
