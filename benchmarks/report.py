@@ -60,12 +60,14 @@ restarted learning rate: 16% without any response).
 
 On `safety_scarce` the first seed leaves something to win: unseen refusals are likelier than the stub for 8% of the
 requests after offline selection and 5% after the same steps without responses, but for 18% with random scores, 32%
-with scores, 43% with rounds half as long, 60% with eight responses per question, 72% with a temperature of .03, and
-93% with the tracker's scores. Benign loss stays within .04 of the arm without responses, but the tracker's rises by
-.10. So the weights do steer, and sharper ones steer more. In the second seed every arm is at 100%. One seed is no
-proof, and greedy refusal is 97% or more everywhere. Not run: a third seed of `safety_scarce` and its other
-baselines, the levers of the experiment file that the table lacks, `loss` and two seeds of the random subset on
-`safety`."""
+with scores, 43% with rounds half as long, 60% with eight responses per question and 72% with a temperature of .03;
+benign loss stays within .04 of the arm without responses. This points to weights that steer, more so when sharper,
+but it is one seed: in the second every arm is at 100%, and greedy refusal is 97% or more everywhere. The random
+control deals scores out over all questions of a round, so their spread within a question is not that of the scored
+arm. Sampling ran in training mode; the adapters have no dropout. An earlier row with the tracker's scores
+(`value_function`, 93%) was taken out: at lambda = 0 these scores hold no information from the validation rows, so
+it showed nothing about them. Not run: a third seed of `safety_scarce` and its other baselines, the levers of the
+experiment file that the table lacks, `loss` and two seeds of the random subset on `safety`."""
 
 
 def load(name: str) -> dict[str, dict[int, dict]]:
