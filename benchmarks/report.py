@@ -64,10 +64,11 @@ with scores, 43% with rounds half as long, 60% with eight responses per question
 benign loss stays within .04 of the arm without responses. This points to weights that steer, more so when sharper,
 but it is one seed: in the second every arm is at 100%, and greedy refusal is 97% or more everywhere. The random
 control deals scores out over all questions of a round, so their spread within a question is not that of the scored
-arm. Sampling ran in training mode; the adapters have no dropout. An earlier row with the tracker's scores
-(`value_function`, 93%) was taken out: at lambda = 0 these scores hold no information from the validation rows, so
-it showed nothing about them. Not run: a third seed of `safety_scarce` and its other baselines, the levers of the
-experiment file that the table lacks, `loss` and two seeds of the random subset on `safety`."""
+arm (the arm has been mended since: it now deals within each question, and was not run again). Sampling ran in
+training mode; the adapters have no dropout. An earlier row with the tracker's scores (`value_function`, 93%) was
+taken out: at lambda = 0 these scores hold no information from the validation rows, so it showed nothing about them.
+Not run: a third seed of `safety_scarce` and its other baselines, the levers of the experiment file that the table
+lacks, `loss` and two seeds of the random subset on `safety`."""
 
 
 def load(name: str) -> dict[str, dict[int, dict]]:

@@ -137,6 +137,11 @@ def test_questions_of_lowest_weight():
         choose_questions(torch.full((3,), math.nan), "all", 1.0, 0)
 
 
+def test_equal_weights_are_not_asked_in_the_order_of_the_file():
+    chosen = choose_questions(torch.ones(100), "lowest_weight", 0.1, 0)
+    assert len(chosen) == 10 and int(chosen.max()) > 50
+
+
 def test_sampler_asks_every_question_before_any_twice():
     sampler = QuestionSampler(lambda: torch.arange(10, 15), questions=2, generations=3, repeats=2, rounds=5, seed=0)
     drawn = list(sampler)

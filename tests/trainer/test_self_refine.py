@@ -215,9 +215,16 @@ def test_weights_that_hardly_differ_are_warned_of(build, caplog):
     assert trainer.ledger[0]["weight_std_within_group"] < 0.1
 
 
-def test_continuous_batching_generates(build, tmp_path):
-    trainer = build(use_transformers_continuous_batching=True, num_rounds=1)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("estimator", ["lookahead", "alignment"])
+def test_continuous_batching_generates(build, estimator, bf16, tmp_path):
+    trainer = build(use_transformers_continuous_batching=True, num_rounds=1, bf16=bf16, response_estimator=estimator)
+    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters()}
+    before = [p.detach().clone() for p in trainer.model.parameters() if not p.requires_grad]
     trainer.train()
+    assert {name: p.dtype for name, p in trainer.model.named_parameters()} == dtypes
+    after = [p for p in trainer.model.parameters() if not p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0000.parquet")
     assert len(table) == 16 and table["score"].notna().all() and table["tokens"].between(1, 10).all()
 
@@ -281,6 +288,125 @@ def test_resume_at_any_step_of_a_round(build, estimator, step, tmp_path):
     assert torch.equal(resumed.explicit_weights(), whole.explicit_weights())
 
 
+def test_resume_after_the_patience_has_ended(build, tmp_path):
+    settings = {"num_rounds": 5, "patience": 2, "learning_rate": 3.0, "adapter": False}
+    whole = build(output_dir=str(tmp_path / "a"), save_strategy="steps", save_steps=1, **settings)
+    whole.train()
+    last = max((tmp_path / "a").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    resumed = build(output_dir=str(tmp_path / "b"), **settings)
+    resumed.train(resume_from_checkpoint=str(last))
+    assert [entry["step"] for entry in whole.ledger] == [2, 4]
+    assert facts(resumed) == facts(whole)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(whole), strict=True))
+    # A run of its own starts with fresh patience.
+    whole.train()
+    assert len(whole.ledger) == 4
+
+
+def test_resume_with_rounds_of_another_shape_is_refused(build, tmp_path):
+    build(output_dir=str(tmp_path / "a"), save_strategy="steps", save_steps=1).train()
+    other = build(output_dir=str(tmp_path / "b"), steps_per_round=4)
+    with pytest.raises(ValueError, match="steps_per_round: 2 then, 4 now"):
+        other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+
+
+def test_positional_arguments_of_train(build):
+    trainer = build(num_rounds=1)
+    trainer.train(None, None)
+    assert len(trainer.ledger) == 1
+
+
+def test_ratios_of_the_policy_loss_start_at_one(build, tiny_model, refine_config, train_rows, trusted, tokenizer):
+    """Token by token, with adapters that have dropout, in the first micro-batch after generation."""
+    trainer = SelfRefineTrainer(
+        tiny_model(),
+        refine_config(num_rounds=1),
+        train_rows,
+        trusted,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False),
+    )
+    found = []
+    forward = trainer._get_per_token_logps_and_entropies
+
+    def watch(model, ids, mask, keep, **kwargs):
+        out = forward(model, ids, mask, keep, **kwargs)
+        found.append((ids, out[0].detach()))
+        return out
+
+    trainer._get_per_token_logps_and_entropies = watch
+    batches = []
+    generate = trainer._generate_and_score_completions
+
+    def remember(inputs):
+        batches.append(generate(inputs))
+        found.clear()
+        return batches[-1]
+
+    trainer._generate_and_score_completions = remember
+    trainer.train()
+    ids, logps = found[0]
+    whole = torch.cat([batches[0]["prompt_ids"], batches[0]["completion_ids"]], 1)
+    old = batches[0]["old_per_token_logps"]
+    assert len(ids) == 4
+    for row, logp in zip(ids, logps, strict=True):
+        match = (whole[:, -len(row) :] == row).all(1).nonzero()[0, 0]
+        mask = batches[0]["completion_mask"][match][: len(logp)].bool()
+        assert float(((logp - old[match][: len(logp)])[mask].exp() - 1).abs().max()) < 1e-5
+
+
+def test_the_gradient_of_a_step_is_that_of_the_objective(build):
+    """Written out from logits: lambda L_val + (1 - lambda) ((1 - rho) L_offline + rho L_responses)."""
+    lam, rho, found = 0.3, 0.6, {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found["gradients"] = [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
+
+    trainer = build(
+        num_rounds=1,
+        steps_per_round=1,
+        validation_loss_weight=lam,
+        online_loss_weight=rho,
+        max_grad_norm=0.0,
+        learning_rate=1e-9,
+        callbacks=[Watch()],
+        implicit_weight_temperature=0.01,
+    )
+    generate = trainer._generate_and_score_completions
+
+    def remember(inputs):
+        found["responses"] = generate(inputs)
+        return found["responses"]
+
+    trainer._generate_and_score_completions = remember
+    trainer.train()
+
+    def token_losses(ids, mask, labels):
+        logits = trainer.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+        return losses, labels[:, 1:] != -100
+
+    def mean(batches):
+        parts = [token_losses(b["input_ids"], b["attention_mask"], b["labels"]) for b in batches]
+        return sum((x * m).sum() for x, m in parts) / sum(m.sum() for _, m in parts)
+
+    data = found["responses"]
+    ids = torch.cat([data["prompt_ids"], data["completion_ids"]], 1)
+    mask = torch.cat([data["prompt_mask"], data["completion_mask"]], 1)
+    labels = torch.cat([torch.full_like(data["prompt_ids"], -100), data["completion_ids"]], 1)
+    losses, scored = token_losses(ids, mask, labels.masked_fill(mask == 0, -100))
+    policy = (data["advantages"].unsqueeze(1) * losses * scored).sum() / scored.sum()
+    window = trainer.offline.window(0)
+    drawn = trainer.offline.validation.step_batch(0, len(window), 0, 1).batches
+    objective = lam * mean(drawn) + (1 - lam) * ((1 - rho) * mean(window) + rho * policy)
+    assert float(data["advantages"].abs().max()) > 0.1
+    parameters_ = [p for p in trainer.model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(objective, parameters_)
+    for one, other in zip(found["gradients"], expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=2e-3)
+
+
 def test_given_weights_are_used(build, train_rows):
     weights = torch.linspace(0.1, 1.9, len(train_rows))
     trainer = build(train=train_rows.add_column("data_weight", weights.tolist()), num_rounds=1, pilot_steps=None)
@@ -334,7 +460,7 @@ def test_conversations_and_questions_without_answers(build, rows):
     [
         ({"num_generations": 1}, "implicit_weight_scope='round'"),
         ({"implicit_weight_scope": "batch"}, "implicit_weight_scope"),
-        ({"implicit_weight_scope": "round", "use_vllm": True}, "vLLM once per group"),
+        ({"implicit_weight_scope": "round", "use_vllm": True, "vllm_mode": "server"}, "once per group"),
         (
             {
                 "num_generations": 1,
@@ -348,6 +474,14 @@ def test_conversations_and_questions_without_answers(build, rows):
         ({"temperature": 0.7}, "temperature=0.7"),
         ({"top_p": 0.9}, "top_p=0.9"),
         ({"top_k": 20}, "top_k=20"),
+        ({"top_k": None}, "top_k=None"),
+        ({"generation_kwargs": {"do_sample": False}}, "'do_sample'"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, "'no_repeat_ngram_size'"),
+        ({"disable_dropout": False}, "disable_dropout"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"response_estimator": "value_function", "validation_loss_weight": 0.0}, "no say in the scores"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"generation_kwargs": {"top_k": 5}}, "top_k=5"),
         ({"max_steps": 7}, "contradicts `num_rounds`"),

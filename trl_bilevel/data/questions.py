@@ -32,6 +32,8 @@ def choose_questions(weights: Tensor, strategy: str, fraction: float, seed: int)
     if count == 0:
         raise ValueError("No question is left to ask: every row was dropped in preparation.")
     if strategy == "lowest_weight":
+        # Ties, as with equal weights, are broken at random: not by where a row stands in the file.
+        known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
         known = known[torch.argsort(weights[known], stable=True)]
     elif strategy == "random":
         known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]

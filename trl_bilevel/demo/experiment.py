@@ -215,6 +215,8 @@ def make_trainer(
         return refiner, pilot
     if arm in REFINING:
         steps -= rounds["num_rounds"] * rounds["steps_per_round"]
+        if steps - pilot < 1:
+            raise ValueError(f"No offline step is left beside the rounds of {arm!r}: raise `epochs`.")
     if weights is not None and learned:
         settings["selector_weighting"] = "resample"
     args = BilevelSFTConfig(max_steps=steps - pilot, **settings)
@@ -306,12 +308,13 @@ def _refine_trainer(arm: str) -> type:
     from .. import SelfRefineTrainer
 
     class RandomWeights(SelfRefineTrainer):
-        """The same scores, dealt out to other responses."""
+        """The same scores, dealt out to other responses of the same question."""
 
         def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
             scores = super()._score_responses(prompt_ids, completion_ids)
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-            return scores[torch.randperm(len(scores), generator=generator)]
+            grouped = scores.view(-1, self.args.num_generations)
+            return grouped.gather(1, torch.rand(grouped.shape, generator=generator).argsort(1)).flatten()
 
     return RandomWeights if arm == "refine_random" else SelfRefineTrainer
 

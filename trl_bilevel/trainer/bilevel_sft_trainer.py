@@ -290,10 +290,10 @@ class BilevelSFTTrainer(SFTTrainer):
             logs.update(self.selection.metrics())
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The parent's `train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete."""
         files = [STATE_FILE, SUMMARY_FILE] if self.weighs else []
-        return super().train(resume_point(resume_from_checkpoint, self.args.output_dir, files), **kwargs)
+        return super().train(resume_point(resume_from_checkpoint, self.args.output_dir, files), *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's files, and the selector's state beside them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,21 +176,37 @@ def text_of(part: Any) -> str:
 
 def checkpoint_files(processes: int) -> list[str]:
     """What a complete checkpoint of a self-refining run has."""
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     return [
+        *random_states,
         *(selection.STATE_FILE, selection.SUMMARY_FILE, rounds.STATE_FILE, rounds.SUMMARY_FILE),
         *(rounds.BUFFER_FILE.format(rank=rank) for rank in range(processes)),
     ]
+
+
+def round_shape(trainer: SelfRefineTrainer) -> dict[str, int | None]:
+    """Settings that a round in the making depends on."""
+    args = trainer.args
+    names = ("steps_per_round", "gradient_accumulation_steps", "per_device_train_batch_size", "num_generations")
+    return {name: getattr(args, name) for name in names} | {"processes": trainer.accelerator.num_processes}
+
+
+def is_exhausted(folder: str, patience: int) -> bool:
+    """True if the run that a checkpoint belongs to had ended: so many rounds in a row were rolled back."""
+    file = Path(folder) / rounds.SUMMARY_FILE
+    return file.is_file() and json.loads(file.read_text())["rejected"] >= patience
 
 
 def save_rounds(trainer: SelfRefineTrainer, folder: str) -> None:
     """Write the state of the rounds into a checkpoint; every process writes the responses that it holds."""
     buffer = trainer._buffered_inputs if trainer.rounds.snapshot is not None else None
     extra = {f"estimator.{name}": value for name, value in trainer.estimator.tensors().items()}
-    trainer.rounds.save(folder, buffer or [], extra, trainer.accelerator.process_index)
+    trainer.rounds.save(folder, buffer or [], extra, trainer.accelerator.process_index, round_shape(trainer))
 
 
 def load_rounds(trainer: SelfRefineTrainer, folder: str) -> None:
     """Restore what `save_rounds` wrote."""
-    buffer, extra = trainer.rounds.load(folder, trainer.accelerator.device, trainer.accelerator.process_index)
+    accelerator = trainer.accelerator
+    buffer, extra = trainer.rounds.load(folder, accelerator.device, accelerator.process_index, round_shape(trainer))
     trainer._buffered_inputs = buffer  # type: ignore[assignment]
     trainer.estimator.load_tensors({k.removeprefix("estimator."): v for k, v in extra.items()})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..core.implicit import implicit_weights, question_weights
 from ..data.identity import SAMPLE_ID
 from . import refine_setup
+from .errors import NonFiniteScoreError
 from .rounds import write_responses
 
 if TYPE_CHECKING:
@@ -63,6 +66,11 @@ def weigh(
     cuts = gather_object(cut.tolist())
     lengths = gather_object([len(part) for part in completion_ids])
     known = scores[~torch.isnan(scores)]
+    if bool((~torch.isfinite(scores) & ~(torch.tensor(cuts) & trainer.mask_truncated_completions)).any()):
+        raise NonFiniteScoreError(
+            f"Responses of round {len(trainer.ledger)} have a NaN or infinite score. Lower `learning_rate` or "
+            "`pilot_learning_rate`, or use bf16 in place of fp16."
+        )
     spread = _spread_within(scores, group)
     trainer.rounds.generation = {
         "questions": len(ids) // generations,
@@ -74,12 +82,19 @@ def weigh(
         "score_std_within_group": spread,
         "weight_std_within_group": weight_spread,
     }
-    if weight_spread < FLAT:
+    if len(known) == 0:
+        logger.warning(
+            f"Round {len(trainer.ledger)}: every response was cut at `max_completion_length` and left out "
+            "(`mask_truncated_completions=True`). Raise it: nothing is learned from these responses."
+        )
+    elif weight_spread < FLAT and (args.response_estimator != "value_function" or trainer.ledger):
+        # A tracker equals the model in the first round.
         logger.warning(
             f"Round {len(trainer.ledger)}: the responses' weights hardly differ (standard deviation "
             f"{weight_spread:.3f} around 1), so the responses have next to no effect: their scores spread by "
             f"{spread:.4f} nats per token, and `implicit_weight_temperature` is {args.implicit_weight_temperature:g}. "
-            "Lower it, raise `lookahead_steps`, or train offline first."
+            f"Lower it{'' if args.response_estimator == 'value_function' else ', raise `lookahead_steps`'}, or train "
+            "offline first."
         )
     if trainer.accelerator.is_main_process:
         rows = {"prompt": texts[0], "response": texts[1], "tokens": lengths, "cut": cuts}
@@ -88,6 +103,26 @@ def weigh(
         write_responses(args.output_dir, len(trainer.ledger), rows)
     start = trainer.accelerator.process_index * len(prompts)
     return weights[start : start + len(prompts)].tolist()
+
+
+@contextmanager
+def parameters_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back afterwards, as they were.
+
+    For continuous batching TRL turns the whole model into bf16 in place, and leaves it so: optimizer, snapshot and
+    tracker would then hold other dtypes than the model.
+    """
+    parameters = [(p, p.data) for p in model.parameters()]
+    buffers = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            if parameter.data.dtype != data.dtype:
+                parameter.data = data
+        for module, name, buffer in buffers:
+            if getattr(module, name).dtype != buffer.dtype:
+                setattr(module, name, buffer)
 
 
 def _spread_within(values: Tensor, group: int) -> float:

@@ -100,6 +100,7 @@ class Rounds:
         buffer: Sequence[Mapping[str, Any]],
         extra: Mapping[str, Tensor],
         rank: int = 0,
+        shape: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the state into a checkpoint, each file atomically.
 
@@ -108,6 +109,7 @@ class Rounds:
             buffer: this process's responses that are still to be trained on, as TRL holds them; none between rounds.
             extra: further tensors by name.
             rank (`int`): of this process. The first one writes the state, each one its responses.
+            shape: settings that must not change on resuming.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,19 +127,24 @@ class Rounds:
             "generation": self.generation,
             "ledger": self.ledger,
             "in_round": self.snapshot is not None,
+            "shape": dict(shape or {}),
             "plain": {} if self.snapshot is None else self.snapshot.plain,
         }
         atomically(folder / STATE_FILE, lambda path: save_file(_on_cpu(tensors), path))
         atomically(folder / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=1)))
 
     def load(
-        self, folder: str | os.PathLike[str], device: torch.device, rank: int = 0
+        self,
+        folder: str | os.PathLike[str],
+        device: torch.device,
+        rank: int = 0,
+        shape: Mapping[str, Any] | None = None,
     ) -> tuple[list[dict[str, Tensor]] | None, dict[str, Tensor]]:
         """Restore what `save` wrote; returns the responses still to be trained on, and the extra tensors.
 
         Raises:
             FileNotFoundError: if the folder has no such state.
-            ValueError: if it is damaged.
+            ValueError: if it is damaged, or its rounds have another shape than this run's.
         """
         folder = Path(folder)
         files = (SUMMARY_FILE, STATE_FILE, BUFFER_FILE.format(rank=rank))
@@ -153,6 +160,13 @@ class Rounds:
             )
         except (json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"The round state in {folder} is damaged ({error}). Resume from another one.") from error
+        saved = summary.get("shape", {})
+        changed = [f"{k}: {saved[k]!r} then, {v!r} now" for k, v in (shape or {}).items() if saved.get(k, v) != v]
+        if changed:
+            raise ValueError(
+                f"The rounds in {folder} have another shape ({'; '.join(changed)}). Resume with the same settings and "
+                "number of processes."
+            )
         self.rejected, self.generation, self.ledger = summary["rejected"], summary["generation"], summary["ledger"]
         self.incoming = tensors["incoming"].cpu() if "incoming" in tensors else None
         self.snapshot = Snapshot(_with_prefix(tensors, "snapshot."), summary["plain"]) if summary["in_round"] else None

@@ -16,10 +16,21 @@ SCOPES = ("question", "round")
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "temperature": (1.0,),
     "top_p": (1.0,),
-    "top_k": (0, None),
+    # Not None: transformers then takes its own default of 50.
+    "top_k": (0,),
     "min_p": (None, 0.0),
     "repetition_penalty": (1.0,),
 }
+# What else `generation_kwargs` may hold: settings that do not change the sampled distribution.
+HARMLESS = (
+    "max_new_tokens",
+    "use_cache",
+    "cache_implementation",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "seed",
+)
 
 
 @dataclass
@@ -137,6 +148,9 @@ class SelfRefineConfig(GRPOConfig):
         default=1024, metadata={"help": "Length at which offline and validation rows are cut."}
     )
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate for AdamW."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Fixed: with dropout, responses come from another policy than the model's."}
+    )
     scale_rewards: str = field(default="none", metadata={"help": "Fixed: implicit weights carry their own scale."})
 
     # Declared for the type checker, which cannot see TRL's.
@@ -157,10 +171,11 @@ class SelfRefineConfig(GRPOConfig):
                 "response carries no signal. Use at least 2, better 4; or `implicit_weight_scope='round'`, which "
                 "compares responses to different questions."
             )
-        if self.implicit_weight_scope == "round" and self.use_vllm:
+        if self.implicit_weight_scope == "round" and self.use_vllm and self.vllm_mode == "server":
             raise ValueError(
-                "`implicit_weight_scope='round'` with `use_vllm=True` is not supported: TRL asks vLLM once per group "
-                "for all of its responses, and a round has many questions. Use 'question', or leave `use_vllm` out."
+                "`implicit_weight_scope='round'` with `vllm_mode='server'` is not supported: TRL asks vLLM once per "
+                "group for all of its responses, and a round has many questions. Use 'question', or "
+                "`vllm_mode='colocate'`."
             )
         steps = self.num_rounds * self.steps_per_round
         if self.max_steps not in (-1, steps):
@@ -202,6 +217,29 @@ class SelfRefineConfig(GRPOConfig):
             raise ValueError(
                 f"`scale_rewards={self.scale_rewards!r}` would undo the scale of the implicit weights. Leave it out."
             )
+        if not self.disable_dropout:
+            raise ValueError(
+                "`disable_dropout=False`: TRL samples and trains in training mode, so with dropout the responses' "
+                "log-probabilities are not those of the policy that sampled them. Leave it out."
+            )
+        if self.eval_strategy != "no":
+            raise ValueError(
+                f"`eval_strategy={self.eval_strategy!r}`: `eval_dataset` is looked at once per round, see the ledger. "
+                "Leave it out."
+            )
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns=True` drops the questions' numbers. Leave it out.")
+        if self.chat_template_kwargs:
+            raise ValueError(
+                "`chat_template_kwargs` is not supported yet: it would reach the questions but not the offline and "
+                "validation rows. Set the template of `processing_class` instead."
+            )
+        if self.response_estimator == "value_function" and self.validation_loss_weight == 0:
+            raise ValueError(
+                "`response_estimator='value_function'` with `validation_loss_weight=0`: tracker and model are then "
+                "trained on the same rows, and the validation rows have no say in the scores. Set "
+                "`validation_loss_weight` above 0, or use 'lookahead' or 'alignment'."
+            )
         if self.fp16:
             raise ValueError(
                 "`fp16=True` is not supported: the look-ahead and the tracker take steps of their own, without loss "
@@ -220,6 +258,14 @@ class SelfRefineConfig(GRPOConfig):
         given: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING}
         if isinstance(self.generation_kwargs, dict):
             given |= {name: value for name, value in self.generation_kwargs.items() if name in SAMPLING}
+            for name in self.generation_kwargs:
+                if name not in SAMPLING and name not in HARMLESS:
+                    raise ValueError(
+                        f"`generation_kwargs` has {name!r}, which may change the distribution that responses are "
+                        f"sampled from. Leave it out; allowed are {', '.join((*SAMPLING, *HARMLESS))}."
+                    )
+        if getattr(self, "vllm_structured_outputs_regex", None) is not None:
+            raise ValueError("`vllm_structured_outputs_regex` restricts what is sampled. Leave it out.")
         for name, value in given.items():
             if value not in SAMPLING[name]:
                 raise ValueError(

@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from ..core.implicit import decide
@@ -172,10 +173,19 @@ class SelfRefineTrainer(GRPOTrainer):
     def _present_learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """The parent's `train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The parent's `train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete.
+
+        A run whose patience was at its end is loaded, and not trained further.
+        """
         files = refine_setup.checkpoint_files(self.accelerator.num_processes)
-        return super().train(resume_point(resume_from_checkpoint, self.args.output_dir, files), **kwargs)
+        folder = resume_point(resume_from_checkpoint, self.args.output_dir, files)
+        if isinstance(folder, str) and refine_setup.is_exhausted(folder, self.args.patience):
+            self._load_from_checkpoint(folder)
+            self.state = TrainerState.load_from_json(f"{folder}/trainer_state.json")
+            self.rounds.write_ledger(self.args.output_dir)
+            return TrainOutput(self.state.global_step, float("nan"), {})
+        return super().train(folder, *args, **kwargs)
 
     # Questions and their responses
 
@@ -211,6 +221,11 @@ class SelfRefineTrainer(GRPOTrainer):
     def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
         """Scores of this process's responses, float32 `[n]` on the CPU."""
         return responses.score(self, prompt_ids, completion_ids)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's generation; parameters keep their values and dtypes."""
+        with responses.parameters_kept(self.model):
+            return super()._generate_single_turn(*args, **kwargs)
 
     # The training step
 
@@ -254,6 +269,7 @@ class SelfRefineTrainer(GRPOTrainer):
     def forget_round(self) -> None:
         """Drop what is left of a round that was broken off."""
         self.rounds.snapshot = self.rounds.incoming = None
+        self.rounds.rejected = 0
         self._buffered_inputs = None
 
     def end_round(self) -> None:
