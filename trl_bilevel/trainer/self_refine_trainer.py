@@ -67,7 +67,8 @@ class SelfRefineTrainer(GRPOTrainer):
 
     The objective is `lambda L_val + (1 - lambda) ((1 - rho) L_offline + rho L_responses)`, where `L_responses` is
     TRL's clipped policy loss with the advantage `u_q (w_g - 1)`: `w_g` the implicit weight of a response (mean one
-    over those of its question), `u_q` the explicit weight of the question. It has the same expected gradient as
+    over those of its question), `u_q` the explicit weight of the question (with `implicit_weight_scope="round"` the
+    round's mean of `u_q w_g` is taken off instead). It has the same expected gradient as
     weighted fine-tuning on the responses, with less variance.
 
     Example:
