@@ -1,6 +1,6 @@
 """Counted cost of selection: FLOPs of a whole two-epoch run, everything included, against TRL's `SFTTrainer`.
 
-python -m benchmarks.cost [--rows 384 1536] [--settings default fast ...]
+python -m benchmarks.cost [--rows 384 1536] [--settings default ...]
 
 FLOPs are counted by `torch.utils.flop_counter` while the trainers run (pilot, scoring, validation rows, trackers and
 the recomputation of gradient checkpointing are all in), on a small Llama whose LM head has the share that it has in

@@ -126,3 +126,42 @@ def losses(trainer):
 def parameters(trainer):
     """Copies of the trainable parameters."""
     return [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+
+
+def watch_first_step(trainer):
+    """Notes what a self-refining trainer generates, and the policy's forward of the first micro-batch after it.
+
+    Returns:
+        `dict`, filled by training: `batch` (TRL's generation batch), `prompts` (token ids), `ids` and `logps` (of the
+        micro-batch).
+    """
+    found = {}
+    generate, forward = trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies
+
+    def generating(inputs):
+        found["batch"] = generate(inputs)
+        found["prompts"] = trainer._tokenize_prompts([row["prompt"] for row in inputs])[0]
+        return found["batch"]
+
+    def passing(model, ids, mask, keep, **kwargs):
+        out = forward(model, ids, mask, keep, **kwargs)
+        if "batch" in found and "ids" not in found:
+            found.update(ids=ids, logps=out[0].detach())
+        return out
+
+    trainer._generate_and_score_completions = generating
+    trainer._get_per_token_logps_and_entropies = passing
+    return found
+
+
+def first_ratios(found):
+    """Off-policy ratios of the responses' tokens in the first micro-batch after generation."""
+    batch = found["batch"]
+    whole = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    ratios = []
+    for row, logps in zip(found["ids"], found["logps"], strict=True):
+        # TRL has shuffled the responses, and cut padding that the micro-batch does not need.
+        number = (whole[:, -len(row) :] == row).all(1).nonzero()[0, 0]
+        mask = batch["completion_mask"][number][: len(logps)].bool()
+        ratios.append((logps - batch["old_per_token_logps"][number][: len(logps)])[mask].exp())
+    return torch.cat(ratios)

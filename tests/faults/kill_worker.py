@@ -3,6 +3,7 @@
 Usage: python -m tests.faults.kill_worker FOLDER; prints one JSON line per kill.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -27,24 +28,27 @@ PHASES = {
     "round_begin": "begin_round",
     "round_end": "end_round",
     "evaluate": "_losses",
-    "save_begin": "_save_checkpoint",
+    "save": "_save_checkpoint",
     "save_model": "save_model",
     "save_optimizer": "_save_optimizer_and_scheduler",
     "save_random_state": "_save_rng_state",
 }
-NEVER = ("", 0)
+NEVER = ("", 0, "")
 
 
-def doomed(phase: str, count: int) -> type[SelfRefineTrainer]:
-    """The trainer, killed when it leaves the phase's method for the `count`-th time; never if `count` is 0."""
+def doomed(phase: str, count: int, when: str) -> type[SelfRefineTrainer]:
+    """The trainer, killed when it enters or leaves the phase's method for the `count`-th time; never for 0."""
 
     class Doomed(SelfRefineTrainer):
         entered = 0
 
     def method(self, *args, **kwargs):
-        out = getattr(SelfRefineTrainer, PHASES[phase])(self, *args, **kwargs)
         self.entered += 1
-        if self.entered == count:
+        number = self.entered
+        if number == count and when == "entering":
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = getattr(SelfRefineTrainer, PHASES[phase])(self, *args, **kwargs)
+        if number == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return out
 
@@ -53,7 +57,7 @@ def doomed(phase: str, count: int) -> type[SelfRefineTrainer]:
     return Doomed
 
 
-def train(folder: Path, phase: str, count: int, resume: bool) -> None:
+def train(folder: Path, phase: str, count: int, when: str, resume: bool) -> None:
     rows = [
         {"prompt": f"What does `{row['name']}` do?\n", "completion": row["description"]} for row in docstrings()[:80]
     ]
@@ -70,7 +74,7 @@ def train(folder: Path, phase: str, count: int, resume: bool) -> None:
         "save_total_limit": 2,
     }
     tokenizer = make_tokenizer()
-    trainer = doomed(phase, count)(
+    trainer = doomed(phase, count, when)(
         make_tiny_model(tokenizer),
         SelfRefineConfig(**settings),
         Dataset.from_list(rows[:40]),
@@ -95,14 +99,14 @@ def outcome(folder: Path) -> tuple[bytes, list[dict], list[str]]:
     return (folder / "final" / "adapter_model.safetensors").read_bytes(), entries, [json.dumps(r) for r in responses]
 
 
-def in_child(folder: Path, phase: str, count: int, resume: bool) -> int:
+def in_child(folder: Path, phase: str, count: int, when: str, resume: bool) -> int:
     """Train in a forked process; its exit status (the negative number of the signal that killed it)."""
     pid = os.fork()
     if pid == 0:
         try:
             # The trainers' logs would mix with the results.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            train(folder, phase, count, resume)
+            train(folder, phase, count, when, resume)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -115,18 +119,14 @@ def main(root: Path) -> None:
     disable_progress_bars()
     assert in_child(root / "whole", *NEVER, False) == 0
     whole = outcome(root / "whole")
-    for phase in PHASES:
-        for count in (1, 2, 3, 4):
-            folder = root / f"{phase}-{count}"
-            status = in_child(folder, phase, count, False)
-            if status == 0:
-                # Not entered that often.
-                break
+    for phase, when, count in itertools.product(PHASES, ("entering", "leaving"), (1, 2, 3)):
+        folder = root / f"{phase}-{when}-{count}"
+        status = in_child(folder, phase, count, when, False)
+        if status != 0:
             resumed = in_child(folder, *NEVER, True)
-            same = resumed == 0 and outcome(folder) == whole
-            print(json.dumps({"phase": phase, "count": count, "killed": -status, "resumed": resumed, "same": same}))
-            sys.stdout.flush()
-            shutil.rmtree(folder)
+            kill = {"phase": phase, "when": when, "count": count, "killed": -status, "resumed": resumed}
+            print(json.dumps(kill | {"same": resumed == 0 and outcome(folder) == whole}), flush=True)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

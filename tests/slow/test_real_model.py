@@ -6,6 +6,7 @@ One seed here; three seeds, more arms and all tasks are in `benchmarks` (their r
 import pytest
 import torch
 
+from tests.conftest import first_ratios, watch_first_step
 from trl_bilevel.demo import assets
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import Budget, make_trainer, run_arm
@@ -51,27 +52,10 @@ def test_responses_are_trained_as_they_were_sampled(tmp_path):
     settings["budget"] = Budget(overrides=overrides, refining=refining)
     offline, _ = make_trainer("refine", task, **settings)
     trainer, _ = make_trainer("refine", task, **settings, offline=offline)
-    found = {}
-    generate, tokenize = trainer._generate_and_score_completions, trainer._tokenize_prompts
-
-    def watch(inputs):
-        out = generate(inputs)
-        # The first micro-batch comes right after generation: the policy is still the one that sampled.
-        with torch.no_grad():
-            ids = torch.cat([out["prompt_ids"], out["completion_ids"]], 1)
-            mask = torch.cat([out["prompt_mask"], out["completion_mask"]], 1)
-            size = out["completion_ids"].size(1)
-            logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, size, batch_size=4)
-        old = out.get("old_per_token_logps", logps)
-        found.setdefault("ratios", ((logps - old) * out["completion_mask"]).exp())
-        found.setdefault("out", out)
-        found.setdefault("prompts", tokenize([row["prompt"] for row in inputs])[0])
-        return out
-
-    trainer._generate_and_score_completions = watch
+    found = watch_first_step(trainer)
     trainer.train()
-    out, prompts = found["out"], found["prompts"]
-    assert float((found["ratios"] - 1).abs().max()) < 1e-5
+    out, prompts = found["batch"], found["prompts"]
+    assert float((first_ratios(found) - 1).abs().max()) < 1e-5
     assert len({len(prompt) for prompt in prompts}) > 1
     for row, prompt in enumerate(prompts):
         assert out["prompt_ids"][row][out["prompt_mask"][row].bool()].tolist() == prompt

@@ -17,9 +17,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Trains a small real model on real text, part of it damaged, in several ways at the same budget, "
         "and shows what bilevel selection gains. Without options: SmolLM2-135M-Instruct and Python's docstrings.",
     )
-    parser.add_argument(
-        "--task", default="quality", help="quality, boilerplate, scrambled, truncated, safety or safety_unanswered"
-    )
+    tasks = "quality, boilerplate, scrambled, truncated, safety, safety_scarce or safety_unanswered"
+    parser.add_argument("--task", default="quality", help=tasks)
     parser.add_argument("--model", help="hub name or folder; default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--dataset", help="hub name or file with question-answer rows, damaged as the task says")
     parser.add_argument("--arms", default="uniform,bilevel,clean_only", help="what to train, separated by commas")

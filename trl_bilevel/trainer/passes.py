@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,7 +21,9 @@ def row_batches(trainer: BilevelSFTTrainer, positions: Tensor, description: str)
         description: of the progress bar.
     """
     args = trainer.args
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    # In Arrow: as Python lists, the tokens of a large set do not fit.
+    tokens = trainer.train_dataset.select_columns("input_ids").with_format("arrow")
+    lengths = [n for table in tokens.iter(10_000) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
     mine = sorted(positions.tolist(), key=lengths.__getitem__)[args.process_index :: args.world_size]
     size = args.per_device_eval_batch_size
     starts = range(0, len(mine), size)

@@ -68,8 +68,8 @@ class SelfRefineTrainer(GRPOTrainer):
     The objective is `lambda L_val + (1 - lambda) ((1 - rho) L_offline + rho L_responses)`, where `L_responses` is
     TRL's clipped policy loss with the advantage `u_q (w_g - 1)`: `w_g` the implicit weight of a response (mean one
     over those of its question), `u_q` the explicit weight of the question (with `implicit_weight_scope="round"` the
-    round's mean of `u_q w_g` is taken off instead). It has the same expected gradient as
-    weighted fine-tuning on the responses, with less variance.
+    round's mean of `u_q w_g` is taken off instead). It has the same expected gradient as weighted fine-tuning on the
+    responses, with less variance.
 
     Example:
 
@@ -184,7 +184,8 @@ class SelfRefineTrainer(GRPOTrainer):
         if isinstance(folder, str) and refine_setup.is_exhausted(folder, self.args.patience):
             self._load_from_checkpoint(folder)
             self.state = TrainerState.load_from_json(f"{folder}/trainer_state.json")
-            self.rounds.write_ledger(self.args.output_dir)
+            if self.accelerator.is_main_process:
+                self.rounds.write_ledger(self.args.output_dir)
             return TrainOutput(self.state.global_step, float("nan"), {})
         return super().train(folder, *args, **kwargs)
 

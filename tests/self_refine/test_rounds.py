@@ -1,0 +1,171 @@
+"""Rounds: books, choice of model, rollback, patience, what they start from."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from tests.conftest import parameters
+from trl_bilevel import BilevelSFTTrainer, SelfRefineTrainer
+from trl_bilevel.trainer.rounds import Snapshot
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+def test_rounds_train_and_keep_their_books(build, adapter, tmp_path):
+    trainer = build(adapter=adapter, eval_dataset=Dataset.from_list([{"prompt": "a", "completion": "b c"}]))
+    before = parameters(trainer)
+    trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
+    assert [entry["round"] for entry in trainer.ledger] == [0, 1]
+    for entry in trainer.ledger:
+        assert entry["questions"] == 4 and entry["responses"] == 16 and entry["kept"]
+        assert entry["trained_loss"] <= entry["incoming_loss"] and entry["standard_error"] > 0
+        assert entry["eval_loss"] > 0
+    assert trainer.ledger[1]["incoming_loss"] == trainer.ledger[0]["trained_loss"]
+    lines = (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == trainer.ledger
+    table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0001.parquet")
+    assert len(table) == 16 and (table["prompt"].iloc[::4].values == table["prompt"].iloc[3::4].values).all()
+    assert table["response"].str.len().gt(0).any()
+
+
+def test_a_sabotaged_round_is_rolled_back_to_the_last_bit(build):
+    states = {}
+
+    class Sabotage(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            states[state.global_step] = everything()
+            if state.global_step in (2, 3):
+                for group in trainer.optimizer.param_groups:
+                    group["lr"] *= 100
+
+    def everything():
+        moments = [v.clone() for s in trainer.optimizer.state_dict()["state"].values() for v in s.values()]
+        return parameters(trainer) + moments
+
+    trainer = build(num_rounds=3, callbacks=[Sabotage()], adapter=False)
+    trainer.train()
+    assert [entry["kept"] for entry in trainer.ledger] == [True, False, True]
+    assert all(torch.equal(a, b) for a, b in zip(states[2], states[4], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(states[2], states[3], strict=True))
+    losses = [min(e["incoming_loss"], e["trained_loss"]) if e["kept"] else e["incoming_loss"] for e in trainer.ledger]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_round_stopped_in_the_middle_is_decided(build):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer = build(num_rounds=3, callbacks=[Stop()])
+    trainer.train()
+    assert [entry["step"] for entry in trainer.ledger] == [2, 3]
+    assert trainer.rounds.snapshot is None
+    trainer.pop_callback(Stop)
+    trainer.train()
+    assert [entry["round"] for entry in trainer.ledger] == [0, 1, 2, 3, 4]
+
+
+def test_steps_are_logged_beside_rounds(build):
+    trainer = build(logging_steps=1)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in trainer.state.log_history if "round/kept" in entry] == [2, 4]
+
+
+def test_snapshots_hold_any_optimizer_state():
+    class Nothing:
+        def tensors(self):
+            return {}
+
+        def load_tensors(self, tensors):
+            assert tensors == {}
+
+    class Optimizer:
+        state = {0: {"step": 3, "inner": {"m": torch.ones(2)}, "v": torch.zeros(2)}}
+
+        def state_dict(self):
+            return {"state": self.state, "param_groups": []}
+
+        def load_state_dict(self, loaded):
+            self.state = loaded["state"]
+
+    optimizer, parameter = Optimizer(), torch.nn.Parameter(torch.ones(3))
+    snapshot = Snapshot.take([parameter], optimizer, Nothing())
+    optimizer.state[0]["inner"]["m"].add_(1)
+    optimizer.state[0]["step"] = 4
+    with torch.no_grad():
+        parameter.zero_()
+    snapshot.restore([parameter], optimizer, Nothing())
+    assert parameter.tolist() == [1.0, 1.0, 1.0]
+    assert optimizer.state[0]["step"] == 3 and optimizer.state[0]["inner"]["m"].tolist() == [1.0, 1.0]
+
+
+def test_patience_ends_the_run(build):
+    trainer = build(num_rounds=5, patience=2, learning_rate=3.0, adapter=False)
+    trainer.train()
+    assert [entry["kept"] for entry in trainer.ledger] == [False, False]
+
+
+def test_positional_arguments_of_train(build):
+    trainer = build(num_rounds=1)
+    trainer.train(None, None)
+    assert len(trainer.ledger) == 1
+
+
+def test_without_weights_and_without_validation_loss(build):
+    trainer = build(weight_estimator="none", validation_loss_weight=0.0, num_rounds=1, question_strategy="random")
+    trainer.train()
+    assert torch.allclose(trainer.explicit_weights(), torch.ones(40))
+
+
+def test_given_weights_are_used(build, train_rows):
+    weights = torch.linspace(0.1, 1.9, len(train_rows))
+    trainer = build(train=train_rows.add_column("data_weight", weights.tolist()), num_rounds=1, pilot_steps=None)
+    trainer.train()
+    torch.testing.assert_close(trainer.explicit_weights(), weights / weights.mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_goes_on_from_a_bilevel_run(
+    config, refine_config, tiny_model, train_rows, validation_rows, trusted, tokenizer
+):
+    first = BilevelSFTTrainer(
+        tiny_model(),
+        config(pilot_steps=2),
+        train_dataset=train_rows,
+        validation_dataset=validation_rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    first.train()
+    second = SelfRefineTrainer(
+        first.model, refine_config(), first.weighted_dataset(), trusted, processing_class=tokenizer
+    )
+    before = parameters(second)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(first), strict=True))
+    second.train()
+    assert len(before) == len(parameters(second)) and second.ledger[-1]["kept"]
+    torch.testing.assert_close(second.explicit_weights(), first.sample_weights(), atol=1e-5, rtol=1e-5)
+
+
+def test_conversations_and_questions_without_answers(build, rows):
+    def convert(row):
+        return {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+
+    chats = [convert(row) for row in rows[:80]]
+    trainer = build(
+        train=Dataset.from_list(chats[:40]),
+        validation={"a": Dataset.from_list(chats[40:60]), "b": Dataset.from_list(chats[60:])},
+        prompt_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in chats[40:50]]),
+        question_strategy="all",
+        num_rounds=1,
+    )
+    trainer.train()
+    assert trainer.ledger[0]["questions"] == 4
