@@ -1,6 +1,6 @@
 """Counted cost of selection: FLOPs of a whole two-epoch run, everything included, against TRL's `SFTTrainer`.
 
-python -m benchmarks.cost [--rows 384 1536] [--settings default ...]
+python -m benchmarks.cost [--rows 384] [--settings default ...]
 
 FLOPs are counted by `torch.utils.flop_counter` while the trainers run (pilot, scoring, validation rows, trackers and
 the recomputation of gradient checkpointing are all in), on a small Llama whose LM head has the share that it has in
@@ -107,7 +107,7 @@ def count(setting: dict | None, rows: int, tokenizer: object) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", type=int, default=[384, 1536])
+    parser.add_argument("--rows", nargs="*", type=int, default=[384])
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     options = parser.parse_args()
     disable_progress_bars()

@@ -139,6 +139,49 @@ def about_rounds(arms: dict[str, dict[int, dict]]) -> str:
     return REFINE.format(offline=offline, kept=kept) + "\n"
 
 
+def amortised() -> list[str]:
+    parts = []
+    for file in sorted((HERE / "results" / "amortised").glob("*.json")):
+        record = json.loads(file.read_text())
+        entries = list(record["predicted"].values())
+        counts = sorted({entry["scored"] for entry in entries})
+        lines = ["| features after | " + " | ".join(f"{count} scored" for count in counts) + " |"]
+        lines.append("|---" * (len(counts) + 1) + "|")
+        for depth in sorted({entry["depth"] for entry in entries}):
+            found = {entry["scored"]: entry for entry in entries if entry["depth"] == depth}
+            cells = [f"{found[count]['auc']:.3f}, {found[count]['good_share']:.0%}" for count in counts]
+            lines.append(f"| {depth:.0%} of the layers | " + " | ".join(cells) + " |")
+        parts.append(
+            f"## Weights of rows that were not scored\n\nTask {record['task']}, seed {record['seed']}: AUC, and share "
+            "of the weight on good rows, of weights predicted for the other rows of the 384 (mean of 8 draws). Scored "
+            f"themselves, all rows have {record['auc_scored']['all']:.3f}, {record['good_share_scored']:.0%}. "
+            "`pilot_scored_rows` reads features after 40%. Predicted weights are softer than scored ones. One seed of "
+            f"one task. `python -m benchmarks.amortised`\n\n" + "\n".join(lines) + "\n"
+        )
+    return parts
+
+
+def cost() -> list[str]:
+    file = HERE / "results" / "cost.json"
+    if not file.exists():
+        return []
+    record = json.loads(file.read_text())
+    lines = ["| settings | " + " | ".join(f"{rows} rows" for rows in record["rows"]) + " |"]
+    lines.append("|---" * (len(record["rows"]) + 1) + "|")
+    lines += [
+        f"| {name} | " + " | ".join(f"{r:.2f}x" for r in runs.values()) + " |"
+        for name, runs in record["ratio"].items()
+    ]
+    return [
+        "## Cost of selection\n\nFLOPs of a whole two-epoch run over those of `SFTTrainer`, everything included, on a "
+        f"Llama of two layers with LoRA, gradient checkpointing on, batch {record['batch']}, "
+        f"{record['validation_rows']} validation rows; the pilot's steps come on top here. A pilot is a constant, so "
+        "its share falls with the number of rows; the validation term (lambda = 0.5, as many validation rows as "
+        "training rows in every step) does not. `python -m benchmarks.cost`"
+        "\n\n" + "\n".join(lines) + "\n"
+    ]
+
+
 def main() -> None:
     parts = [INTRODUCTION]
     for name, about in ABOUT.items():
@@ -150,6 +193,7 @@ def main() -> None:
                 parts.append(about_rounds(arms))
             if name == "refine_levers":
                 parts.append(READING + "\n")
+    parts += amortised() + cost()
     scale = HERE / "results" / "selector_scale.json"
     if scale.exists():
         record = json.loads(scale.read_text())

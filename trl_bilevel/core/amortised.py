@@ -1,7 +1,8 @@
 """Weights of rows that were not scored, predicted from those that were.
 
 Bad rows look alike: a linear map from what the frozen model thinks of a row (a pooled hidden state) to its weight,
-fitted on a few hundred scored rows, ranks the others nearly as well as scoring them (relatives: MATES, DataRater).
+fitted on a few hundred scored rows, ranks the others nearly as well as scoring them (docs/results.md;
+relatives: MATES, DataRater).
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ class BilevelSFTConfig(SFTConfig):
             Training rows per pilot step, over all processes. Defaults to the training rows of an optimizer step.
         pilot_scored_rows (`int`, *optional*):
             `"calibrated"`: training rows that the pilot run scores, drawn at random; weights of the others are
-            predicted from hidden states of the lower layers (a fifth of the cost, see docs/method.md). Defaults to
-            all rows.
+            predicted from hidden states of the lower layers, by part of one forward in place of two whole ones (see
+            docs/method.md). Defaults to all rows.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             `"calibrated"`: power to which the calibrated weights are raised. 1 reproduces the density of the
             validation rows' scores; above 1 trades variety of rows for purity.
