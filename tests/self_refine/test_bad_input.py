@@ -69,6 +69,20 @@ def test_bad_data_is_refused(build, rows, train_rows, trusted):
         build(train=rows)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"selection_dataset": range(40, 52)}, "should select the model are also among those that drive the scores"),
+        ({"selection_dataset": range(0, 12)}, "should select the model are also among those that are trained on"),
+        ({"eval_dataset": range(40, 80)}, "should only report are also among those that select the model"),
+        ({"eval_dataset": range(0, 4)}, "should only report are also among those that are trained on"),
+    ],
+)
+def test_rows_on_two_sides_are_warned_of(build, rows, overrides, message):
+    with pytest.warns(UserWarning, match=message):
+        build(**{name: Dataset.from_list([rows[i] for i in chosen]) for name, chosen in overrides.items()})
+
+
 def test_vllm_and_templates_that_are_missing(build, refine_config, tiny_model, train_rows, trusted, tokenizer):
     with pytest.raises(ImportError, match="vLLM is not installed"):
         build(use_vllm=True)

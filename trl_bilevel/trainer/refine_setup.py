@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from trl import GRPOConfig
 from trl.data_utils import is_conversational
 from trl.import_utils import is_vllm_available
 
-from ..data.identity import SAMPLE_ID
+from ..data.identity import SAMPLE_ID, count_overlap
 from ..estimators import AlignmentEstimator, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
 from . import rounds, selection
 from .self_refine_config import SelfRefineConfig
@@ -144,6 +145,32 @@ def prepare_selection(
             "more rows, or raise `max_length`."
         )
     return rows, weights / weights.sum()
+
+
+def warn_of_overlaps(
+    selecting: Dataset, pulling: Mapping[str, Dataset], train: Dataset, report: Dataset | None
+) -> None:
+    """Warn of rows that stand on two sides that are to be kept apart. All sets are prepared."""
+    pairs = [
+        (rows, f"drive the scores (set {name!r})", "select the model", selecting) for name, rows in pulling.items()
+    ]
+    pairs.append((train, "are trained on", "select the model", selecting))
+    if report is not None:
+        pairs += [(rows, f"drive the scores (set {name!r})", "only report", report) for name, rows in pulling.items()]
+        pairs += [
+            (selecting, "select the model", "only report", report),
+            (train, "are trained on", "only report", report),
+        ]
+    for first, does, should, second in pairs:
+        overlap = count_overlap(first, second)
+        if overlap:
+            warnings.warn(
+                f"{overlap} of the {len(second)} rows that should {should} are also among those that {does}: the "
+                "choice of model, or the report, will be flattered. Remove duplicates from `validation_dataset`, "
+                "`selection_dataset` and `eval_dataset`.",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def make_response_estimator(args: SelfRefineConfig, host: EstimatorHost) -> Estimator:

@@ -150,6 +150,8 @@ class SelfRefineTrainer(GRPOTrainer):
         self.offline = OfflinePart(self.model, args, train_dataset, pulling, self.processing_class)
         self.selection_rows, self.selection_weights = refine_setup.prepare_selection(self.offline, args, selecting)
         self.eval_rows = None if eval_dataset is None else setup.prepare_rows(self.offline.trainer, eval_dataset)
+        sides = self.offline.validation.datasets, self.offline.trainer.train_dataset, self.eval_rows
+        refine_setup.warn_of_overlaps(self.selection_rows, *sides)
         self._asks_own_rows = prompt_dataset is None
         # A tracker goes along with the model; a look-ahead takes its few steps as large as the pilot's.
         follows = args.response_estimator == "value_function"
