@@ -1,6 +1,7 @@
 """A self-refining run of a tiny model in each process of a `torchrun`; the first process writes what came of it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,19 @@ def duplicates(folder: str) -> int:
     return sum(int(pd.read_parquet(file).duplicated(["prompt", "response"]).sum()) for file in files)
 
 
+class GivenResponses(SelfRefineTrainer):
+    """Responses by their place in the round: the same for any number of processes."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        first = self.accelerator.process_index * len(prompt_ids)
+        out = []
+        for place in range(first, first + len(prompt_ids)):
+            generator = torch.Generator().manual_seed(1000 * len(self.ledger) + place)
+            length = int(torch.randint(2, 8, (), generator=generator))
+            out.append(torch.randint(5, 200, (length,), generator=generator).tolist())
+        return out, None
+
+
 def main(folder: str, overrides: str) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
@@ -34,22 +48,27 @@ def main(folder: str, overrides: str) -> None:
         "pilot_learning_rate": 1e-2,
         "ddp_find_unused_parameters": False,
     }
+    settings |= json.loads(overrides)
+    trainer_class = GivenResponses if settings.pop("given_responses", False) else SelfRefineTrainer
+    # The batch of a step is that of two processes.
+    settings["per_device_train_batch_size"] *= 2 // int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = make_tokenizer()
-    trainer = SelfRefineTrainer(
+    trainer = trainer_class(
         make_tiny_model(tokenizer),
-        SelfRefineConfig(**(settings | json.loads(overrides))),
+        SelfRefineConfig(**settings),
         Dataset.from_list(rows[:40]),
         Dataset.from_list(rows[40:]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
-    assert trainer.accelerator.num_processes == 2
     trainer.train()
     flat = torch.cat([p.flatten() for p in parameters(trainer)])
-    both = trainer.accelerator.gather(flat.unsqueeze(0))
+    everywhere = trainer.accelerator.gather(flat.unsqueeze(0))
     if trainer.is_world_process_zero():
         result = {
-            "apart": float((both[0] - both[1]).abs().max()),
+            "processes": len(everywhere),
+            "apart": float((everywhere[0] - everywhere[-1]).abs().max()),
+            "parameters": flat[::7].tolist(),
             "ledger": trainer.ledger,
             "duplicates": duplicates(folder),
         }

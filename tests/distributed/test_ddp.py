@@ -68,8 +68,28 @@ def test_two_processes_equal_one(name, tmp_path):
 )
 def test_self_refining_processes_stay_together(overrides, questions, tmp_path):
     result = train(tmp_path / "run", 2, overrides, worker="refine_worker")
-    assert result["apart"] == 0
+    assert result["processes"] == 2 and result["apart"] == 0
     assert [entry["questions"] for entry in result["ledger"]] == [questions] * 3
     assert all(entry["responses"] == 4 * questions for entry in result["ledger"])
     assert result["duplicates"] == 0
     assert all(entry["trained_loss"] <= entry["incoming_loss"] for entry in result["ledger"] if entry["kept"])
+
+
+@pytest.mark.parametrize("estimator", ["lookahead", "alignment", "value_function"])
+def test_two_self_refining_processes_equal_one(estimator, tmp_path):
+    """With the same responses: scores, weights, losses of each round and the final parameters."""
+    overrides = {
+        "given_responses": True,
+        "response_estimator": estimator,
+        "gradient_accumulation_steps": 2,
+        "steps_per_round": 1,
+        "num_rounds": 6,
+    }
+    one, two = (train(tmp_path / str(n), n, overrides, worker="refine_worker") for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for first, second in zip(one["ledger"], two["ledger"], strict=True):
+        for name in ("questions", "responses", "kept"):
+            assert first[name] == second[name]
+        for name in ("score_mean", "score_std", "weight_std_within_group", "incoming_loss", "trained_loss"):
+            assert second[name] == pytest.approx(first[name], abs=3e-5)
+    assert two["parameters"] == pytest.approx(one["parameters"], abs=1e-4)

@@ -31,7 +31,6 @@ from trl_bilevel import SelfRefineTrainer
         ({"disable_dropout": False}, "disable_dropout"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
         ({"response_estimator": "value_function", "validation_loss_weight": 0.0}, "no say in the scores"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"generation_kwargs": {"top_k": 5}}, "top_k=5"),
@@ -61,12 +60,19 @@ def test_bad_data_is_refused(build, rows, train_rows, trusted):
         ({"train": train_rows.add_column("data_weight", [-1.0] * 40)}, "`data_weight`"),
         ({"prompt_dataset": train_rows.select_columns(["prompt"])}, "lowest_weight"),
         ({"selection_dataset": trusted.select(range(3))}, "select the model"),
+        ({"train": train_rows.add_column("chat_template_kwargs", [{"style": "x"}] * 40)}, "chat_template_kwargs"),
     ]
     for overrides, message in cases:
         with pytest.raises(ValueError, match=message):
             build(**overrides)
-    with pytest.raises(TypeError, match="`train_dataset` must be"):
-        build(train=rows)
+    for overrides, argument in (
+        ({"train": rows}, "train_dataset"),
+        ({"validation": rows[40:80]}, "validation_dataset"),
+        ({"validation": rows[40:80], "selection_dataset": trusted}, "validation_dataset"),
+        ({"selection_dataset": rows[40:80]}, "selection_dataset"),
+    ):
+        with pytest.raises(TypeError, match=f"`{argument}`.* must be"):
+            build(**overrides)
 
 
 @pytest.mark.parametrize(

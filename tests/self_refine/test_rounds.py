@@ -152,14 +152,15 @@ def test_goes_on_from_a_bilevel_run(
     torch.testing.assert_close(second.explicit_weights(), first.sample_weights(), atol=1e-5, rtol=1e-5)
 
 
-def test_conversations_and_questions_without_answers(build, rows):
-    def convert(row):
-        return {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["completion"]}],
-        }
+def chat(row):
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
 
-    chats = [convert(row) for row in rows[:80]]
+
+def test_conversations_and_questions_without_answers(build, rows):
+    chats = [chat(row) for row in rows[:80]]
     trainer = build(
         train=Dataset.from_list(chats[:40]),
         validation={"a": Dataset.from_list(chats[40:60]), "b": Dataset.from_list(chats[60:])},
@@ -169,3 +170,36 @@ def test_conversations_and_questions_without_answers(build, rows):
     )
     trainer.train()
     assert trainer.ledger[0]["questions"] == 4
+
+
+def test_template_settings_reach_questions_and_answers(build, tokenizer, rows):
+    """Rows that are trained on, that pull, that select and that report open as the questions do."""
+    tokenizer.chat_template = "{{ style }}: " + tokenizer.chat_template
+    chats = Dataset.from_list([chat(row) for row in rows[:100]])
+    trainer = build(
+        train=chats.select(range(40)),
+        validation=chats.select(range(40, 80)),
+        eval_dataset=chats.select(range(80, 100)),
+        chat_template_kwargs={"style": "plainly"},
+        num_rounds=1,
+    )
+    question = trainer._tokenize_prompts([chats[0]["prompt"]])[0][0]
+    assert tokenizer.decode(question).startswith("plainly:")
+    assert trainer.offline.trainer.train_dataset[0]["input_ids"][: len(question)] == question
+    sets = (*trainer.offline.validation.datasets.values(), trainer.selection_rows, trainer.eval_rows)
+    for dataset in (*sets, trainer._prepared(chats.select(range(3)))):
+        assert all(tokenizer.decode(ids).startswith("plainly:") for ids in dataset["input_ids"])
+    trainer.train()
+    assert len(trainer.ledger) == 1
+
+
+def test_evaluation_looks_at_losses_and_leaves_the_books_alone(build, rows, tmp_path):
+    trainer = build(eval_dataset=Dataset.from_list(rows[80:90]), num_rounds=1)
+    trainer.train()
+    books = sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").rglob("*") if file.is_file())
+    metrics = trainer.evaluate()
+    assert metrics["eval_selection_loss"] == pytest.approx(trainer.ledger[0]["trained_loss"])
+    assert metrics["eval_loss"] == pytest.approx(trainer.ledger[0]["eval_loss"])
+    other = trainer.evaluate(Dataset.from_list(rows[90:95]), metric_key_prefix="test")
+    assert {"test_selection_loss", "test_loss"} <= set(other) and other["test_loss"] != metrics["eval_loss"]
+    assert books == sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").rglob("*") if file.is_file())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.identity import DATA_WEIGHT
 from ..estimators.base import WeightedBatch, token_mean
-from . import setup
+from . import refine_setup, setup
 from .bilevel_sft_config import BilevelSFTConfig
 from .bilevel_sft_trainer import BilevelSFTTrainer
 from .host import TrainerHost
@@ -61,8 +61,8 @@ class OfflinePart:
         self.trainer = BilevelSFTTrainer(
             model,
             config,
-            train_dataset=train_dataset,
-            validation_dataset=validation,
+            train_dataset=refine_setup.with_template(args, train_dataset),
+            validation_dataset={name: refine_setup.with_template(args, rows) for name, rows in validation.items()},
             processing_class=processing_class,
         )
         self.trainer.state.max_steps = args.max_steps

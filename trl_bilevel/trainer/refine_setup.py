@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .self_refine_trainer import SelfRefineTrainer
 
 MIN_SELECTION_ROWS = 8
+TEMPLATE_COLUMN = "chat_template_kwargs"
 
 
 def resolve_config(args: GRPOConfig | None, model: Any) -> SelfRefineConfig:
@@ -74,14 +75,14 @@ def split_validation(
     if validation is None:
         raise ValueError("`validation_dataset` is required: it says what good means.")
     sets = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
+    named = {f"`validation_dataset` {name!r}": rows for name, rows in sets.items()}
+    for argument, rows in (named | ({} if selection is None else {"`selection_dataset`": selection})).items():
+        if not isinstance(rows, Dataset):
+            raise TypeError(f"{argument} must be a `datasets.Dataset`, got `{type(rows).__name__}`.")
     if selection is not None:
         return sets, {"selection": selection}
     pulling, selecting = {}, {}
     for index, (name, rows) in enumerate(sets.items()):
-        if not isinstance(rows, Dataset):
-            raise TypeError(
-                f"`validation_dataset` {name!r} must be a `datasets.Dataset`, got `{type(rows).__name__}`."
-            )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + 15_485_863 + index))
         count = round(args.selection_split * len(rows))
         selecting[name] = rows.select(sorted(order[:count].tolist()))
@@ -126,12 +127,30 @@ def check_template(trainer: SelfRefineTrainer, questions: Dataset) -> None:
         )
 
 
+def with_template(args: SelfRefineConfig, rows: Dataset) -> Dataset:
+    """The rows, with the run's `chat_template_kwargs` for TRL to read where they are conversational.
+
+    TRL takes these settings from the config for the questions, and from a column for rows with answers.
+
+    Raises:
+        ValueError: if the rows bring settings of their own, which the questions would not follow.
+    """
+    if TEMPLATE_COLUMN in rows.column_names:
+        raise ValueError(
+            f"A dataset has the column {TEMPLATE_COLUMN!r}, which would reach its answers but not the questions that "
+            "are asked anew. Remove it, and set `chat_template_kwargs` of the config."
+        )
+    if not args.chat_template_kwargs or len(rows) == 0 or not is_conversational(rows[0]):
+        return rows
+    return rows.add_column(TEMPLATE_COLUMN, [args.chat_template_kwargs] * len(rows))
+
+
 def prepare_selection(
     offline: OfflinePart, args: SelfRefineConfig, sets: Mapping[str, Dataset]
 ) -> tuple[Dataset, Tensor]:
     """The selection rows of all sets, tokenised each as a set of its own, and their weights (sum one)."""
     prepared = {
-        name: prepare_rows(offline.trainer, rows).select_columns(["input_ids", "labels"])
+        name: prepare_rows(offline.trainer, with_template(args, rows)).select_columns(["input_ids", "labels"])
         for name, rows in sets.items()
         if len(rows)
     }

@@ -229,11 +229,6 @@ class SelfRefineConfig(GRPOConfig):
             )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns=True` drops the questions' numbers. Leave it out.")
-        if self.chat_template_kwargs:
-            raise ValueError(
-                "`chat_template_kwargs` is not supported yet: it would reach the questions but not the offline and "
-                "validation rows. Set the template of `processing_class` instead."
-            )
         if self.response_estimator == "value_function" and self.validation_loss_weight == 0:
             raise ValueError(
                 "`response_estimator='value_function'` with `validation_loss_weight=0`: tracker and model are then "

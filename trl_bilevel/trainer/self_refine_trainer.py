@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
@@ -20,41 +20,9 @@ from . import refine_setup, responses, setup
 from .checkpoints import resume_point
 from .host import DetachedHost
 from .offline import OfflinePart
+from .round_callback import RoundCallback
 from .rounds import Rounds, Snapshot
 from .self_refine_config import SelfRefineConfig
-
-
-class RoundCallback(TrainerCallback):
-    """Starts and ends the rounds of a trainer."""
-
-    def __init__(self, trainer: SelfRefineTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the explicit weights ready; leave nothing of an earlier run that was not resumed."""
-        self.trainer.offline.start()
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps
-        if state.global_step == 0:
-            self.trainer.forget_round()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open a round at its first step."""
-        if state.global_step % args.steps_per_round == 0 and self.trainer.rounds.snapshot is None:
-            self.trainer.begin_round()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close a round after its last step, before a checkpoint is written."""
-        if state.global_step % args.steps_per_round == 0:
-            # Logging an entry takes the mark away that the step itself is to be logged.
-            should_log = control.should_log
-            self.trainer.end_round()
-            control.should_log = should_log
-            control.should_training_stop |= self.trainer.rounds.rejected >= args.patience
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Decide a round that was stopped in the middle."""
-        if self.trainer.rounds.snapshot is not None:
-            self.trainer.end_round()
 
 
 class SelfRefineTrainer(GRPOTrainer):
@@ -149,7 +117,7 @@ class SelfRefineTrainer(GRPOTrainer):
         assert train_dataset is not None
         self.offline = OfflinePart(self.model, args, train_dataset, pulling, self.processing_class)
         self.selection_rows, self.selection_weights = refine_setup.prepare_selection(self.offline, args, selecting)
-        self.eval_rows = None if eval_dataset is None else setup.prepare_rows(self.offline.trainer, eval_dataset)
+        self.eval_rows = None if eval_dataset is None else self._prepared(eval_dataset)
         sides = self.offline.validation.datasets, self.offline.trainer.train_dataset, self.eval_rows
         refine_setup.warn_of_overlaps(self.selection_rows, *sides)
         self._asks_own_rows = prompt_dataset is None
@@ -297,6 +265,26 @@ class SelfRefineTrainer(GRPOTrainer):
         """Losses of prepared rows, the same on all processes."""
         losses = setup.evaluate_rows(self.offline.trainer, rows).to(self.accelerator.device)
         return self.accelerator.reduce(losses, reduction="mean").cpu()
+
+    def _prepared(self, rows: Dataset) -> Dataset:
+        return setup.prepare_rows(self.offline.trainer, refine_setup.with_template(self.args, rows))
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Losses of the present model in nats per token: of the selection rows, and of `eval_dataset` if there is one.
+
+        In place of the parent's, which generates responses. Unlike `eval_loss` of other trainers, each row counts the
+        same however long it is.
+        """
+        selection = self._losses(self.selection_rows)
+        metrics = {f"{metric_key_prefix}_selection_loss": float(selection @ self.selection_weights)}
+        rows = self.eval_rows if eval_dataset is None else self._prepared(eval_dataset)
+        if rows is not None:
+            metrics[f"{metric_key_prefix}_loss"] = float(self._losses(rows).mean())
+        Trainer.log(self, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
