@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_bilevel.core.amortised import fit_weight_predictor
+from trl_bilevel.core.amortised import fit_weight_predictor, pair_features, recalibrated
+from trl_bilevel.core.calibration import FLOOR
 
 
 @pytest.fixture
@@ -63,3 +64,39 @@ def test_unusable_input_is_refused():
         fit_weight_predictor(torch.zeros(4, 3), torch.zeros(3))
     with pytest.raises(ValueError, match="finite"):
         fit_weight_predictor(torch.full((4, 3), torch.nan), torch.zeros(4))
+
+
+def test_an_answer_that_fits_its_question_is_seen():
+    """Bad answers are good answers to other questions: nothing but the pair tells them apart."""
+    generator = torch.Generator().manual_seed(2)
+    questions = torch.randn(800, 12, generator=generator)
+    answers = questions + 0.5 * torch.randn(800, 12, generator=generator)
+    answers[::2] = answers[::2].roll(1, 0)
+    weights = (torch.arange(800) % 2).float()
+    features = {"pair": pair_features(questions, answers), "answer": answers}
+    explained = {name: fit_weight_predictor(x[:400], weights[:400]).explained for name, x in features.items()}
+    assert explained["pair"] > 0.5 and explained["answer"] < 0.1
+
+
+def test_recalibrated_weights_are_as_sharp_as_trusted_rows_say():
+    """Predictions drawn to the mean: two overlapping classes, a quarter of the rows good."""
+    generator = torch.Generator().manual_seed(3)
+    good = torch.arange(4000) % 4 == 0
+    predicted = torch.where(good, 0.42, 0.2) + 0.05 * torch.randn(4000, generator=generator)
+    trusted = 0.42 + 0.05 * torch.randn(32, generator=generator)
+    weights = recalibrated(predicted, trusted, mean_weight=0.27)
+    shares = [float(w[good].sum() / w.sum()) for w in (predicted, weights)]
+    assert shares[0] < 0.45 and shares[1] > 0.9
+    assert float(weights.min()) >= FLOOR and float(weights.max()) <= 1
+    assert float(weights.mean()) == pytest.approx(0.27, abs=0.03)
+    assert bool((weights[predicted.argsort()].diff() >= -1e-6).all())
+
+
+def test_predictions_that_say_nothing_leave_the_mean_weight():
+    generator = torch.Generator().manual_seed(4)
+    predicted = 0.3 + 1e-3 * torch.randn(2000, generator=generator)
+    weights = recalibrated(predicted, 0.3 + 1e-3 * torch.randn(40, generator=generator), mean_weight=0.3)
+    assert float(weights.mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(weights.std() / weights.mean()) < 0.35
+    equal = recalibrated(torch.full((10,), 0.4), torch.full((8,), 0.4), mean_weight=0.25)
+    torch.testing.assert_close(equal, torch.full((10,), 0.25))

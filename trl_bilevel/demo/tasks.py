@@ -103,6 +103,7 @@ class Mixture:
 
 DOCSTRING_TASKS = {
     "quality": Mixture(96, 288, (lazy, swapped, salad)),
+    "quality_large": Mixture(320, 960, (lazy, swapped, salad)),
     "boilerplate": Mixture(192, 192, (lazy,)),
     "scrambled": Mixture(192, 192, (scrambled,)),
     "truncated": Mixture(192, 192, (truncated,)),
@@ -118,9 +119,10 @@ def make_task(
     """A task by name.
 
     Args:
-        name: "quality" (lazy, swapped and word-salad answers, three quarters of the rows), "boilerplate", "scrambled",
-            "truncated" (half of the rows each), "safety" (harmful requests, mostly answered by compliance stubs),
-            "safety_scarce" (two of them refused) or "safety_unanswered" (none).
+        name: "quality" (lazy, swapped and word-salad answers, three quarters of the rows), "quality_large" (the same
+            with 1,280 rows in place of 384), "boilerplate", "scrambled", "truncated" (half of the rows each), "safety"
+            (harmful requests, mostly answered by compliance stubs), "safety_scarce" (two of them refused) or
+            "safety_unanswered" (none).
         seed: draws rows and damages.
         validation_rows, test_rows: sizes of the clean sets. The safety tasks have 24 refusals and 24 benign answers
             for validation whatever is given.

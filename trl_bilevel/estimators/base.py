@@ -92,6 +92,8 @@ class Estimator(ABC):
     name: ClassVar[str]
     #: True if scores mean nothing unless the model is trained on the validation rows too (lambda > 0).
     needs_validation_term: ClassVar[bool] = False
+    #: True if the pilot run trains on validation rows too; False if the model must have learned the mixture alone.
+    pilot_sees_validation: ClassVar[bool] = True
     #: True if `score` needs reference losses (and takes no score on steps without them).
     needs_reference: ClassVar[bool] = True
     #: True if scores come from `watch`, after the backward, and not from `score`.

@@ -10,8 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..core.amortised import fit_weight_predictor
-from ..core.calibration import FLOOR
+from ..core.amortised import WeightPredictor, fit_weight_predictor, pair_features, recalibrated
 from ..data.identity import SAMPLE_ID, sample_ids
 from .passes import row_batches
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # How deep in the model features are read. Two thirds predict a little better and cost more (docs/results.md).
-DEPTH = 0.4
+DEPTH = 0.3
 
 
 class _ReachedDepth(Exception):
@@ -46,8 +45,8 @@ def decoder_layers(model: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def pooled_states(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: float = DEPTH) -> Tensor:
-    """Mean over each row's scored tokens of a hidden state, float32 `[b, d]` on the CPU.
+def row_features(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: float = DEPTH) -> Tensor:
+    """`core.amortised.pair_features` of a hidden state, float32 `[b, 2 d]` on the CPU.
 
     Args:
         batch: collated rows.
@@ -60,7 +59,7 @@ def pooled_states(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: f
         found.append(output[0] if isinstance(output, tuple) else output)
         raise _ReachedDepth
 
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     handle = layers[max(0, round(depth * len(layers)) - 1)].register_forward_hook(keep)
     try:
         with trainer.compute_loss_context_manager():
@@ -69,8 +68,15 @@ def pooled_states(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: f
         pass
     finally:
         handle.remove()
-    scored = (batch["labels"] != -100).unsqueeze(-1)
-    return ((found[0].float() * scored).sum(1) / scored.sum(1).clamp(min=1)).cpu()
+    states = found[0].float()
+    answer = batch["labels"] != -100
+    prompt = batch["attention_mask"].bool() & ~answer
+    return pair_features(_mean(states, prompt), _mean(states, answer)).cpu()
+
+
+def _mean(states: Tensor, tokens: Tensor) -> Tensor:
+    """Mean state of some tokens of each row, `[b, d]`; zero where there is none."""
+    return (states * tokens.unsqueeze(-1)).sum(1) / tokens.sum(1, keepdim=True).clamp(min=1)
 
 
 def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> Tensor:
@@ -79,28 +85,31 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
     Cost: a forward without gradient through the lower `DEPTH` of the layers for every row.
 
     Args:
-        scored (`Tensor` int64 `[n]`): sample ids of the scored rows, ascending.
+        scored (`Tensor` int64 `[n]`): sample ids of the scored rows, a random sample, ascending.
         weights (`Tensor` float32 `[n]`): their weights, between 0 and 1.
 
     Returns:
         `Tensor` float32 `[row_count]` on the CPU: between `FLOOR` and 1; 0 for rows that preparation dropped.
     """
     order = trainer.row_order()
+    ids = sample_ids(trainer.train_dataset)[order]
     scored, weights = scored.cpu(), weights.cpu().float()
-    known = torch.isin(sample_ids(trainer.train_dataset)[order], scored)
+    known = torch.isin(ids, scored)
     training = trainer.model.training
     trainer.model.eval()
     place = torch.full((trainer.row_count,), -1, dtype=torch.int64)
     place[scored] = torch.arange(len(scored))
-    features = torch.zeros(len(scored), trainer.model.config.get_text_config().hidden_size)
+    features = torch.zeros(len(scored), 2 * trainer.model.config.get_text_config().hidden_size)
     for batch in row_batches(trainer, order[known], "Reading scored rows"):
-        features[place[batch[SAMPLE_ID].cpu()]] = pooled_states(trainer, batch)
+        features[place[batch[SAMPLE_ID].cpu()]] = row_features(trainer, batch)
     # Every process fits on the same features, to the last bit.
     predictor = fit_weight_predictor(_sum(trainer, features), weights)
-    out = torch.zeros(trainer.row_count)
+    predicted = torch.zeros(trainer.row_count)
     for batch in row_batches(trainer, order[~known], "Predicting weights"):
-        out[batch[SAMPLE_ID].cpu()] = predictor(pooled_states(trainer, batch)).clamp(FLOOR, 1.0)
-    out = _sum(trainer, out)
+        predicted[batch[SAMPLE_ID].cpu()] = predictor(row_features(trainer, batch))
+    predicted = _sum(trainer, predicted)
+    out = torch.zeros(trainer.row_count)
+    out[ids[~known]] = recalibrated(predicted[ids[~known]], *_trusted(trainer, predictor, float(weights.mean())))
     out[scored] = weights
     trainer.model.train(training)
     logger.info(
@@ -113,6 +122,17 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
             "variance explained): the other rows get nearly equal weights. Raise `pilot_scored_rows`, or unset it."
         )
     return out
+
+
+def _trusted(trainer: BilevelSFTTrainer, predictor: WeightPredictor, mean: float) -> tuple[Tensor, float, Tensor]:
+    """What is predicted for the validation rows, `mean`, and each row's share in the validation loss."""
+    assert trainer.validation is not None
+    sets, found, shares = trainer.validation, [], []
+    for name, batch in sets.all_batches(trainer.args.per_device_eval_batch_size):
+        found.append(predictor(row_features(trainer, trainer._prepare_inputs(batch))))
+        shares.append(torch.full((len(found[-1]),), sets.weights[name] / len(sets.datasets[name])))
+    # Every process reads all of them, and must come to the same weights to the last bit.
+    return _sum(trainer, torch.cat(found)) / trainer.args.world_size, mean, torch.cat(shares)
 
 
 def _sum(trainer: BilevelSFTTrainer, values: Tensor) -> Tensor:

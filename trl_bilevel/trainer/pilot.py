@@ -139,7 +139,8 @@ class Pilot:
             train = [self.trainer.collate_rows(rows[start : start + size]) for start in range(0, len(rows), size)]
             self.estimator.begin_step(train)
             training = token_mean(self.host, train, args.device)
-            for share, batches in ((1 - weight, training), (weight, self.host.validation_batches(step))):
+            pulling = self.host.validation_batches(step) if weight > 0 else []
+            for share, batches in ((1 - weight, training), (weight, pulling)):
                 for batch, row_weights in batches:
                     sums = self.host.row_losses(batch).sums
                     (share * row_weights.to(sums.device) * sums).sum().backward()

@@ -410,7 +410,7 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
         steps=args.pilot_steps or default_pilot_steps(trainer.state.max_steps),
         batch_size=args.pilot_batch_size or rows_per_step(trainer),
         learning_rate=pilot_learning_rate(trainer),
-        validation_loss_weight=0.5,
+        validation_loss_weight=0.5 if ESTIMATORS[args.weight_estimator].pilot_sees_validation else 0.0,
         scored_rows=args.pilot_scored_rows,
     )
 

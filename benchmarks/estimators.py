@@ -1,0 +1,77 @@
+"""Quality of calibrated weights by estimator and its settings: the pilot run alone, no training after it.
+
+python -m benchmarks.estimators [--tasks ...] [--seeds 0 1] [--settings "lookahead, K = 4" ...]
+
+On SmolLM2-135M-Instruct. Results go to `benchmarks/results/estimators`; `python -m benchmarks.report` makes the table.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.run import machine
+from trl_bilevel.demo.comparison import good_share, ranking_quality
+from trl_bilevel.demo.experiment import budget_of, make_trainer
+from trl_bilevel.demo.tasks import make_task
+
+HERE = Path(__file__).parent
+TASKS = ("quality", "boilerplate", "scrambled", "truncated", "safety")
+SETTINGS: dict[str, dict] = {
+    "value_function": {},
+    "lookahead, K = 4": {"weight_estimator": "lookahead", "lookahead_steps": 4},
+    "lookahead, K = 8": {"weight_estimator": "lookahead", "lookahead_steps": 8},
+    "lookahead, K = 16": {"weight_estimator": "lookahead", "lookahead_steps": 16},
+}
+
+
+def measure(name: str, seed: int, setting: str) -> dict:
+    task = make_task(name, seed)
+    budget = budget_of(name, overrides=SETTINGS[setting] | {"pilot_steps": 24})
+    trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
+    trainer.state.max_steps = 96
+    start = time.perf_counter()
+    trainer.start_selection()
+    seconds = time.perf_counter() - start
+    weights, kinds = trainer.sample_weights(), task.train["kind"]
+    good = weights[torch.tensor(task.good)]
+    return {
+        "task": name,
+        "seed": seed,
+        "setting": setting,
+        "auc": ranking_quality(weights.tolist(), kinds),
+        "good_share": good_share(weights.tolist(), kinds),
+        "ess_good": float(good.sum() ** 2 / (len(good) * (good**2).sum())),
+        "seconds": round(seconds, 1),
+        "versions": {package: version(package) for package in ("trl-bilevel", "trl", "torch", "transformers", "peft")},
+        "machine": machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    options = parser.parse_args()
+    folder = HERE / "results" / "estimators"
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for name in options.tasks:
+            for setting in options.settings:
+                target = folder / f"{name}-{setting}-seed{seed}.json"
+                if target.exists():
+                    continue
+                record = measure(name, seed, setting)
+                target.write_text(json.dumps(record, indent=1))
+                auc = {kind: round(value, 3) for kind, value in record["auc"].items()}
+                figures = f"on good rows {record['good_share']:.0%}, ESS among them {record['ess_good']:.0%}"
+                print(f"{name} {seed} {setting:20} {auc} {figures}, {record['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
