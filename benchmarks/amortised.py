@@ -1,9 +1,9 @@
 """How well weights of rows that were not scored are predicted, by number of scored rows and depth of the features.
 
-python -m benchmarks.amortised [--tasks quality] [--seeds 0]
+python -m benchmarks.amortised [--tasks quality_large] [--seeds 0]
 
 One pilot run of the default estimator on SmolLM2-135M-Instruct scores all rows; then subsets of them stand in for the
-scored rows (mean of 8 draws each), and the others are predicted. Results go to `benchmarks/results/amortised`.
+scored rows (mean of 4 draws each), and the others are predicted. Results go to `benchmarks/results/amortised`.
 """
 
 import argparse
@@ -15,34 +15,36 @@ from pathlib import Path
 import torch
 
 from benchmarks.run import machine
-from trl_bilevel.core.amortised import fit_weight_predictor
-from trl_bilevel.core.calibration import FLOOR
+from trl_bilevel.core.amortised import fit_weight_predictor, recalibrated
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import make_task
-from trl_bilevel.trainer.amortise import pooled_states
+from trl_bilevel.trainer.amortise import row_features
 from trl_bilevel.trainer.passes import row_batches
 
 HERE = Path(__file__).parent
-SCORED = (32, 64, 128, 192, 256)
-DEPTHS = (0.03, 0.2, 0.4, 0.67, 1.0)
-DRAWS = 8
+SCORED = (32, 64, 128, 256, 512)
+DEPTHS = (0.03, 0.1, 0.2, 0.3, 0.4, 0.67)
+DRAWS = 4
 
 
 def measure(name: str, seed: int) -> dict:
     task = make_task(name, seed)
-    trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget_of(name), output_dir=tempfile.mkdtemp())
+    budget = budget_of(name, overrides={"pilot_scored_rows": 0})
+    trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
     # The pilot of a full run: 24 steps.
     trainer.state.max_steps = 96
     trainer.start_selection()
     weights = trainer.sample_weights()
     trainer.model.eval()
-    features = {}
+    features, trusted = {}, {}
     for depth in DEPTHS:
         states = {}
         for batch in row_batches(trainer, trainer.row_order(), "Reading rows"):
-            states |= dict(zip(batch["sample_id"].tolist(), pooled_states(trainer, batch, depth), strict=True))
+            states |= dict(zip(batch["sample_id"].tolist(), row_features(trainer, batch, depth), strict=True))
         features[depth] = torch.stack([states[row] for row in range(len(weights))])
+        batches = trainer.validation.all_batches(16)
+        trusted[depth] = torch.cat([row_features(trainer, batch, depth) for _, batch in batches])
     kinds = task.train["kind"]
     largest = weights.max()
     record = {
@@ -50,6 +52,7 @@ def measure(name: str, seed: int) -> dict:
         "seed": seed,
         "auc_scored": ranking_quality(weights.tolist(), kinds),
         "good_share_scored": good_share(weights.tolist(), kinds),
+        "rows": len(kinds),
         "versions": {package: version(package) for package in ("trl-bilevel", "trl", "torch", "transformers", "peft")},
         "machine": machine(),
         "predicted": {},
@@ -62,7 +65,8 @@ def measure(name: str, seed: int) -> dict:
             for order in orders:
                 scored, rest = order[:count], order[count:]
                 predictor = fit_weight_predictor(states[scored], weights[scored] / largest)
-                predicted = predictor(states[rest]).clamp(FLOOR, 1.0).tolist()
+                average = float((weights[scored] / largest).mean())
+                predicted = recalibrated(predictor(states[rest]), predictor(trusted[depth]), average).tolist()
                 names = [kinds[row] for row in rest.tolist()]
                 found.append((ranking_quality(predicted, names)["all"], good_share(predicted, names)))
             auc, share = (sum(values) / DRAWS for values in zip(*found, strict=True))
@@ -78,7 +82,7 @@ def measure(name: str, seed: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", default=["quality"])
+    parser.add_argument("--tasks", nargs="*", default=["quality_large"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     options = parser.parse_args()
     folder = HERE / "results" / "amortised"

@@ -7,6 +7,8 @@ import json
 import statistics
 from pathlib import Path
 
+from trl_bilevel.trainer.amortise import DEPTH
+
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 
@@ -153,10 +155,10 @@ def amortised() -> list[str]:
             lines.append(f"| {depth:.0%} of the layers | " + " | ".join(cells) + " |")
         parts.append(
             f"## Weights of rows that were not scored\n\nTask {record['task']}, seed {record['seed']}: AUC, and share "
-            "of the weight on good rows, of weights predicted for the other rows of the 384 (mean of 8 draws). Scored "
-            f"themselves, all rows have {record['auc_scored']['all']:.3f}, {record['good_share_scored']:.0%}. "
-            "`pilot_scored_rows` reads features after 40%. Predicted weights are softer than scored ones. One seed of "
-            f"one task. `python -m benchmarks.amortised`\n\n" + "\n".join(lines) + "\n"
+            f"of the weight on good rows, of weights predicted for the other rows of the {record['rows']:,} (mean of "
+            f"4 draws). Scored themselves, all rows have {record['auc_scored']['all']:.3f}, "
+            f"{record['good_share_scored']:.0%}. The default reads features after {DEPTH:.0%} of the layers, and "
+            f"scores 512 rows. `python -m benchmarks.amortised`\n\n" + "\n".join(lines) + "\n"
         )
     return parts
 

@@ -39,8 +39,10 @@ def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: 
     task = make_task(experiment["task"], seed)
     budget = Budget(**experiment["budget"])
     if variant is not None:
-        budget.refining |= experiment["variants"][variant]
-    weights = known_weights(experiment, seed) if arm in REFINING else None
+        changes = budget.refining if arm in REFINING else budget.overrides
+        changes |= experiment["variants"][variant]
+    reuses = arm in REFINING or (variant is not None and "weights_of" in experiment)
+    weights = known_weights(experiment, seed) if reuses else None
     result = run_arm(arm, task, seed=seed, budget=budget, weights=weights)
     record = asdict(result) | {
         "arm": variant or arm,
@@ -71,9 +73,9 @@ def main() -> None:
         if options.names and file.stem not in options.names:
             continue
         experiment = json.loads(file.read_text()) | {"name": file.stem}
-        # Variants are settings of the `refine` arm, each under a name of its own.
+        # Variants are settings of one arm, each under a name of its own.
         jobs = [(arm, None) for arm in experiment["arms"]]
-        jobs += [("refine", variant) for variant in experiment.get("variants", {})]
+        jobs += [(experiment.get("variants_of", "refine"), variant) for variant in experiment.get("variants", {})]
         for seed in experiment["seeds"] if options.seeds is None else options.seeds:
             for arm, variant in jobs:
                 name = variant or arm

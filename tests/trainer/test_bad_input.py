@@ -32,7 +32,7 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
         ({"alignment_direction": "down"}, "`alignment_direction` must be one of 'preconditioned', 'gradient'"),
         ({"alignment_averaging": 1.0}, r"`alignment_averaging` must lie in \[0, 1\), got 1.0"),
         ({"selector_update": "sgd"}, "`selector_update` must be one of"),
-        ({"selector_preset": "mine"}, "`selector_preset` must be one of 'paper', 'seal'"),
+        ({"selector_preset": "mine"}, "`selector_preset` must be one of 'reliable', 'balanced'"),
         ({"selector_weighting": "both"}, "`selector_weighting` must be one of"),
         ({"selector_weighting": "resample", "selector_update": "adam"}, "needs `selector_update='calibrated'`"),
     ],

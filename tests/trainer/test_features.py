@@ -1,5 +1,6 @@
 """What a user asks of the trainer beyond a loss curve."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from trl import SFTConfig
 
 from tests.conftest import base_arguments, losses, parameters
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel.trainer import setup
 
 
 @pytest.fixture
@@ -47,6 +49,8 @@ def test_first_loss_is_the_objective_computed_by_hand(build, tiny_model, tokeniz
         validation=validation_rows.select(range(8)),
         selector_weighting="loss",
         validation_loss_weight=weight,
+        validation_batch_size=8,
+        validation_every=1,
         max_steps=1,
     )
     trainer.train()
@@ -254,7 +258,44 @@ def test_a_plain_config_is_taken(tiny_model, train_rows, validation_rows, tokeni
     assert trainer.args.weight_estimator == "value_function"
 
 
+def test_the_validation_term_is_small_by_default(build):
+    """A quarter of the training rows in every fourth step; estimators draw as many rows as a step trains on."""
+    trainer = build(selector_update="sparse_centred", weight_estimator="lookahead")
+    forwards, drawn = [], []
+    rows_of = trainer.pulling.step_batch
+
+    def watched(*args, **kwargs):
+        found = rows_of(*args, **kwargs)
+        drawn.append(sum(len(batch["input_ids"]) for batch in found.batches if batch is not None))
+        return found
+
+    trainer.pulling.step_batch = watched
+    training_step = trainer.training_step
+
+    def step(model, inputs, *args):
+        window = trainer._window
+        loss = training_step(model, inputs, *args)
+        forwards.append([len(joined["input_ids"]) for joined in window.inputs])
+        return loss
+
+    trainer.training_step = step
+    trainer.train()
+    assert forwards == [[10], [8], [8], [8], [10], [8]]
+    assert drawn == [8] * 4
+
+
+@pytest.mark.parametrize(("per_step", "expected"), [(4, 4), (8, 8), (16, 8)])
+def test_pilot_batches_do_not_grow_with_those_of_training(build, per_step, expected):
+    trainer = build(per_device_train_batch_size=4, gradient_accumulation_steps=per_step // 4)
+    trainer.state.max_steps = 6
+    assert len(setup.make_pilot(trainer).sampler.rows(0)) == expected
+
+
 def test_presets_set_what_they_say(config):
+    balanced, fast, reliable = (config(selector_preset=name) for name in ("balanced", "fast", "reliable"))
+    assert balanced == dataclasses.replace(config(), selector_preset="balanced")
+    assert (reliable.pilot_scored_rows, reliable.validation_every) == (0, 1)
+    assert (fast.pilot_scored_rows, fast.validation_loss_weight) == (256, 0.0)
     paper, seal = config(selector_preset="paper"), config(selector_preset="seal")
     assert (paper.selector_learning_rate, seal.selector_learning_rate) == (1e-4, 5e-3)
     for preset in (paper, seal):

@@ -26,6 +26,9 @@ ARMS = {
     "clean_only": "only the undamaged rows (oracle: needs the truth)",
     "validation_only": "only the validation rows",
     "random_subset": "a random quarter of the rows",
+    "perplexity": "the rows that the untrained model finds likeliest, as many as are undamaged (needs that number)",
+    "seal": "the published selector as it is: `selector_preset='seal'`, lambda = 0.5",
+    "seal_two_stage": "the four fifths of the rows that `seal` weighs most, trained on from the start: twice the steps",
     "bilevel": "weights learned by the default estimator",
     "bilevel_double": "as bilevel, with twice the rows per step: as many as refine trains on",
     "refine": "as bilevel, then rounds with the model's own answers to the questions of least weight",
@@ -34,9 +37,11 @@ ARMS = {
     "lookahead": "weights learned by the look-ahead estimator",
     "loss": "weights learned by the published loss-based estimator, same pilot run and calibration",
 }
+# Chosen from all rows by another run.
+FILTERS = ("perplexity", "seal_two_stage")
 REFINING = ("refine", "refine_random", "refine_best")
 ESTIMATOR_OF_ARM = dict.fromkeys(("bilevel", "bilevel_double", *REFINING), "value_function")
-ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "loss": "loss"}
+ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "loss": "loss", "seal": "loss"}
 
 # Settings of the self-refining arms; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
 # are offline ones.
@@ -137,6 +142,7 @@ def make_trainer(
     progress: bool = False,
     weights: Sequence[float] | None = None,
     offline: Any = None,
+    keep: Sequence[int] | None = None,
 ) -> tuple[Any, int]:
     """The trainer of one arm, and how many pilot steps it takes (0 for arms without learned weights).
 
@@ -153,6 +159,7 @@ def make_trainer(
         weights: of the training rows, if the `bilevel` arm of the same task, seed and budget has learned them: the
             pilot run is not repeated, but counts.
         offline: the trained `BilevelSFTTrainer` whose model a self-refining arm goes on with.
+        keep: rows that one of `FILTERS` has chosen.
     """
     from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
     from ..trainer.setup import default_pilot_steps
@@ -165,6 +172,9 @@ def make_trainer(
         rows = [row for row, good in zip(rows, task.good, strict=True) if good]
     elif arm == "random_subset":
         rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows) // 4].tolist()
+    elif arm in FILTERS:
+        assert keep is not None
+        rows = sorted(keep)
     subset = train.select(rows)
     if arm == "validation_only":
         subset, weight = validation, 0.0
@@ -172,8 +182,10 @@ def make_trainer(
     if arm == "loss" and weight == 0:
         # The estimator insists on a validation term; this one is too weak and too rare to train on.
         weight, overrides["validation_every"] = 1e-6, 10**6
+    if arm == "seal":
+        weight, overrides["selector_preset"] = 0.5, "seal"
     steps = round(budget.epochs * len(train) / budget.batch_size)
-    pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned else 0
+    pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned and arm != "seal" else 0
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "weight_estimator": ESTIMATOR_OF_ARM.get(arm, "none"),
@@ -248,29 +260,25 @@ def run_arm(
         arm, task, seed, budget, model, progress, weights: as for `make_trainer`.
     """
     folder = output_dir or tempfile.mkdtemp()
-    trainer, pilot = make_trainer(
-        arm, task, seed=seed, budget=budget, model=model, output_dir=folder, progress=progress, weights=weights
-    )
+    learned = arm in ESTIMATOR_OF_ARM
+    start = time.perf_counter()
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "budget": budget,
+        "model": model,
+        "output_dir": folder,
+        "progress": progress,
+    }
+    keep = chosen_rows(arm, task, **settings) if arm in FILTERS else None
+    trainer, pilot = make_trainer(arm, task, weights=weights, keep=keep, **settings)
     if not progress:
         # Without progress bars, transformers prints every log entry as a dict in their place.
         trainer.remove_callback(PrinterCallback)
-    learned = arm in ESTIMATOR_OF_ARM
-    start = time.perf_counter()
     if arm != "base":
         trainer.train()
     steps, ledger = trainer.state.global_step, None
     if arm in REFINING:
-        refiner, _ = make_trainer(
-            arm,
-            task,
-            seed=seed,
-            budget=budget,
-            model=model,
-            output_dir=folder,
-            progress=progress,
-            weights=trainer.sample_weights().tolist(),
-            offline=trainer,
-        )
+        refiner, _ = make_trainer(arm, task, weights=trainer.sample_weights().tolist(), offline=trainer, **settings)
         if not progress:
             refiner.remove_callback(PrinterCallback)
         refiner.train()
@@ -302,6 +310,17 @@ def run_arm(
     del trainer
     gc.collect()
     return result
+
+
+def chosen_rows(arm: str, task: Task, **settings: Any) -> list[int]:
+    """Rows that a filter keeps, by a run of its own (arguments as for `make_trainer`)."""
+    first, _ = make_trainer("uniform" if arm == "perplexity" else "seal", task, **settings)
+    if arm == "perplexity":
+        scores, count = -first.row_losses(task.train.remove_columns("kind")), sum(task.good)
+    else:
+        first.train()
+        scores, count = first.sample_weights(), round(0.8 * len(task.train))
+    return scores.topk(count).indices.tolist()
 
 
 def _refine_trainer(arm: str) -> type:

@@ -39,7 +39,7 @@ def decoder_layers(model: Any) -> tuple[Any, Any]:
     if layers is None:
         raise ValueError(
             f"`pilot_scored_rows` is not supported for {type(base).__name__}: its decoder has no list of layers to "
-            "read features from. Unset it: all rows are scored then."
+            "read features from. Set `pilot_scored_rows=0`: all rows are scored then."
         )
     return decoder, layers
 
@@ -119,7 +119,7 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
     if predictor.explained < 0.1:
         logger.warning(
             f"The weights of the {len(scored)} scored rows can hardly be predicted ({predictor.explained:.0%} of the "
-            "variance explained): the other rows get nearly equal weights. Raise `pilot_scored_rows`, or unset it."
+            "variance explained): the other rows get nearly equal weights. Raise `pilot_scored_rows`, or set it to 0."
         )
     return out
 

@@ -19,6 +19,9 @@ DIRECTIONS = ("preconditioned", "gradient", "displacement")
 
 # What each preset sets; an explicit argument that contradicts one is overridden, and the config says so.
 PRESETS: dict[str, dict[str, Any]] = {
+    "reliable": {"pilot_scored_rows": 0, "validation_every": 1},
+    "balanced": {"pilot_scored_rows": 512, "validation_every": 4},
+    "fast": {"pilot_scored_rows": 256, "validation_loss_weight": 0.0},
     "paper": {
         "weight_estimator": "loss",
         "selector_update": "adam",
@@ -26,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selector_betas": (0.9, 0.95),
         "selector_entropy_coef": 0.0,
         "selector_warmup_steps": 0,
+        "validation_every": 1,
     },
     "seal": {
         "weight_estimator": "loss",
@@ -34,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selector_betas": (0.9, 0.95),
         "selector_entropy_coef": 0.0,
         "selector_warmup_steps": 0,
+        "validation_every": 1,
     },
 }
 
@@ -56,12 +61,14 @@ class BilevelSFTConfig(SFTConfig):
         validation_loss_weight_decay (`float`, *optional*, defaults to `0.0`):
             Taken off lambda at the start of every further epoch (the paper's setting: 0.1). Never below 0.05.
         validation_batch_size (`int`, *optional*):
-            Validation rows per optimizer step, over all processes. Defaults to the number of training rows of a step,
-            at most the size of the validation set.
+            Validation rows of an optimizer step that has the validation term, over all processes; and of the batches
+            that estimators draw. Defaults to a quarter of the training rows of a step for the former, to as many as
+            training rows for the latter.
         validation_weights (`dict[str, float]`, *optional*):
             Weight of each validation set when several are given; normalised to sum one. Defaults to equal weights.
-        validation_every (`int`, *optional*, defaults to `1`):
-            Add the validation term on every k-th step only, k times as strong.
+        validation_every (`int`, *optional*, defaults to `4`):
+            k: add the validation term on every k-th step only, k times as strong, so that the mean objective is the
+            same. 1 for every step.
         estimator_refresh_steps (`int`, *optional*):
             M. `lookahead`, `alignment`: steps between refreshes (default 32 and 16). `value_function`: train the
             tracker and take scores on every M-th step only (default 1).
@@ -98,7 +105,10 @@ class BilevelSFTConfig(SFTConfig):
         selector_activation (`str`, *optional*, defaults to `"softmax"`):
             `"softmax"` or `"sigmoid"` (bounds the ratio between two weights from above more softly).
         selector_preset (`str`, *optional*):
-            `"paper"` or `"seal"`: estimator, update, step size and betas of the published code.
+            Settings under one name. `"reliable"`: all rows are scored, and the validation term is in every step;
+            `"balanced"`: the defaults; `"fast"`: half as many rows are scored, and validation rows only guide the
+            weights (`validation_loss_weight=0`). `"paper"`, `"seal"`: estimator, update, step size and betas of the
+            published code.
         selector_warmup_steps (`float`, *optional*, defaults to `0.17`):
             `"sparse_centred"`, `"adam"`: optimizer steps with uniform weights before scores count, or a fraction of
             all steps if below 1. Both ends of a loss difference have to learn the mixture first.
@@ -113,11 +123,12 @@ class BilevelSFTConfig(SFTConfig):
             Learning rate of the pilot run's AdamW, constant. Defaults to 1e-3 for adapters, to `learning_rate` (but at
             least 5e-5) for full fine-tuning.
         pilot_batch_size (`int`, *optional*):
-            Training rows per pilot step, over all processes. Defaults to the training rows of an optimizer step.
-        pilot_scored_rows (`int`, *optional*):
+            Training rows per pilot step, over all processes. Defaults to the training rows of an optimizer step, at
+            most 8 (or one per process).
+        pilot_scored_rows (`int`, *optional*, defaults to `512`):
             `"calibrated"`: training rows that the pilot run scores, drawn at random; weights of the others are
             predicted from hidden states of the lower layers, by part of one forward in place of two whole ones (see
-            docs/method.md). Defaults to all rows.
+            docs/method.md). 0 for all rows.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             `"calibrated"`: power to which the calibrated weights are raised. 1 reproduces the density of the
             validation rows' scores; above 1 trades variety of rows for purity.
@@ -140,14 +151,15 @@ class BilevelSFTConfig(SFTConfig):
     validation_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Validation rows per optimizer step, over all processes. Default: as many as training rows."
+            "help": "Validation rows of a step that has them, over all processes. Default: a quarter of the training "
+            "rows."
         },
     )
     validation_weights: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Weight of each validation set when several are given. Default: equal."}
     )
     validation_every: int = field(
-        default=1, metadata={"help": "Add the validation term on every k-th step only, k times as strong."}
+        default=4, metadata={"help": "Add the validation term on every k-th step only, k times as strong."}
     )
     estimator_refresh_steps: int | None = field(
         default=None,
@@ -194,7 +206,8 @@ class BilevelSFTConfig(SFTConfig):
     )
     selector_activation: str = field(default="softmax", metadata={"help": "'softmax' or 'sigmoid'."})
     selector_preset: str | None = field(
-        default=None, metadata={"help": "'paper' or 'seal': settings of the published code."}
+        default=None,
+        metadata={"help": "'reliable', 'balanced' (the defaults), 'fast'; 'paper', 'seal': those of published code."},
     )
     selector_warmup_steps: float = field(
         default=0.17,
@@ -215,11 +228,12 @@ class BilevelSFTConfig(SFTConfig):
         metadata={"help": "Learning rate of the pilot run. Default: 1e-3 for adapters, else learning_rate or 5e-5."},
     )
     pilot_batch_size: int | None = field(
-        default=None, metadata={"help": "Training rows per pilot step. Default: those of an optimizer step."}
-    )
-    pilot_scored_rows: int | None = field(
         default=None,
-        metadata={"help": "Rows that the pilot run scores; weights of the others are predicted. Default: all rows."},
+        metadata={"help": "Training rows per pilot step. Default: those of an optimizer step, at most 8."},
+    )
+    pilot_scored_rows: int = field(
+        default=512,
+        metadata={"help": "Rows that the pilot run scores; weights of the others are predicted. 0 for all rows."},
     )
     calibration_sharpness: float = field(
         default=1.0, metadata={"help": "Power of the calibrated weights: above 1 trades variety of rows for purity."}
@@ -271,10 +285,10 @@ class BilevelSFTConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.pilot_scored_rows is not None and self.pilot_scored_rows < MIN_SCORED_ROWS:
+        if self.pilot_scored_rows != 0 and self.pilot_scored_rows < MIN_SCORED_ROWS:
             raise ValueError(
                 f"`pilot_scored_rows` must be at least {MIN_SCORED_ROWS}, got {self.pilot_scored_rows}: fewer rows do "
-                "not show how weights depend on what a row says. Leave it out to score all rows."
+                "not show how weights depend on what a row says. Use 0 to score all rows."
             )
         for name in (
             "selector_learning_rate",

@@ -125,7 +125,8 @@ class BilevelSFTTrainer(SFTTrainer):
         )
         if fixed_weights is not None:
             self.selection.set_weights(fixed_weights)
-        self.validation = setup.prepare_validation(self, validation, sft_arguments.get("formatting_func"))
+        formatting = sft_arguments.get("formatting_func")
+        self.validation, self.pulling = setup.prepare_validation(self, validation, formatting)
         self.estimator: Estimator | None = None
         self._order: Tensor | None = None
         self._window: StepWindow | None = None

@@ -52,8 +52,8 @@ class TrainerHost:
     @property
     def validation(self) -> ValidationSets:
         """The sets that pull."""
-        assert self.trainer.validation is not None
-        return self.trainer.validation
+        assert self.trainer.pulling is not None
+        return self.trainer.pulling
 
     def validation_batches(self, step: int) -> Sequence[WeightedBatch]:
         """This process's validation rows of a step, in as many micro-batches as the step has, with their weights."""

@@ -57,6 +57,11 @@ class OfflinePart:
             train_dataset = train_dataset.add_column(DATA_WEIGHT, [1.0] * len(train_dataset))
         if DATA_WEIGHT in train_dataset.column_names:
             settings["weight_estimator"] = "none"
+        if args.validation_batch_size is None:
+            processes = args.world_size
+            settings["validation_batch_size"] = (
+                args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+            )
         config = BilevelSFTConfig(**settings, selector_weighting="resample", report_to="none")
         self.trainer = BilevelSFTTrainer(
             model,

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 GATE_REFRESH_STEPS = 50
 # Share of each validation set that the pilot run holds back to calibrate the weights, and the least number of rows.
 HELD_BACK_SHARE = 0.25
+# Training rows of a pilot step: as many as all measurements have had (docs/results.md).
+PILOT_BATCH = 8
 MIN_CALIBRATION_ROWS = 8
 
 
@@ -214,7 +216,7 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         )
     if args.weight_estimator == "alignment":
         check_alignment(trainer)
-    if args.pilot_scored_rows is not None:
+    if 0 < args.pilot_scored_rows < len(trainer.train_dataset) and args.selector_update == "calibrated":
         decoder_layers(trainer.model)
     if args.remove_unused_columns and trainer.args.dataset_kwargs and trainer._skip_prepare_dataset:
         missing = {"input_ids", "labels"} - set(trainer.train_dataset.column_names)
@@ -267,10 +269,14 @@ def make_row_groups(args: BilevelSFTConfig, train: Dataset) -> Groups | None:
 
 def prepare_validation(
     trainer: BilevelSFTTrainer, sets: Mapping[str, Dataset], formatting_func: Any
-) -> ValidationSets | None:
-    """Tokenise the validation sets as TRL does the training set, and check what is left of them."""
+) -> tuple[ValidationSets | None, ValidationSets | None]:
+    """Tokenise the validation sets as TRL does the training set, and check what is left of them.
+
+    Returns:
+        the sets as the model is trained on them, and as estimators draw from them; None without validation rows.
+    """
     if not sets:
-        return None
+        return None, None
     args = trainer.args
     prepared = {}
     for name, dataset in sets.items():
@@ -312,17 +318,23 @@ def prepare_validation(
                 f"{MIN_CALIBRATION_ROWS}, of which it holds a quarter back. Give more rows, or use "
                 "`selector_update='sparse_centred'`."
             )
-    return _validation_sets(trainer, prepared)
+    given, rows = args.validation_batch_size, rows_per_step(trainer)
+    # Estimators look at few batches, and need them large; the model sees a small one in every step.
+    return (
+        validation_sets(trainer, prepared, given or max(1, rows // 4)),
+        validation_sets(trainer, prepared, given or rows),
+    )
 
 
-def _validation_sets(trainer: BilevelSFTTrainer, datasets: Mapping[str, Dataset]) -> ValidationSets:
+def validation_sets(trainer: BilevelSFTTrainer, datasets: Mapping[str, Dataset], batch_size: int) -> ValidationSets:
+    """Prepared validation sets that hand out `batch_size` rows per step, over all processes."""
     args = trainer.args
     given = args.validation_weights or dict.fromkeys(datasets, 1.0)
     total = sum(given[name] for name in datasets)
     return ValidationSets(
         datasets,
         {name: given[name] / total for name in datasets},
-        batch_size=args.validation_batch_size or rows_per_step(trainer),
+        batch_size=batch_size,
         collate=trainer.data_collator,
         seed=args.seed,
         # With a collator of the user's, TRL leaves the tokenizer without a padding token.
@@ -381,6 +393,14 @@ def default_pilot_steps(steps: int) -> int:
     return min(24, max(8, steps // 4))
 
 
+def default_pilot_batch_size(trainer: BilevelSFTTrainer) -> int:
+    """Training rows of a pilot step: those of an optimizer step, at most 8 (or one per process).
+
+    The pilot costs the same however large the batches and the data are.
+    """
+    return min(rows_per_step(trainer), max(PILOT_BATCH, trainer.accelerator.num_processes))
+
+
 def pilot_learning_rate(trainer: BilevelSFTTrainer) -> float:
     """`pilot_learning_rate`, or its default."""
     given = trainer.args.pilot_learning_rate
@@ -393,6 +413,7 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
     """The pilot run of a trainer, with its validation rows dealt into those that pull and those that are held back."""
     assert trainer.validation is not None
     args = trainer.args
+    batch_size = args.pilot_batch_size or default_pilot_batch_size(trainer)
     pulling, held_back = {}, {}
     for index, (name, rows) in enumerate(trainer.validation.datasets.items()):
         order = torch.randperm(
@@ -405,13 +426,13 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
     return Pilot(
         trainer,
         estimator_factory=lambda host: make_estimator(args, host),
-        validation=_validation_sets(trainer, pulling),
-        held_back=_validation_sets(trainer, held_back),
+        validation=validation_sets(trainer, pulling, args.validation_batch_size or batch_size),
+        held_back=validation_sets(trainer, held_back, batch_size),
         steps=args.pilot_steps or default_pilot_steps(trainer.state.max_steps),
-        batch_size=args.pilot_batch_size or rows_per_step(trainer),
+        batch_size=batch_size,
         learning_rate=pilot_learning_rate(trainer),
         validation_loss_weight=0.5 if ESTIMATORS[args.weight_estimator].pilot_sees_validation else 0.0,
-        scored_rows=args.pilot_scored_rows,
+        scored_rows=args.pilot_scored_rows or None,
     )
 
 
