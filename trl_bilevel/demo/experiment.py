@@ -28,7 +28,7 @@ ARMS = {
     "random_subset": "a random quarter of the rows",
     "perplexity": "the rows that the untrained model finds likeliest, as many as are undamaged (needs that number)",
     "seal": "the published selector as it is: `selector_preset='seal'`, lambda = 0.5",
-    "seal_two_stage": "the four fifths of the rows that `seal` weighs most, trained on from the start: twice the steps",
+    "seal_two_stage": "the four fifths of the rows that `seal` weighs most, from the start: twice the steps",
     "bilevel": "weights learned by the default estimator",
     "bilevel_double": "as bilevel, with twice the rows per step: as many as refine trains on",
     "refine": "as bilevel, then rounds with the model's own answers to the questions of least weight",
