@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict] = {
     "value_function": {},
     "lookahead, K = 4": {"weight_estimator": "lookahead", "lookahead_steps": 4},
     "lookahead, K = 8": {"weight_estimator": "lookahead", "lookahead_steps": 8},
+    "lookahead, K = 12": {"weight_estimator": "lookahead", "lookahead_steps": 12},
     "lookahead, K = 16": {"weight_estimator": "lookahead", "lookahead_steps": 16},
 }
 

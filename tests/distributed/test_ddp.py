@@ -11,8 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 METHODS = {
     "default": {},
+    "predicted": {"pilot_scored_rows": 16},
     "loss_weighted": {"selector_weighting": "loss"},
-    "online": {"selector_update": "sparse_centred", "selector_warmup_steps": 3},
+    "value_function": {"weight_estimator": "value_function"},
+    "online": {
+        "weight_estimator": "value_function",
+        "selector_update": "sparse_centred",
+        "selector_warmup_steps": 3,
+    },
     "online_lookahead": {
         "weight_estimator": "lookahead",
         "selector_update": "sparse_centred",

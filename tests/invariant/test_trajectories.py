@@ -12,9 +12,16 @@ from trl_bilevel import BilevelSFTTrainer
 METHODS = {
     "default": {},
     "loss_weighted": {"selector_weighting": "loss"},
-    "lookahead": {"weight_estimator": "lookahead"},
-    "online_value_function": {"selector_update": "sparse_centred", "selector_warmup_steps": 3},
+    "reliable": {"selector_preset": "reliable"},
+    "value_function": {"weight_estimator": "value_function"},
+    "predicted": {"pilot_scored_rows": 16},
+    "online_value_function": {
+        "weight_estimator": "value_function",
+        "selector_update": "sparse_centred",
+        "selector_warmup_steps": 3,
+    },
     "online_every_second": {
+        "weight_estimator": "value_function",
         "selector_update": "sparse_centred",
         "selector_warmup_steps": 0,
         "estimator_refresh_steps": 2,

@@ -151,7 +151,7 @@ def test_unsupported(build, overrides, message):
 
 def test_online_value_function_needs_a_validation_term(build):
     with pytest.raises(ValueError, match="leaves the validation set without influence.*lookahead"):
-        build(validation_loss_weight=0, selector_update="sparse_centred")
+        build(weight_estimator="value_function", validation_loss_weight=0, selector_update="sparse_centred")
 
 
 def test_nothing_to_train(build, tiny_model):

@@ -173,7 +173,8 @@ def test_row_losses_keep_the_order_of_the_rows(build, train_rows):
 
 
 def test_online_filter_shuts_the_gate_in_short_runs(build):
-    trainer = build(filter_rate=0.5, selector_update="sparse_centred", selector_warmup_steps=0)
+    online = {"selector_update": "sparse_centred", "weight_estimator": "value_function"}
+    trainer = build(filter_rate=0.5, selector_warmup_steps=0, **online)
     trainer.train()
     assert 10 <= int((trainer.sample_weights() == 0).sum()) <= 30
 
@@ -255,7 +256,7 @@ def test_a_plain_config_is_taken(tiny_model, train_rows, validation_rows, tokeni
         processing_class=tokenizer,
     )
     assert isinstance(trainer.args, BilevelSFTConfig)
-    assert trainer.args.weight_estimator == "value_function"
+    assert trainer.args.weight_estimator == "lookahead"
 
 
 def test_the_validation_term_is_small_by_default(build):

@@ -52,8 +52,9 @@ class BilevelSFTConfig(SFTConfig):
     estimator and the selector.
 
     Parameters:
-        weight_estimator (`str`, *optional*, defaults to `"value_function"`):
-            Where scores come from: `"value_function"`, `"lookahead"`, `"alignment"` (gradient inner products),
+        weight_estimator (`str`, *optional*, defaults to `"lookahead"`):
+            Where scores come from: `"lookahead"` (what a few validation steps do to a row's loss), `"value_function"`
+            (the difference to a tracker trained without validation rows), `"alignment"` (gradient inner products),
             `"loss"` (published, for reproduction) or `"none"` (uniform weights).
         validation_loss_weight (`float`, *optional*, defaults to `0.5`):
             lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0 the validation rows
@@ -72,8 +73,9 @@ class BilevelSFTConfig(SFTConfig):
         estimator_refresh_steps (`int`, *optional*):
             M. `lookahead`, `alignment`: steps between refreshes (default 32 and 16). `value_function`: train the
             tracker and take scores on every M-th step only (default 1).
-        lookahead_steps (`int`, *optional*, defaults to `4`):
+        lookahead_steps (`int`, *optional*):
             K, validation steps of a look-ahead (`lookahead`; `alignment` with `alignment_direction="displacement"`).
+            Defaults to half of `pilot_steps`, at least 4, at the end of a pilot run, and to 4 for online updates.
         alignment_direction (`str`, *optional*, defaults to `"preconditioned"`):
             `alignment`: what the rows' gradients are compared with: the gradient of the validation loss as Adam would
             step along it (`"preconditioned"`), as it is (`"gradient"`), or the way that `lookahead_steps` validation
@@ -139,8 +141,8 @@ class BilevelSFTConfig(SFTConfig):
     """
 
     weight_estimator: str = field(
-        default="value_function",
-        metadata={"help": "Where scores come from: 'value_function', 'lookahead', 'alignment', 'loss' or 'none'."},
+        default="lookahead",
+        metadata={"help": "Where scores come from: 'lookahead', 'value_function', 'alignment', 'loss' or 'none'."},
     )
     validation_loss_weight: float = field(
         default=0.5, metadata={"help": "lambda, weight of the validation loss in the objective, in [0, 1)."}
@@ -168,7 +170,10 @@ class BilevelSFTConfig(SFTConfig):
             "(1)."
         },
     )
-    lookahead_steps: int = field(default=4, metadata={"help": "Validation steps of a look-ahead."})
+    lookahead_steps: int | None = field(
+        default=None,
+        metadata={"help": "Validation steps of a look-ahead. Default: half of the pilot's steps, 4 without a pilot."},
+    )
     alignment_direction: str = field(
         default="preconditioned",
         metadata={"help": "alignment: 'preconditioned' or plain 'gradient' of validation, or its 'displacement'."},
@@ -308,7 +313,7 @@ class BilevelSFTConfig(SFTConfig):
             raise ValueError(
                 "`validation_loss_weight=0` with `weight_estimator='loss'` leaves the validation set without any "
                 "influence: the score of a row is its own loss. Set `validation_loss_weight` above 0, or use "
-                "`weight_estimator='value_function'` or `'lookahead'`."
+                "`weight_estimator='lookahead'` or `'value_function'`."
             )
 
 

@@ -21,9 +21,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Validation steps of a look-ahead that is taken again and again during training.
+ONLINE_LOOKAHEAD = 4
 
-def make_estimator(args: BilevelSFTConfig, host: EstimatorHost) -> Estimator:
-    """The estimator that the config names, on a host."""
+
+def make_estimator(args: BilevelSFTConfig, host: EstimatorHost, lookahead_steps: int = ONLINE_LOOKAHEAD) -> Estimator:
+    """The estimator that the config names, on a host.
+
+    Args:
+        lookahead_steps (`int`): where the config leaves them open.
+    """
+    steps = args.lookahead_steps or lookahead_steps
     if args.weight_estimator == "value_function":
         return ValueFunctionEstimator(
             host,
@@ -36,7 +44,7 @@ def make_estimator(args: BilevelSFTConfig, host: EstimatorHost) -> Estimator:
     if args.weight_estimator == "lookahead":
         return LookaheadEstimator(
             host,
-            lookahead_steps=args.lookahead_steps,
+            lookahead_steps=steps,
             refresh_steps=args.estimator_refresh_steps or 32,
             max_grad_norm=args.max_grad_norm,
         )
@@ -48,7 +56,7 @@ def make_estimator(args: BilevelSFTConfig, host: EstimatorHost) -> Estimator:
             precondition=args.alignment_direction == "preconditioned",
             displacement=args.alignment_direction == "displacement",
             normalise=args.alignment_normalise,
-            lookahead_steps=args.lookahead_steps,
+            lookahead_steps=steps,
             max_grad_norm=args.max_grad_norm,
         )
     return ESTIMATORS[args.weight_estimator](host)

@@ -203,7 +203,7 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         warnings.warn(
             "`weight_estimator='loss'` ranks rows by their loss, so it prefers easy bad rows (boilerplate, stubs, "
             "refusals of work) to good ones: measured AUC below 0.35 on them, where 0.5 is chance. It is kept to "
-            "reproduce published results; use 'value_function' for training.",
+            "reproduce published results; use 'lookahead' for training.",
             UserWarning,
             stacklevel=4,
         )
@@ -393,6 +393,16 @@ def default_pilot_steps(steps: int) -> int:
     return min(24, max(8, steps // 4))
 
 
+def pilot_lookahead(pilot_steps: int) -> int:
+    """Validation steps of the look-ahead that ends a pilot run: half of the pilot's own steps, at least 4.
+
+    With 24 pilot steps on the quality task, AUC of the weights was .86 after 4 of them, .93 after 8, .92 after 16
+    (first seed): few steps see too little. As many as the pilot itself had, and what any text teaches outweighs what
+    sets the validation rows apart.
+    """
+    return max(4, pilot_steps // 2)
+
+
 def default_pilot_batch_size(trainer: BilevelSFTTrainer) -> int:
     """Training rows of a pilot step: those of an optimizer step, at most 8 (or one per process).
 
@@ -423,12 +433,13 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
         pulling[name] = rows.select(sorted(order[held:]))
         if held:
             held_back[name] = rows.select(sorted(order[:held]))
+    steps = args.pilot_steps or default_pilot_steps(trainer.state.max_steps)
     return Pilot(
         trainer,
-        estimator_factory=lambda host: make_estimator(args, host),
+        estimator_factory=lambda host: make_estimator(args, host, pilot_lookahead(steps)),
         validation=validation_sets(trainer, pulling, args.validation_batch_size or batch_size),
         held_back=validation_sets(trainer, held_back, batch_size),
-        steps=args.pilot_steps or default_pilot_steps(trainer.state.max_steps),
+        steps=steps,
         batch_size=batch_size,
         learning_rate=pilot_learning_rate(trainer),
         validation_loss_weight=0.5 if ESTIMATORS[args.weight_estimator].pilot_sees_validation else 0.0,
