@@ -10,6 +10,7 @@ from pathlib import Path
 from trl_bilevel.trainer.amortise import DEPTH
 
 HERE = Path(__file__).parent
+SIZES = (1_088, 10_000, 100_000, 1_000_000)
 DOCS = HERE.parent / "docs"
 
 INTRODUCTION = """# Results
@@ -168,20 +169,32 @@ def cost() -> list[str]:
     if not file.exists():
         return []
     record = json.loads(file.read_text())
-    lines = ["| settings | " + " | ".join(f"{rows} rows" for rows in record["rows"]) + " |"]
-    lines.append("|---" * (len(record["rows"]) + 1) + "|")
-    lines += [
-        f"| {name} | " + " | ".join(f"{r:.2f}x" for r in runs.values()) + " |"
-        for name, runs in record["ratio"].items()
-    ]
+    plain = line_through(record["flops"]["SFTTrainer"])
+    lines = ["| settings | " + " | ".join(f"{rows:,} rows" for rows in SIZES) + " | any number |"]
+    lines.append("|---" * (len(SIZES) + 2) + "|")
+    for name, counts in record["flops"].items():
+        fixed, slope = line_through(counts)
+        cells = [f"{(fixed + slope * rows) / (plain[0] + plain[1] * rows):.3f}x" for rows in SIZES]
+        lines.append(
+            f"| {name} | " + " | ".join(cells) + f" | {slope / plain[1]:.3f}x + {fixed / plain[1]:,.0f} rows |"
+        )
+    counted = ", ".join(sorted({size for counts in record["flops"].values() for size in counts}, key=int))
     return [
-        "## Cost of selection\n\nFLOPs of a whole two-epoch run over those of `SFTTrainer`, everything included, on a "
-        f"Llama of two layers with LoRA, gradient checkpointing on, batch {record['batch']}, "
-        f"{record['validation_rows']} validation rows; the pilot's steps come on top here. A pilot is a constant, so "
-        "its share falls with the number of rows; the validation term (lambda = 0.5, as many validation rows as "
-        "training rows in every step) does not. `python -m benchmarks.cost`"
+        "## Cost of selection\n\nFLOPs of a whole two-epoch run over those of `SFTTrainer` on the same rows, "
+        "everything included (pilot run, scoring, prediction, validation rows), on a Llama of ten layers with LoRA, "
+        f"gradient checkpointing on, batch {record['batch']}, {record['validation_rows']} validation rows. A run costs "
+        "a constant (the pilot, the scored rows), given here in rows' worth of plain training, and so much per row; "
+        f"counted with {counted} rows, computed for the others. The pilot's steps come on top here, while the tables "
+        "above take them off the run. `python -m benchmarks.cost`"
         "\n\n" + "\n".join(lines) + "\n"
     ]
+
+
+def line_through(counts: dict[str, int]) -> tuple[float, float]:
+    """Constant and slope of a cost by number of rows, from the smallest and the largest counted."""
+    low, high = min(counts, key=int), max(counts, key=int)
+    slope = (counts[high] - counts[low]) / (int(high) - int(low))
+    return counts[low] - slope * int(low), slope
 
 
 def main() -> None:
