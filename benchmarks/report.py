@@ -183,9 +183,9 @@ def cost() -> list[str]:
         "## Cost of selection\n\nFLOPs of a whole two-epoch run over those of `SFTTrainer` on the same rows, "
         "everything included (pilot run, scoring, prediction, validation rows), on a Llama of ten layers with LoRA, "
         f"gradient checkpointing on, batch {record['batch']}, {record['validation_rows']} validation rows. A run "
-        "costs a constant (the pilot, the scored rows), given here in rows' worth of plain training, and so much per row; "
-        f"counted with {counted} rows, computed for the others. The pilot's steps come on top here, while the tables "
-        "above take them off the run. `python -m benchmarks.cost`"
+        "costs a constant (the pilot, the scored rows), given here in rows' worth of plain training, and so much per "
+        f"row; counted with {counted} rows, computed for the others. The pilot's steps come on top here, while the "
+        "tables above take them off the run. `python -m benchmarks.cost`"
         "\n\n" + "\n".join(lines) + "\n"
     ]
 
