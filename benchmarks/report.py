@@ -7,7 +7,9 @@ import json
 import statistics
 from pathlib import Path
 
-from trl_bilevel.trainer.amortise import DEPTH
+from trl_bilevel import BilevelSFTConfig
+
+DEPTH = BilevelSFTConfig.pilot_feature_depth
 
 HERE = Path(__file__).parent
 SIZES = (1_088, 10_000, 100_000, 1_000_000)

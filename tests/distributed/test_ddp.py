@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = {
     "default": {},
     "predicted": {"pilot_scored_rows": 16},
-    "loss_weighted": {"selector_weighting": "loss"},
+    "loss_weighted": {"selector_weighting": "loss", "validation_loss_weight": 0.5, "validation_every": 1},
     "value_function": {"weight_estimator": "value_function"},
     "online": {
         "weight_estimator": "value_function",

@@ -49,7 +49,7 @@ METHODS = {
     },
     "seal": {"selector_preset": "seal"},
     "sigmoid_filtered": {"selector_activation": "sigmoid", "filter_rate": 0.3, "selector_weighting": "loss"},
-    "validation_drives_only": {"validation_loss_weight": 0.0},
+    "validation_term": {"validation_loss_weight": 0.5, "validation_every": 2},
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:.weight_estimator='loss':UserWarning")

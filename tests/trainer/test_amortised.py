@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.conftest import parameters
 from trl_bilevel import BilevelSFTTrainer
-from trl_bilevel.trainer.amortise import DEPTH, decoder_layers, row_features
+from trl_bilevel.trainer.amortise import decoder_layers, row_features
 
 
 @pytest.fixture
@@ -80,10 +80,10 @@ def test_only_lower_layers_are_computed(build):
     for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, number=number: used.append(number))
     batch = trainer.collate_rows([0, 1, 2])
-    states = row_features(trainer, batch)
+    states = row_features(trainer, batch, 0.5)
     assert states.shape == (3, 64) and states.dtype == torch.float32
-    assert used == list(range(max(1, round(DEPTH * len(layers)))))
-    alone = torch.cat([row_features(trainer, trainer.collate_rows([row])) for row in (0, 1, 2)])
+    assert used == [0]
+    alone = torch.cat([row_features(trainer, trainer.collate_rows([row]), 0.5) for row in (0, 1, 2)])
     torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-4)
 
 

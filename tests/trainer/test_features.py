@@ -261,7 +261,8 @@ def test_a_plain_config_is_taken(tiny_model, train_rows, validation_rows, tokeni
 
 def test_the_validation_term_is_small_by_default(build):
     """A quarter of the training rows in every fourth step; estimators draw as many rows as a step trains on."""
-    trainer = build(selector_update="sparse_centred", weight_estimator="lookahead")
+    online = {"selector_update": "sparse_centred", "weight_estimator": "lookahead"}
+    trainer = build(validation_loss_weight=0.5, **online)
     forwards, drawn = [], []
     rows_of = trainer.pulling.step_batch
 
@@ -296,7 +297,8 @@ def test_presets_set_what_they_say(config):
     balanced, fast, reliable = (config(selector_preset=name) for name in ("balanced", "fast", "reliable"))
     assert balanced == dataclasses.replace(config(), selector_preset="balanced")
     assert (reliable.pilot_scored_rows, reliable.validation_every) == (0, 1)
-    assert (fast.pilot_scored_rows, fast.validation_loss_weight) == (256, 0.0)
+    assert (fast.pilot_scored_rows, fast.pilot_feature_depth) == (256, 0.2)
+    assert (balanced.validation_loss_weight, config(weight_estimator="loss").validation_loss_weight) == (0.0, 0.5)
     paper, seal = config(selector_preset="paper"), config(selector_preset="seal")
     assert (paper.selector_learning_rate, seal.selector_learning_rate) == (1e-4, 5e-3)
     for preset in (paper, seal):

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How deep in the model features are read. Two thirds predict a little better and cost more (docs/results.md).
-DEPTH = 0.3
-
 
 class _ReachedDepth(Exception):
     """Ends a forward once the features are there: the layers above are not computed."""
@@ -45,7 +42,7 @@ def decoder_layers(model: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def row_features(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: float = DEPTH) -> Tensor:
+def row_features(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: float) -> Tensor:
     """`core.amortised.pair_features` of a hidden state, float32 `[b, 2 d]` on the CPU.
 
     Args:
@@ -82,7 +79,7 @@ def _mean(states: Tensor, tokens: Tensor) -> Tensor:
 def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> Tensor:
     """Weights of all rows: of the scored ones as they are, of the others as their features predict.
 
-    Cost: a forward without gradient through the lower `DEPTH` of the layers for every row.
+    Cost: a forward without gradient through the lower layers (`pilot_feature_depth`) for every row.
 
     Args:
         scored (`Tensor` int64 `[n]`): sample ids of the scored rows, a random sample, ascending.
@@ -95,18 +92,18 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
     ids = sample_ids(trainer.train_dataset)[order]
     scored, weights = scored.cpu(), weights.cpu().float()
     known = torch.isin(ids, scored)
-    training = trainer.model.training
+    training, depth = trainer.model.training, trainer.args.pilot_feature_depth
     trainer.model.eval()
     place = torch.full((trainer.row_count,), -1, dtype=torch.int64)
     place[scored] = torch.arange(len(scored))
     features = torch.zeros(len(scored), 2 * trainer.model.config.get_text_config().hidden_size)
     for batch in row_batches(trainer, order[known], "Reading scored rows"):
-        features[place[batch[SAMPLE_ID].cpu()]] = row_features(trainer, batch)
+        features[place[batch[SAMPLE_ID].cpu()]] = row_features(trainer, batch, depth)
     # Every process fits on the same features, to the last bit.
     predictor = fit_weight_predictor(_sum(trainer, features), weights)
     predicted = torch.zeros(trainer.row_count)
     for batch in row_batches(trainer, order[~known], "Predicting weights"):
-        predicted[batch[SAMPLE_ID].cpu()] = predictor(row_features(trainer, batch))
+        predicted[batch[SAMPLE_ID].cpu()] = predictor(row_features(trainer, batch, depth))
     predicted = _sum(trainer, predicted)
     out = torch.zeros(trainer.row_count)
     out[ids[~known]] = recalibrated(predicted[ids[~known]], *_trusted(trainer, predictor, float(weights.mean())))
@@ -129,7 +126,8 @@ def _trusted(trainer: BilevelSFTTrainer, predictor: WeightPredictor, mean: float
     assert trainer.validation is not None
     sets, found, shares = trainer.validation, [], []
     for name, batch in sets.all_batches(trainer.args.per_device_eval_batch_size):
-        found.append(predictor(row_features(trainer, trainer._prepare_inputs(batch))))
+        features = row_features(trainer, trainer._prepare_inputs(batch), trainer.args.pilot_feature_depth)
+        found.append(predictor(features))
         shares.append(torch.full((len(found[-1]),), sets.weights[name] / len(sets.datasets[name])))
     # Every process reads all of them, and must come to the same weights to the last bit.
     return _sum(trainer, torch.cat(found)) / trainer.args.world_size, mean, torch.cat(shares)

@@ -21,7 +21,7 @@ DIRECTIONS = ("preconditioned", "gradient", "displacement")
 PRESETS: dict[str, dict[str, Any]] = {
     "reliable": {"pilot_scored_rows": 0, "validation_every": 1},
     "balanced": {"pilot_scored_rows": 512, "validation_every": 4},
-    "fast": {"pilot_scored_rows": 256, "validation_loss_weight": 0.0},
+    "fast": {"pilot_scored_rows": 256, "pilot_feature_depth": 0.2},
     "paper": {
         "weight_estimator": "loss",
         "selector_update": "adam",
@@ -56,9 +56,10 @@ class BilevelSFTConfig(SFTConfig):
             Where scores come from: `"lookahead"` (what a few validation steps do to a row's loss), `"value_function"`
             (the difference to a tracker trained without validation rows), `"alignment"` (gradient inner products),
             `"loss"` (published, for reproduction) or `"none"` (uniform weights).
-        validation_loss_weight (`float`, *optional*, defaults to `0.5`):
-            lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0 the validation rows
-            drive the weights and are never trained on by the model.
+        validation_loss_weight (`float`, *optional*):
+            lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0, the default, the
+            validation rows drive the weights and are never trained on by the model. Defaults to 0.5 where scores come
+            from a model that is pulled by them as it trains: `"loss"`, and `"value_function"` with online updates.
         validation_loss_weight_decay (`float`, *optional*, defaults to `0.0`):
             Taken off lambda at the start of every further epoch (the paper's setting: 0.1). Never below 0.05.
         validation_batch_size (`int`, *optional*):
@@ -107,9 +108,9 @@ class BilevelSFTConfig(SFTConfig):
         selector_activation (`str`, *optional*, defaults to `"softmax"`):
             `"softmax"` or `"sigmoid"` (bounds the ratio between two weights from above more softly).
         selector_preset (`str`, *optional*):
-            Settings under one name. `"reliable"`: all rows are scored, and the validation term is in every step;
-            `"balanced"`: the defaults; `"fast"`: half as many rows are scored, and validation rows only guide the
-            weights (`validation_loss_weight=0`). `"paper"`, `"seal"`: estimator, update, step size and betas of the
+            Settings under one name. `"reliable"`: all rows are scored, and the validation term, if there is one, is in
+            every step; `"balanced"`: the defaults; `"fast"`: half as many rows are scored, and the others' weights are
+            predicted from shallower features. `"paper"`, `"seal"`: estimator, update, step size and betas of the
             published code.
         selector_warmup_steps (`float`, *optional*, defaults to `0.17`):
             `"sparse_centred"`, `"adam"`: optimizer steps with uniform weights before scores count, or a fraction of
@@ -131,6 +132,8 @@ class BilevelSFTConfig(SFTConfig):
             `"calibrated"`: training rows that the pilot run scores, drawn at random; weights of the others are
             predicted from hidden states of the lower layers, by part of one forward in place of two whole ones (see
             docs/method.md). 0 for all rows.
+        pilot_feature_depth (`float`, *optional*, defaults to `0.3`):
+            Share of the layers that are computed to predict a weight, in (0, 1].
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             `"calibrated"`: power to which the calibrated weights are raised. 1 reproduces the density of the
             validation rows' scores; above 1 trades variety of rows for purity.
@@ -144,8 +147,10 @@ class BilevelSFTConfig(SFTConfig):
         default="lookahead",
         metadata={"help": "Where scores come from: 'lookahead', 'value_function', 'alignment', 'loss' or 'none'."},
     )
+    # None is gone after `__post_init__`.
     validation_loss_weight: float = field(
-        default=0.5, metadata={"help": "lambda, weight of the validation loss in the objective, in [0, 1)."}
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "lambda, weight of the validation loss in the objective, in [0, 1). Default: 0, if it can."},
     )
     validation_loss_weight_decay: float = field(
         default=0.0, metadata={"help": "Taken off lambda at the start of every further epoch; never below 0.05."}
@@ -240,6 +245,9 @@ class BilevelSFTConfig(SFTConfig):
         default=512,
         metadata={"help": "Rows that the pilot run scores; weights of the others are predicted. 0 for all rows."},
     )
+    pilot_feature_depth: float = field(
+        default=0.3, metadata={"help": "Share of the layers that are computed to predict a weight, in (0, 1]."}
+    )
     calibration_sharpness: float = field(
         default=1.0, metadata={"help": "Power of the calibrated weights: above 1 trades variety of rows for purity."}
     )
@@ -263,6 +271,9 @@ class BilevelSFTConfig(SFTConfig):
         _one_of("selector_activation", self.selector_activation, ACTIVATIONS)
         _one_of("selector_update", self.selector_update, UPDATES)
         _one_of("alignment_direction", self.alignment_direction, DIRECTIONS)
+        if self.validation_loss_weight is None:
+            online = self.weight_estimator == "value_function" and self.selector_update != "calibrated"
+            self.validation_loss_weight = 0.5 if online or self.weight_estimator == "loss" else 0.0
         if self.selector_weighting is None:
             resample = self.selector_update == "calibrated" and self.weight_estimator != "none"
             self.selector_weighting = "resample" if resample else "loss"
@@ -290,6 +301,8 @@ class BilevelSFTConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not 0 < self.pilot_feature_depth <= 1:
+            raise ValueError(f"`pilot_feature_depth` must lie in (0, 1], got {self.pilot_feature_depth}.")
         if self.pilot_scored_rows != 0 and self.pilot_scored_rows < MIN_SCORED_ROWS:
             raise ValueError(
                 f"`pilot_scored_rows` must be at least {MIN_SCORED_ROWS}, got {self.pilot_scored_rows}: fewer rows do "
