@@ -20,6 +20,7 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
         ({"validation_batch_size": 0}, "`validation_batch_size` must be at least 1, got 0"),
         ({"estimator_refresh_steps": 0}, "`estimator_refresh_steps` must be at least 1"),
         ({"validation_every": 0}, "`validation_every` must be at least 1"),
+        ({"pilot_feature_depth": 0.0}, r"`pilot_feature_depth` must lie in \(0, 1\], got 0.0"),
         ({"lookahead_steps": -1}, "`lookahead_steps` must be at least 1"),
         ({"pilot_steps": 0}, "`pilot_steps` must be at least 1"),
         ({"pilot_learning_rate": float("inf")}, "`pilot_learning_rate` must be a finite number"),
@@ -78,7 +79,7 @@ def test_no_validation_set(build):
 
 def test_validation_term_without_validation_set(build):
     with pytest.raises(ValueError, match="`validation_dataset` is required"):
-        build(validation=None, weight_estimator="none")
+        build(validation=None, weight_estimator="none", validation_loss_weight=0.5)
 
 
 @pytest.mark.parametrize("name", [None, "a"])

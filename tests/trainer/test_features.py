@@ -189,7 +189,7 @@ def test_sigmoid_calibration_gives_the_same_weights(build):
 
 
 def test_statistics_are_logged(build):
-    trainer = build()
+    trainer = build(validation_loss_weight=0.5)
     trainer.train()
     first = trainer.state.log_history[0]
     for key in ("validation_loss", "selector/ess", "selector/entropy", "selector/score_mean", "selector/score_std"):
@@ -218,7 +218,7 @@ def test_lambda_decays_per_epoch_and_stays_above_its_floor(build):
 
 
 def test_validation_every_other_step(build):
-    trainer = build(validation_every=2)
+    trainer = build(validation_loss_weight=0.5, validation_every=2)
     trainer.train()
     assert ["validation_loss" in entry for entry in trainer.state.log_history[:4]] == [True, False, True, False]
 
