@@ -4,8 +4,8 @@ python -m benchmarks.cost [--rows 576 1088] [--settings balanced ...]
 
 FLOPs are counted by the formulas of `torch.utils.flop_counter` while the trainers run (pilot, scoring, validation
 rows, trackers and the recomputation of gradient checkpointing are all in), on a small Llama of ten layers whose LM
-head has the share that it has in SmolLM2-135M: the ratio does not depend on the machine. All rows are of one length, so
-that a run costs a constant and so much per row (from 513 rows on, where the default does not score them all): two
+head has the share that it has in SmolLM2-135M: the ratio does not depend on the machine. All rows are of one length,
+so that a run costs a constant and so much per row (from 513 rows on, where the default does not score them all): two
 sizes give every other one. Adds to `benchmarks/results/cost.json`.
 """
 
@@ -37,8 +37,8 @@ SETTINGS: dict[str, dict | None] = {
     "balanced": {},
     "fast": {"selector_preset": "fast"},
     "balanced, lambda = 0.5": {"validation_loss_weight": 0.5},
-    "balanced, value_function": {"weight_estimator": "value_function"},
-    "lookahead, online": {"selector_update": "sparse_centred"},
+    "balanced, lookahead": {"weight_estimator": "lookahead"},
+    "lookahead, online": {"weight_estimator": "lookahead", "selector_update": "sparse_centred"},
     "alignment, online": {"weight_estimator": "alignment", "selector_update": "sparse_centred"},
     "value_function, online": {"weight_estimator": "value_function", "selector_update": "sparse_centred"},
 }

@@ -30,9 +30,8 @@ def machine() -> dict[str, str]:
 
 
 def known_weights(experiment: dict, seed: int) -> list[float] | None:
-    """Weights that an arm of the same task and budget has learned (`weights_arm`); None if it has not run."""
-    folder = HERE / "results" / experiment.get("weights_of", experiment["name"])
-    file = folder / f"{experiment.get('weights_arm', 'bilevel')}-seed{seed}.json"
+    """Weights that the `bilevel` arm of the same task and budget has learned; None if it has not run."""
+    file = HERE / "results" / experiment.get("weights_of", experiment["name"]) / f"bilevel-seed{seed}.json"
     return json.loads(file.read_text())["weights"] if file.exists() else None
 
 

@@ -13,7 +13,7 @@ METHODS = {
     "default": {},
     "predicted": {"pilot_scored_rows": 16},
     "loss_weighted": {"selector_weighting": "loss", "validation_loss_weight": 0.5, "validation_every": 1},
-    "value_function": {"weight_estimator": "value_function"},
+    "lookahead": {"weight_estimator": "lookahead"},
     "online": {
         "weight_estimator": "value_function",
         "selector_update": "sparse_centred",

@@ -13,7 +13,7 @@ METHODS = {
     "default": {},
     "loss_weighted": {"selector_weighting": "loss"},
     "reliable": {"selector_preset": "reliable"},
-    "value_function": {"weight_estimator": "value_function"},
+    "lookahead": {"weight_estimator": "lookahead"},
     "predicted": {"pilot_scored_rows": 16},
     "online_value_function": {
         "weight_estimator": "value_function",

@@ -256,7 +256,7 @@ def test_a_plain_config_is_taken(tiny_model, train_rows, validation_rows, tokeni
         processing_class=tokenizer,
     )
     assert isinstance(trainer.args, BilevelSFTConfig)
-    assert trainer.args.weight_estimator == "lookahead"
+    assert trainer.args.weight_estimator == "value_function"
 
 
 def test_the_validation_term_is_small_by_default(build):
@@ -297,7 +297,7 @@ def test_presets_set_what_they_say(config):
     balanced, fast, reliable = (config(selector_preset=name) for name in ("balanced", "fast", "reliable"))
     assert balanced == dataclasses.replace(config(), selector_preset="balanced")
     assert (reliable.pilot_scored_rows, reliable.validation_every) == (0, 1)
-    assert (fast.pilot_scored_rows, fast.pilot_feature_depth) == (256, 0.2)
+    assert (fast.weight_estimator, fast.pilot_scored_rows, fast.pilot_feature_depth) == ("lookahead", 256, 0.2)
     assert (balanced.validation_loss_weight, config(weight_estimator="loss").validation_loss_weight) == (0.0, 0.5)
     paper, seal = config(selector_preset="paper"), config(selector_preset="seal")
     assert (paper.selector_learning_rate, seal.selector_learning_rate) == (1e-4, 5e-3)

@@ -34,14 +34,14 @@ ARMS = {
     "refine": "as bilevel, then rounds with the model's own answers to the questions of least weight",
     "refine_random": "as refine, but the responses' scores are dealt out at random (control)",
     "refine_best": "as refine, but all weight goes to the best response of each question (control)",
-    "value_function": "weights learned with a tracker, which was the default once",
+    "lookahead": "weights learned by the look-ahead estimator",
     "loss": "weights learned by the published loss-based estimator, same pilot run and calibration",
 }
 # Chosen from all rows by another run.
 FILTERS = ("perplexity", "seal_two_stage")
 REFINING = ("refine", "refine_random", "refine_best")
-ESTIMATOR_OF_ARM = dict.fromkeys(("bilevel", "bilevel_double", *REFINING), "lookahead")
-ESTIMATOR_OF_ARM |= {"value_function": "value_function", "loss": "loss", "seal": "loss"}
+ESTIMATOR_OF_ARM = dict.fromkeys(("bilevel", "bilevel_double", *REFINING), "value_function")
+ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "loss": "loss", "seal": "loss"}
 
 # Settings of the self-refining arms; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
 # are offline ones.

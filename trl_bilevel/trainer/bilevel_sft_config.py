@@ -21,7 +21,7 @@ DIRECTIONS = ("preconditioned", "gradient", "displacement")
 PRESETS: dict[str, dict[str, Any]] = {
     "reliable": {"pilot_scored_rows": 0, "validation_every": 1},
     "balanced": {"pilot_scored_rows": 512, "validation_every": 4},
-    "fast": {"pilot_scored_rows": 256, "pilot_feature_depth": 0.2},
+    "fast": {"weight_estimator": "lookahead", "pilot_scored_rows": 256, "pilot_feature_depth": 0.2},
     "paper": {
         "weight_estimator": "loss",
         "selector_update": "adam",
@@ -52,10 +52,11 @@ class BilevelSFTConfig(SFTConfig):
     estimator and the selector.
 
     Parameters:
-        weight_estimator (`str`, *optional*, defaults to `"lookahead"`):
-            Where scores come from: `"lookahead"` (what a few validation steps do to a row's loss), `"value_function"`
-            (the difference to a tracker trained without validation rows), `"alignment"` (gradient inner products),
-            `"loss"` (published, for reproduction) or `"none"` (uniform weights).
+        weight_estimator (`str`, *optional*, defaults to `"value_function"`):
+            Where scores come from: `"value_function"` (the difference to a tracker trained without validation rows),
+            `"lookahead"` (what a few validation steps do to a row's loss; a third of the former's pilot),
+            `"alignment"` (gradient inner products), `"loss"` (published, for reproduction) or `"none"` (uniform
+            weights).
         validation_loss_weight (`float`, *optional*):
             lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0, the default, the
             validation rows drive the weights and are never trained on by the model. Defaults to 0.5 where scores come
@@ -109,9 +110,9 @@ class BilevelSFTConfig(SFTConfig):
             `"softmax"` or `"sigmoid"` (bounds the ratio between two weights from above more softly).
         selector_preset (`str`, *optional*):
             Settings under one name. `"reliable"`: all rows are scored, and the validation term, if there is one, is in
-            every step; `"balanced"`: the defaults; `"fast"`: half as many rows are scored, and the others' weights are
-            predicted from shallower features. `"paper"`, `"seal"`: estimator, update, step size and betas of the
-            published code.
+            every step; `"balanced"`: the defaults; `"fast"`: the look-ahead scores half as many rows, and the others'
+            weights are predicted from shallower features. `"paper"`, `"seal"`: estimator, update, step size and betas
+            of the published code.
         selector_warmup_steps (`float`, *optional*, defaults to `0.17`):
             `"sparse_centred"`, `"adam"`: optimizer steps with uniform weights before scores count, or a fraction of
             all steps if below 1. Both ends of a loss difference have to learn the mixture first.
@@ -144,8 +145,8 @@ class BilevelSFTConfig(SFTConfig):
     """
 
     weight_estimator: str = field(
-        default="lookahead",
-        metadata={"help": "Where scores come from: 'lookahead', 'value_function', 'alignment', 'loss' or 'none'."},
+        default="value_function",
+        metadata={"help": "Where scores come from: 'value_function', 'lookahead', 'alignment', 'loss' or 'none'."},
     )
     # None is gone after `__post_init__`.
     validation_loss_weight: float = field(
@@ -326,7 +327,7 @@ class BilevelSFTConfig(SFTConfig):
             raise ValueError(
                 "`validation_loss_weight=0` with `weight_estimator='loss'` leaves the validation set without any "
                 "influence: the score of a row is its own loss. Set `validation_loss_weight` above 0, or use "
-                "`weight_estimator='lookahead'` or `'value_function'`."
+                "`weight_estimator='value_function'` or `'lookahead'`."
             )
 
 

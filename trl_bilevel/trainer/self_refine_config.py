@@ -87,7 +87,7 @@ class SelfRefineConfig(GRPOConfig):
             `selection_dataset` is given.
         patience (`int`, *optional*, defaults to `2`):
             Stop after so many rounds in a row that were rolled back.
-        weight_estimator (`str`, *optional*, defaults to `"lookahead"`):
+        weight_estimator (`str`, *optional*, defaults to `"value_function"`):
             Estimator of the explicit weights, learned before the first round by a pilot run; `"none"` for equal
             weights. Not used if `train_dataset` has a column `data_weight`.
         pilot_steps, pilot_learning_rate, pilot_batch_size:
@@ -136,7 +136,7 @@ class SelfRefineConfig(GRPOConfig):
     )
     patience: int = field(default=2, metadata={"help": "Stop after so many rounds in a row that were rolled back."})
     weight_estimator: str = field(
-        default="lookahead",
+        default="value_function",
         metadata={"help": "Estimator of the explicit weights, or 'none'. Not used with a column 'data_weight'."},
     )
     pilot_steps: int | None = field(default=None, metadata={"help": "Steps of the pilot run."})

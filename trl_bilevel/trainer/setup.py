@@ -203,7 +203,7 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         warnings.warn(
             "`weight_estimator='loss'` ranks rows by their loss, so it prefers easy bad rows (boilerplate, stubs, "
             "refusals of work) to good ones: measured AUC below 0.35 on them, where 0.5 is chance. It is kept to "
-            "reproduce published results; use 'lookahead' for training.",
+            "reproduce published results; use 'value_function' for training.",
             UserWarning,
             stacklevel=4,
         )
