@@ -24,7 +24,7 @@ from trl_bilevel.trainer.passes import row_batches
 
 HERE = Path(__file__).parent
 SCORED = (32, 64, 128, 256, 512)
-DEPTHS = (0.03, 0.1, 0.2, 0.3, 0.4, 0.67)
+DEPTHS = (0.1, 0.2, 0.3, 0.4, 0.67)
 DRAWS = 4
 
 
