@@ -91,10 +91,10 @@ look-ahead; the pilot alone, without training. The default takes K = 12. `python
 {table}
 
 In whole runs (tables above) it does as well as the tracker on the quality task at a third of the pilot's cost (gap
-recovered 85 / 85 / 99% against 79 / 88 / 93%), better on cut-off answers, and worse in two runs: on one boilerplate
-seed it leaves a tenth of the weight on the bad rows, and on the safety task it gives rows with refusals 6.5 times the
-weight of benign ones (1.7 times with the tracker), so that the loss of benign rows ends at 3.36 against 3.14. So the
-tracker is the default, and the look-ahead is the `fast` preset.
+recovered 85 / 85 / 99% against 79 / 88 / 93%), better on cut-off answers, and worse elsewhere: on one boilerplate seed
+of two it leaves a tenth of the weight on the bad rows, and on the safety task (two seeds) it weighs refusals several
+times as much as benign rows (first seed: 6.5 times; 1.7 times with the tracker), so that the loss of benign rows ends
+at 3.36 / 3.47 against 3.14 / 3.25. So the tracker stays the default, and the look-ahead is in the `fast` preset.
 """
 
 
