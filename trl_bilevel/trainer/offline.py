@@ -28,7 +28,7 @@ SHARED = (
     *("max_grad_norm", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("disable_tqdm", "max_steps", "max_length", "trust_remote_code", "validation_loss_weight"),
     *("validation_batch_size", "validation_weights", "weight_estimator", "pilot_steps", "pilot_learning_rate"),
-    "pilot_batch_size",
+    *("pilot_batch_size", "pilot_scored_rows", "pilot_feature_depth"),
 )
 
 
@@ -58,10 +58,8 @@ class OfflinePart:
         if DATA_WEIGHT in train_dataset.column_names:
             settings["weight_estimator"] = "none"
         if args.validation_batch_size is None:
-            processes = args.world_size
-            settings["validation_batch_size"] = (
-                args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-            )
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            settings["validation_batch_size"] = rows
         config = BilevelSFTConfig(**settings, selector_weighting="resample", report_to="none")
         self.trainer = BilevelSFTTrainer(
             model,

@@ -90,7 +90,7 @@ class SelfRefineConfig(GRPOConfig):
         weight_estimator (`str`, *optional*, defaults to `"value_function"`):
             Estimator of the explicit weights, learned before the first round by a pilot run; `"none"` for equal
             weights. Not used if `train_dataset` has a column `data_weight`.
-        pilot_steps, pilot_learning_rate, pilot_batch_size:
+        pilot_steps, pilot_learning_rate, pilot_batch_size, pilot_scored_rows, pilot_feature_depth:
             As in [`BilevelSFTConfig`]; the learning rate is that of the look-ahead, too.
         max_length (`int`, *optional*, defaults to `1024`):
             Length at which offline and validation rows are cut.
@@ -144,6 +144,12 @@ class SelfRefineConfig(GRPOConfig):
         default=None, metadata={"help": "Learning rate of the pilot run and of the look-ahead."}
     )
     pilot_batch_size: int | None = field(default=None, metadata={"help": "Training rows per pilot step."})
+    pilot_scored_rows: int = field(
+        default=512, metadata={"help": "Rows that the pilot run scores; the others' weights are predicted. 0: all."}
+    )
+    pilot_feature_depth: float = field(
+        default=0.3, metadata={"help": "Share of the layers that are computed to predict a weight, in (0, 1]."}
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Length at which offline and validation rows are cut."}
     )
