@@ -218,7 +218,7 @@ def test_the_direction_is_preconditioned_and_averaged(build):
 
 def test_no_further_forward_of_training_rows(build):
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "validation_batch_size": 8}
-    trainer = build(max_steps=3, validation_every=1, **sizes)
+    trainer = build(max_steps=3, validation_loss_weight=0.5, validation_every=1, **sizes)
     calls = []
     trainer.model.get_base_model().model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
