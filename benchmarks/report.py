@@ -30,8 +30,8 @@ demo` prints the times). The same validation rows (32; 48 for safety) are known 
 
 The `loss` arm has the published selector's score, but this package's pilot run and calibration. Where that score
 ranks the bad rows above trusted ones, the calibration finds no score at which trusted rows are denser, and leaves all
-weights equal (AUC .500): harmless, and no help. The published update itself (`selector_preset="paper"`) is not
-measured here.
+weights equal (AUC .500): harmless, and no help. The published update itself (`selector_preset="paper"`, `"seal"`),
+SEAL's two stages and filtering by perplexity have arms in the experiment files, and were not run yet.
 
 `gap recovered` is (uniform - arm) / (uniform - clean only) in test loss (mean over 160 clean test rows of the loss per
 token, in nats), per seed. AUC is that of the learned weights, undamaged rows against the damaged ones.
@@ -81,12 +81,13 @@ question is not that of the scored arm (mended since; only the first and third s
 after). Sampling ran in training mode; the adapters have no dropout. An earlier row with the tracker's scores
 (`value_function`, 93%) was taken out: at lambda = 0 these scores hold no information from the validation rows, so it
 showed nothing about them. Not run: the arms, seeds and levers of the experiment files that the tables lack, among
-them `loss` and two seeds of the random subset on `safety`."""
+them the third seed of `loss` and two of the random subset on `safety`."""
 
 ESTIMATORS = """## The look-ahead against the tracker
 
 Calibrated weights by the `lookahead` estimator after 24 pilot steps on the mixture, by the validation steps K of the
-look-ahead; the pilot alone, without training. The default takes K = 12. `python -m benchmarks.estimators`
+look-ahead; the pilot alone, without training. Unless `lookahead_steps` is given, K is half of the pilot's steps: 12
+here, and in the tables above. `python -m benchmarks.estimators`
 
 {table}
 
