@@ -28,10 +28,11 @@ differs. **Budget:** all arms take the same number of optimizer steps; the steps
 that have one. On top of that, those arms score every row with two forwards and train the tracker in the pilot (`make
 demo` prints the times). The same validation rows (32; 48 for safety) are known to all.
 
-The `loss` arm has the published selector's score, but this package's pilot run and calibration. Where that score
-ranks the bad rows above trusted ones, the calibration finds no score at which trusted rows are denser, and leaves all
-weights equal (AUC .500): harmless, and no help. The published update itself (`selector_preset="paper"`, `"seal"`),
-SEAL's two stages and filtering by perplexity have arms in the experiment files, and were not run yet.
+The `loss` arm has the published selector's score, but this package's pilot run and calibration. On boilerplate, where
+that score ranks the bad rows above trusted ones, the calibration finds no score at which trusted rows are denser, and
+leaves all weights equal (AUC .500); on safety the weights come out inverted (.06 and .03).
+The published update itself (`selector_preset="paper"`, `"seal"`), SEAL's two stages and filtering by perplexity have
+arms in the experiment files, and were not run yet.
 
 `gap recovered` is (uniform - arm) / (uniform - clean only) in test loss (mean over 160 clean test rows of the loss per
 token, in nats), per seed. AUC is that of the learned weights, undamaged rows against the damaged ones.
