@@ -8,11 +8,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.faults.kill_worker import PHASES
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_killed_in_any_phase_and_resumed(tmp_path):
     command = [sys.executable, "-m", "tests.faults.kill_worker", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
