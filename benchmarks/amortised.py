@@ -9,12 +9,11 @@ scored rows (mean of 4 draws each), and the others are predicted. Results go to 
 import argparse
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from benchmarks.run import machine
+from benchmarks.run import machine, versions
 from trl_bilevel.core.amortised import fit_weight_predictor, recalibrated
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
@@ -53,7 +52,7 @@ def measure(name: str, seed: int) -> dict:
         "auc_scored": ranking_quality(weights.tolist(), kinds),
         "good_share_scored": good_share(weights.tolist(), kinds),
         "rows": len(kinds),
-        "versions": {package: version(package) for package in ("trl-bilevel", "trl", "torch", "transformers", "peft")},
+        "versions": versions(),
         "machine": machine(),
         "predicted": {},
     }

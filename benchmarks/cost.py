@@ -2,7 +2,7 @@
 
 python -m benchmarks.cost [--rows 576 1088] [--settings balanced ...]
 
-FLOPs are counted by the formulas of `torch.utils.flop_counter` while the trainers run (pilot, scoring, validation
+FLOPs are counted by `torch.utils.flop_counter` while the trainers run (pilot, scoring, validation
 rows, trackers and the recomputation of gradient checkpointing are all in), on a small Llama of ten layers whose LM
 head has the share that it has in SmolLM2-135M: the ratio does not depend on the machine. All rows are of one length,
 so that a run costs a constant and so much per row (from 513 rows on, where the default does not score them all): two
@@ -13,18 +13,16 @@ import argparse
 import json
 import random
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.run import versions
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
 HERE = Path(__file__).parent
@@ -42,27 +40,6 @@ SETTINGS: dict[str, dict | None] = {
     "alignment, online": {"weight_estimator": "alignment", "selector_update": "sparse_centred"},
     "value_function, online": {"weight_estimator": "value_function", "selector_update": "sparse_centred"},
 }
-
-
-class FlopCount(TorchDispatchMode):
-    """`FlopCounterMode` without its books per module, which take ten times the time of the model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is None:
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        out = func(*args, **kwargs)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=out)
-        return out
 
 
 def make_rows(count: int, seed: int) -> Dataset:
@@ -115,9 +92,9 @@ def count(setting: dict | None, rows: int, tokenizer: object) -> int:
         args = BilevelSFTConfig(**(arguments | setting))
         trainer = BilevelSFTTrainer(make_model(), args, validation_dataset=make_rows(VALIDATION, 1), **parts)
     trainer.remove_callback(PrinterCallback)
-    with FlopCount() as counter:
+    with FlopCounterMode(display=False) as counter:
         trainer.train()
-    return counter.total
+    return counter.get_total_flops()
 
 
 def main() -> None:
@@ -140,7 +117,7 @@ def main() -> None:
         "batch": BATCH,
         "validation_rows": VALIDATION,
         "flops": flops,
-        "versions": {name: version(name) for name in ("trl-bilevel", "trl", "torch", "transformers", "peft")},
+        "versions": versions(),
     }
     target.write_text(json.dumps(record, indent=1))
 

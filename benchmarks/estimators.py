@@ -9,12 +9,11 @@ import argparse
 import json
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from benchmarks.run import machine
+from benchmarks.run import machine, versions
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import make_task
@@ -48,7 +47,7 @@ def measure(name: str, seed: int, setting: str) -> dict:
         "good_share": good_share(weights.tolist(), kinds),
         "ess_good": float(good.sum() ** 2 / (len(good) * (good**2).sum())),
         "seconds": round(seconds, 1),
-        "versions": {package: version(package) for package in ("trl-bilevel", "trl", "torch", "transformers", "peft")},
+        "versions": versions(),
         "machine": machine(),
     }
 

@@ -29,6 +29,10 @@ def machine() -> dict[str, str]:
     return {"processor": name, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
 
 
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
 def known_weights(experiment: dict, seed: int) -> list[float] | None:
     """Weights that the `bilevel` arm of the same task and budget has learned; None if it has not run."""
     file = HERE / "results" / experiment.get("weights_of", experiment["name"]) / f"bilevel-seed{seed}.json"
@@ -47,7 +51,7 @@ def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: 
     record = asdict(result) | {
         "arm": variant or arm,
         "experiment": experiment["name"],
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "machine": machine(),
     }
     record["history"] = [entry for entry in result.history if "loss" in entry]

@@ -5,15 +5,14 @@ python -m benchmarks.yardstick [--models tiny SmolLM2-135M-Instruct] [--tasks qu
 One run per model, task and seed: as in a pilot run, a model is trained on mixture and validation rows (lambda = 0.5)
 and a tracker beside it on the mixture alone. At chosen steps every signal scores the same rows, from both: area
 under the ROC curve per kind of damage, and FLOPs of scoring a row over those of training on it. Results go to
-`benchmarks/results/yardstick`, the table and the plot to `docs` by `python -m benchmarks.report`.
+`benchmarks/results/yardstick`; `python -m benchmarks.report` makes the tables.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.run import machine
+from benchmarks.run import machine, versions
 from benchmarks.tiny import pretrained_tiny_model
 from trl_bilevel.demo.comparison import ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import make_task
 from trl_bilevel.estimators import AlignmentEstimator, LookaheadEstimator, ValueFunctionEstimator
-from trl_bilevel.trainer import setup
 from trl_bilevel.trainer.passes import row_batches
+from trl_bilevel.trainer.pilot import make_pilot
 
 HERE = Path(__file__).parent
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -85,7 +84,7 @@ class Probe(ValueFunctionEstimator):
         yield "value_function", lambda batch: self.row_scores(batch)[:, 0]
         # The direction is an average over earlier steps: it does not follow the tracker.
         yield "alignment, preconditioned, averaged (model)", self.alignment(self.averaged)
-        for place, there in (("model", nothing), ("tracker", self.shadow.swapped)):
+        for place, there in (("model", nullcontext), ("tracker", self.shadow.swapped)):
             with there():
                 for steps in LOOKAHEADS:
                     lookahead = LookaheadEstimator(self.host, lookahead_steps=steps)
@@ -138,11 +137,6 @@ class Probe(ValueFunctionEstimator):
         return counter.get_total_flops()
 
 
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield
-
-
 def measure(model: str, name: str, seed: int) -> dict:
     task = make_task(name, seed)
     budget = budget_of(name, overrides={"per_device_eval_batch_size": 8})
@@ -150,7 +144,7 @@ def measure(model: str, name: str, seed: int) -> dict:
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, model=folder, output_dir=tempfile.mkdtemp())
     trainer.state.max_steps = 4 * STEPS[-1]
     trainer.args.pilot_steps, trainer.args.pilot_scored_rows = STEPS[-1], 16
-    pilot = setup.make_pilot(trainer)
+    pilot = make_pilot(trainer)
     probe = Probe(pilot.host, trainer.row_order()[:ROWS], task.train["kind"])
     pilot.estimator = probe
     pilot.run()
@@ -162,7 +156,7 @@ def measure(model: str, name: str, seed: int) -> dict:
         "rows": ROWS,
         "auc": probe.found,
         "scoring_cost": {signal: round(flops / training, 3) for signal, flops in probe.flops.items()},
-        "versions": {package: version(package) for package in ("trl-bilevel", "trl", "torch", "transformers", "peft")},
+        "versions": versions(),
         "machine": machine(),
     }
 

@@ -12,7 +12,7 @@ from trl_bilevel.core.alignment import unit_length
 from trl_bilevel.data.identity import SAMPLE_ID
 from trl_bilevel.trainer.estimator import make_estimator
 from trl_bilevel.trainer.host import TrainerHost
-from trl_bilevel.trainer.setup import make_pilot
+from trl_bilevel.trainer.pilot import make_pilot
 
 ONLINE = {
     "weight_estimator": "alignment",

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from tests.conftest import base_arguments, losses, parameters
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
-from trl_bilevel.trainer import setup
+from trl_bilevel.trainer.pilot import make_pilot
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_lambda_decays_per_epoch_and_stays_above_its_floor(build):
     values = [validation_loss_weight(0.5, 0.2, epoch) for epoch in (0, 0.9, 1.0, 2.5, 9)]
     assert values == pytest.approx([0.5, 0.5, 0.3, 0.1, 0.05])
     assert validation_loss_weight(0.0, 0.2, 3) == 0.0
-    trainer = build(validation_loss_weight_decay=0.2, max_steps=-1, num_train_epochs=2)
+    trainer = build(validation_loss_weight=0.5, validation_loss_weight_decay=0.2, max_steps=-1, num_train_epochs=2)
     trainer.train()
     assert trainer.state.global_step == 10
 
@@ -290,7 +290,7 @@ def test_the_validation_term_is_small_by_default(build):
 def test_pilot_batches_do_not_grow_with_those_of_training(build, per_step, expected):
     trainer = build(per_device_train_batch_size=4, gradient_accumulation_steps=per_step // 4)
     trainer.state.max_steps = 6
-    assert len(setup.make_pilot(trainer).sampler.rows(0)) == expected
+    assert len(make_pilot(trainer).sampler.rows(0)) == expected
 
 
 def test_presets_set_what_they_say(config):

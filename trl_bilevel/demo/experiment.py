@@ -162,7 +162,7 @@ def make_trainer(
         keep: rows that one of `FILTERS` has chosen.
     """
     from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
-    from ..trainer.setup import default_pilot_steps
+    from ..trainer.pilot import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
     learned = arm in ESTIMATOR_OF_ARM
@@ -261,7 +261,6 @@ def run_arm(
     """
     folder = output_dir or tempfile.mkdtemp()
     learned = arm in ESTIMATOR_OF_ARM
-    start = time.perf_counter()
     settings: dict[str, Any] = {
         "seed": seed,
         "budget": budget,
@@ -269,11 +268,14 @@ def run_arm(
         "output_dir": folder,
         "progress": progress,
     }
+    start = time.perf_counter()
     keep = chosen_rows(arm, task, **settings) if arm in FILTERS else None
+    choosing = time.perf_counter() - start
     trainer, pilot = make_trainer(arm, task, weights=weights, keep=keep, **settings)
     if not progress:
         # Without progress bars, transformers prints every log entry as a dict in their place.
         trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter() - choosing
     if arm != "base":
         trainer.train()
     steps, ledger = trainer.state.global_step, None

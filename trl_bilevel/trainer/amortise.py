@@ -106,7 +106,8 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
         predicted[batch[SAMPLE_ID].cpu()] = predictor(row_features(trainer, batch, depth))
     predicted = _sum(trainer, predicted)
     out = torch.zeros(trainer.row_count)
-    out[ids[~known]] = recalibrated(predicted[ids[~known]], *_trusted(trainer, predictor, float(weights.mean())))
+    trusted, shares = _trusted(trainer, predictor)
+    out[ids[~known]] = recalibrated(predicted[ids[~known]], trusted, float(weights.mean()), shares)
     out[scored] = weights
     trainer.model.train(training)
     logger.info(
@@ -121,8 +122,8 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
     return out
 
 
-def _trusted(trainer: BilevelSFTTrainer, predictor: WeightPredictor, mean: float) -> tuple[Tensor, float, Tensor]:
-    """What is predicted for the validation rows, `mean`, and each row's share in the validation loss."""
+def _trusted(trainer: BilevelSFTTrainer, predictor: WeightPredictor) -> tuple[Tensor, Tensor]:
+    """What is predicted for the validation rows, and each row's share in the validation loss."""
     assert trainer.validation is not None
     sets, found, shares = trainer.validation, [], []
     for name, batch in sets.all_batches(trainer.args.per_device_eval_batch_size):
@@ -130,7 +131,7 @@ def _trusted(trainer: BilevelSFTTrainer, predictor: WeightPredictor, mean: float
         found.append(predictor(features))
         shares.append(torch.full((len(found[-1]),), sets.weights[name] / len(sets.datasets[name])))
     # Every process reads all of them, and must come to the same weights to the last bit.
-    return _sum(trainer, torch.cat(found)) / trainer.args.world_size, mean, torch.cat(shares)
+    return _sum(trainer, torch.cat(found)) / trainer.args.world_size, torch.cat(shares)
 
 
 def _sum(trainer: BilevelSFTTrainer, values: Tensor) -> Tensor:

@@ -54,12 +54,13 @@ class BilevelSFTConfig(SFTConfig):
     Parameters:
         weight_estimator (`str`, *optional*, defaults to `"value_function"`):
             Where scores come from: `"value_function"` (the difference to a tracker trained without validation rows),
-            `"lookahead"` (what a few validation steps do to a row's loss; a third of the former's pilot),
+            `"lookahead"` (what a few validation steps do to a row's loss; half of the former's pilot),
             `"alignment"` (gradient inner products), `"loss"` (published, for reproduction) or `"none"` (uniform
             weights).
         validation_loss_weight (`float`, *optional*):
             lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0, the default, the
-            validation rows drive the weights and are never trained on by the model. Defaults to 0.5 where scores come
+            validation rows drive the weights and are never trained on by the model (with `weight_estimator="none"`
+            they only serve `validation_loss()`). Defaults to 0.5 where scores come
             from a model that is pulled by them as it trains: `"loss"`, and `"value_function"` with online updates.
         validation_loss_weight_decay (`float`, *optional*, defaults to `0.0`):
             Taken off lambda at the start of every further epoch (the paper's setting: 0.1). Never below 0.05.
@@ -275,6 +276,11 @@ class BilevelSFTConfig(SFTConfig):
         if self.validation_loss_weight is None:
             online = self.weight_estimator == "value_function" and self.selector_update != "calibrated"
             self.validation_loss_weight = 0.5 if online or self.weight_estimator == "loss" else 0.0
+        if self.validation_loss_weight_decay and self.validation_loss_weight == 0:
+            raise ValueError(
+                f"`validation_loss_weight_decay={self.validation_loss_weight_decay}` has nothing to take away: "
+                "`validation_loss_weight` is 0. Set it, e.g. to 0.5."
+            )
         if self.selector_weighting is None:
             resample = self.selector_update == "calibrated" and self.weight_estimator != "none"
             self.selector_weighting = "resample" if resample else "loss"

@@ -21,6 +21,7 @@ from .checkpoints import resume_point
 from .errors import NonFiniteScoreError, row_list
 from .estimator import make_estimator
 from .host import TrainerHost
+from .pilot import make_pilot
 from .quantization import disable_bf16_repacking
 from .selection import STATE_FILE, SUMMARY_FILE, Selection
 from .window import ROW_FACTOR, StepWindow
@@ -198,7 +199,7 @@ class BilevelSFTTrainer(SFTTrainer):
             return
         if self.args.selector_update == "calibrated":
             if not self.selection.calibrated:
-                scores = setup.make_pilot(self).run()
+                scores = make_pilot(self).run()
                 self.selection.calibrate(*scores, lambda rows, weights: predict_weights(self, rows, weights))
         elif self.estimator is None:
             self.estimator = make_estimator(self.args, TrainerHost(self))

@@ -57,9 +57,6 @@ class OfflinePart:
             train_dataset = train_dataset.add_column(DATA_WEIGHT, [1.0] * len(train_dataset))
         if DATA_WEIGHT in train_dataset.column_names:
             settings["weight_estimator"] = "none"
-        if args.validation_batch_size is None:
-            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-            settings["validation_batch_size"] = rows
         config = BilevelSFTConfig(**settings, selector_weighting="resample", report_to="none")
         self.trainer = BilevelSFTTrainer(
             model,
@@ -76,8 +73,8 @@ class OfflinePart:
     @property
     def validation(self) -> ValidationSets:
         """The sets that pull."""
-        assert self.trainer.validation is not None
-        return self.trainer.validation
+        assert self.trainer.pulling is not None
+        return self.trainer.pulling
 
     def start(self) -> None:
         """Have weights ready: given ones, or those of a pilot run (unless a checkpoint has brought them)."""

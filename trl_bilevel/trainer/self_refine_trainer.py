@@ -20,6 +20,7 @@ from . import refine_setup, responses, setup
 from .checkpoints import resume_point
 from .host import DetachedHost
 from .offline import OfflinePart
+from .pilot import pilot_learning_rate
 from .round_callback import RoundCallback
 from .rounds import Rounds, Snapshot
 from .self_refine_config import SelfRefineConfig
@@ -123,7 +124,7 @@ class SelfRefineTrainer(GRPOTrainer):
         self._asks_own_rows = prompt_dataset is None
         # A tracker goes along with the model; a look-ahead takes its few steps as large as the pilot's.
         follows = args.response_estimator == "value_function"
-        rate = self._present_learning_rate if follows else setup.pilot_learning_rate(self.offline.trainer)
+        rate = self._present_learning_rate if follows else pilot_learning_rate(self.offline.trainer)
         self.scoring_host = DetachedHost(self.offline.trainer, self.offline.validation, rate)
         self.estimator = refine_setup.make_response_estimator(args, self.scoring_host)
         self.rounds = Rounds()

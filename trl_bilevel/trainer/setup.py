@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -21,9 +20,8 @@ from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS, SAMPLE_ID, count_over
 from ..estimators import ESTIMATORS
 from .amortise import decoder_layers
 from .bilevel_sft_config import BilevelSFTConfig
-from .estimator import check_alignment, make_estimator
+from .estimator import check_alignment
 from .host import TrainerHost
-from .pilot import Pilot
 from .selection import Groups, make_groups
 from .validation import ValidationSets
 
@@ -34,10 +32,7 @@ logger = logging.getLogger(__name__)
 
 # The threshold of the hard gate is recomputed this often when weights move in every step.
 GATE_REFRESH_STEPS = 50
-# Share of each validation set that the pilot run holds back to calibrate the weights, and the least number of rows.
-HELD_BACK_SHARE = 0.25
-# Training rows of a pilot step: as many as all measurements have had (docs/results.md).
-PILOT_BATCH = 8
+# Validation rows that calibration needs at least.
 MIN_CALIBRATION_ROWS = 8
 
 
@@ -319,7 +314,7 @@ def prepare_validation(
                 "`selector_update='sparse_centred'`."
             )
     given, rows = args.validation_batch_size, rows_per_step(trainer)
-    # Estimators look at few batches, and need them large; the model sees a small one in every step.
+    # Estimators look at few batches, and need them large.
     return (
         validation_sets(trainer, prepared, given or max(1, rows // 4)),
         validation_sets(trainer, prepared, given or rows),
@@ -386,65 +381,6 @@ def warmup_steps(trainer: BilevelSFTTrainer) -> int:
     """`selector_warmup_steps` in optimizer steps (a value below 1 is a share of the run)."""
     given = trainer.args.selector_warmup_steps
     return int(given) if given >= 1 else math.ceil(given * trainer.state.max_steps)
-
-
-def default_pilot_steps(steps: int) -> int:
-    """Pilot steps for a run of `steps` optimizer steps: a quarter of them, at least 8 and at most 24."""
-    return min(24, max(8, steps // 4))
-
-
-def pilot_lookahead(pilot_steps: int) -> int:
-    """Validation steps of the look-ahead that ends a pilot run: half of the pilot's own steps, at least 4.
-
-    With 24 pilot steps on the quality task, AUC of the weights was .86 after 4 of them, .93 after 8, .92 after 16
-    (first seed): few steps see too little. As many as the pilot itself had, and what any text teaches outweighs what
-    sets the validation rows apart.
-    """
-    return max(4, pilot_steps // 2)
-
-
-def default_pilot_batch_size(trainer: BilevelSFTTrainer) -> int:
-    """Training rows of a pilot step: those of an optimizer step, at most 8 (or one per process).
-
-    The pilot costs the same however large the batches and the data are.
-    """
-    return min(rows_per_step(trainer), max(PILOT_BATCH, trainer.accelerator.num_processes))
-
-
-def pilot_learning_rate(trainer: BilevelSFTTrainer) -> float:
-    """`pilot_learning_rate`, or its default."""
-    given = trainer.args.pilot_learning_rate
-    if given is not None:
-        return given
-    return 1e-3 if isinstance(trainer.model, PeftModel) else max(trainer.args.learning_rate, 5e-5)
-
-
-def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
-    """The pilot run of a trainer, with its validation rows dealt into those that pull and those that are held back."""
-    assert trainer.validation is not None
-    args = trainer.args
-    batch_size = args.pilot_batch_size or default_pilot_batch_size(trainer)
-    pulling, held_back = {}, {}
-    for index, (name, rows) in enumerate(trainer.validation.datasets.items()):
-        order = torch.randperm(
-            len(rows), generator=torch.Generator().manual_seed(args.seed + 104_729 + index)
-        ).tolist()
-        held = max(1, round(HELD_BACK_SHARE * len(rows))) if len(rows) > 1 else 0
-        pulling[name] = rows.select(sorted(order[held:]))
-        if held:
-            held_back[name] = rows.select(sorted(order[:held]))
-    steps = args.pilot_steps or default_pilot_steps(trainer.state.max_steps)
-    return Pilot(
-        trainer,
-        estimator_factory=lambda host: make_estimator(args, host, pilot_lookahead(steps)),
-        validation=validation_sets(trainer, pulling, args.validation_batch_size or batch_size),
-        held_back=validation_sets(trainer, held_back, batch_size),
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=pilot_learning_rate(trainer),
-        validation_loss_weight=0.5 if ESTIMATORS[args.weight_estimator].pilot_sees_validation else 0.0,
-        scored_rows=args.pilot_scored_rows or None,
-    )
 
 
 def trainable_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
