@@ -42,11 +42,12 @@ SETTINGS: dict[str, dict | None] = {
 }
 
 
-def make_rows(count: int, seed: int) -> Dataset:
-    """Tokenised rows: prompts and responses of 25 tokens each."""
+def make_rows(count: int, seed: int, tokens: int = 50) -> Dataset:
+    """Tokenised rows of one length, half of it prompt."""
     rng = random.Random(seed)
-    rows = [[rng.randrange(3, VOCABULARY) for _ in range(50)] for _ in range(count)]
-    return Dataset.from_list([{"input_ids": ids, "labels": [-100] * 25 + ids[25:]} for ids in rows])
+    rows = [[rng.randrange(3, VOCABULARY) for _ in range(tokens)] for _ in range(count)]
+    half = tokens // 2
+    return Dataset.from_list([{"input_ids": ids, "labels": [-100] * half + ids[half:]} for ids in rows])
 
 
 def make_model() -> LlamaForCausalLM:

@@ -31,7 +31,8 @@ from trl_bilevel.trainer.pilot import make_pilot
 
 HERE = Path(__file__).parent
 SMOLLM2 = "SmolLM2-135M-Instruct"
-STEPS = (0, 6, 12, 24, 48)
+# When rows are scored; the real model takes minutes for each.
+STEPS: dict[str, tuple[int, ...]] = {"tiny": (0, 6, 12, 24, 48), SMOLLM2: (0, 12, 24)}
 ROWS = 192
 AVERAGED_EVERY = 4
 # Directions of `alignment`: each is measured as it is and divided by the norm of the row's gradient.
@@ -47,8 +48,9 @@ Scores = Callable[[Any], Tensor]
 class Probe(ValueFunctionEstimator):
     """The tracker of a pilot run, which stops at chosen steps to have the rows scored in every way."""
 
-    def __init__(self, host: Any, rows: Tensor, kinds: list[str]):
+    def __init__(self, host: Any, rows: Tensor, kinds: list[str], steps: tuple[int, ...]):
         super().__init__(host)
+        self.steps = steps
         self.rows = rows
         self.kinds = kinds
         self.found: dict[int, dict[str, dict[str, float]]] = {}
@@ -65,7 +67,7 @@ class Probe(ValueFunctionEstimator):
 
     def measure(self) -> None:
         step = self.host.current_step()
-        if step not in STEPS or step in self.found:
+        if step not in self.steps or step in self.found:
             return
         model = self.host.model
         model.eval()
@@ -140,12 +142,13 @@ class Probe(ValueFunctionEstimator):
 def measure(model: str, name: str, seed: int) -> dict:
     task = make_task(name, seed)
     budget = budget_of(name, overrides={"per_device_eval_batch_size": 8})
+    steps = STEPS[model]
     folder = None if model == SMOLLM2 else pretrained_tiny_model()
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, model=folder, output_dir=tempfile.mkdtemp())
-    trainer.state.max_steps = 4 * STEPS[-1]
-    trainer.args.pilot_steps, trainer.args.pilot_scored_rows = STEPS[-1], 16
+    trainer.state.max_steps = 4 * steps[-1]
+    trainer.args.pilot_steps, trainer.args.pilot_scored_rows = steps[-1], 16
     pilot = make_pilot(trainer)
-    probe = Probe(pilot.host, trainer.row_order()[:ROWS], task.train["kind"])
+    probe = Probe(pilot.host, trainer.row_order()[:ROWS], task.train["kind"], steps)
     pilot.estimator = probe
     pilot.run()
     training = probe.flops.pop("training")
@@ -163,7 +166,7 @@ def measure(model: str, name: str, seed: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=["tiny", SMOLLM2])
+    parser.add_argument("--models", nargs="*", default=list(STEPS), choices=STEPS)
     parser.add_argument("--tasks", nargs="*", default=["quality", "safety", "boilerplate"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--force", action="store_true", help="run again what has a result")
@@ -178,7 +181,7 @@ def main() -> None:
                     continue
                 record = measure(model, name, seed)
                 target.write_text(json.dumps(record, indent=1))
-                for signal, quality in record["auc"][STEPS[-1]].items():
+                for signal, quality in record["auc"][STEPS[model][-1]].items():
                     print(model, name, seed, f"{signal:50}", {k: round(v, 2) for k, v in quality.items()}, flush=True)
 
 

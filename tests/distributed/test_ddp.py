@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Without the last, incomplete batch: accelerate fills it up with rows from the start, one process does not.
+PACKED = {"packing": True, "max_length": 64, "dataloader_drop_last": True}
 METHODS = {
     "default": {},
     "predicted": {"pilot_scored_rows": 16},
@@ -29,6 +31,14 @@ METHODS = {
         "selector_update": "sparse_centred",
         "selector_warmup_steps": 0,
         "estimator_refresh_steps": 3,
+    },
+    "packed": PACKED,
+    "packed_online": PACKED
+    | {
+        "weight_estimator": "lookahead",
+        "selector_update": "sparse_centred",
+        "selector_warmup_steps": 3,
+        "validation_loss_weight": 0.5,
     },
 }
 

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
+from trl import pack_dataset
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
 
@@ -37,6 +39,7 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
         ({"selector_preset": "mine"}, "`selector_preset` must be one of 'reliable', 'balanced'"),
         ({"selector_weighting": "both"}, "`selector_weighting` must be one of"),
         ({"selector_weighting": "resample", "selector_update": "adam"}, "needs `selector_update='calibrated'`"),
+        ({"selector_weighting": "resample", "packing": True}, "rows are packed before weights.*padding_free=True"),
     ],
 )
 def test_config(arguments, message, tmp_path):
@@ -137,11 +140,21 @@ def test_unusable_validation_weights(build, validation_rows):
         build(validation={"a": validation_rows, "b": validation_rows}, validation_weights={"a": 1.0})
 
 
+ONLINE_ALIGNMENT = {"weight_estimator": "alignment", "selector_update": "sparse_centred"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"packing": True}, "`packing=True` is not supported yet"),
-        ({"padding_free": True, "max_length": None}, "`padding_free=True` is not supported yet"),
+        (
+            {"packing": True, **ONLINE_ALIGNMENT, "alignment_normalise": True},
+            "`alignment_normalise=True` is not supported with `packing`.*Unset it",
+        ),
+        (
+            {"packing": True, "packing_strategy": "wrapped", **ONLINE_ALIGNMENT},
+            "rows attend to each other.*packing_strategy='bfd'",
+        ),
+        ({"packing": True, "max_length": None}, "`packing=True` needs `max_length`"),
         ({"train_sampling_strategy": "group_by_length"}, "contradicts `selector_weighting='resample'`"),
         ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
     ],
@@ -149,6 +162,20 @@ def test_unusable_validation_weights(build, validation_rows):
 def test_unsupported(build, overrides, message):
     with pytest.raises(ValueError, match=message):
         build(**overrides)
+
+
+def test_rows_packed_before(build, tokenizer, train_rows):
+    rows = train_rows.map(lambda row: {"input_ids": tokenizer(row["completion"])["input_ids"]})
+    packed = pack_dataset(rows.select_columns("input_ids"), 64)
+    packed = packed.map(lambda row: {"labels": row["input_ids"]})
+    with pytest.raises(ValueError, match="column 'seq_lengths', so its rows are packed already"):
+        build(train=packed, per_device_train_batch_size=2)
+
+
+def test_prompt_learning_with_packing(build, tiny_model):
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="not supported with prompt learning.*Use LoRA"):
+        build(model=model, packing=True)
 
 
 def test_online_value_function_needs_a_validation_term(build):

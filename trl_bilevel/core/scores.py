@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .alignment import sum_segments
+
 
 class RowLosses(NamedTuple):
     """What a forward says of each row, `[B]` each, float32 (float64 for float64 input).
@@ -64,17 +66,32 @@ def difference_scores(reference: RowLosses, model: RowLosses) -> Tensor:
     return torch.stack([response, 1 - torch.exp(-model.endings.detach())], dim=-1)
 
 
-def row_losses(log_probs: Tensor, label_mask: Tensor) -> RowLosses:
+def row_losses(
+    log_probs: Tensor, label_mask: Tensor, segments: Tensor | None = None, count: int | None = None
+) -> RowLosses:
     """Losses of every row from per-token log-probabilities.
 
     Args:
         log_probs (`Tensor` `[B, S]`): per-token log-probabilities, zero on ignored positions.
         label_mask (`Tensor` bool `[B, S]`): true on scored positions.
+        segments (`Tensor` int64 `[B, S]`, *optional*): row of each token where batch rows hold several of them,
+            negative for padding.
+        count (`int`, *optional*): rows of a batch with `segments`.
     """
     losses = -log_probs.to(torch.promote_types(log_probs.dtype, torch.float32)) * label_mask
-    ends = label_mask & ~torch.nn.functional.pad(label_mask[:, 1:], (0, 1), value=False)
+    goes_on = torch.nn.functional.pad(label_mask[:, 1:], (0, 1), value=False)
+    if segments is not None:
+        goes_on = goes_on & (segments == torch.nn.functional.pad(segments[:, 1:], (0, 1), value=-1))
+    ends = label_mask & ~goes_on
+
+    def total(tokens: Tensor) -> Tensor:
+        if segments is None:
+            return tokens.sum(-1)
+        assert count is not None
+        return sum_segments(tokens.to(losses.dtype), segments, count)
+
     return RowLosses(
-        sums=losses.sum(-1),
-        counts=label_mask.sum(-1).clamp(min=1).to(losses.dtype),
-        endings=(losses * ends).sum(-1) / ends.sum(-1).clamp(min=1),
+        sums=total(losses),
+        counts=total(label_mask).clamp(min=1).to(losses.dtype),
+        endings=total(losses * ends) / total(ends).clamp(min=1),
     )

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .identity import SAMPLE_ID, SEGMENTS
+
 # What padding means, per model input.
-_PADDING = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "position_ids": 0}
+_PADDING = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "position_ids": 0, SEGMENTS: -1}
 
 
 class ValidationSampler:
@@ -44,7 +46,7 @@ class ValidationSampler:
 
 
 def concatenate_batches(first: Mapping[str, Any], second: Mapping[str, Any], pad_token_id: int) -> dict[str, Any]:
-    """One padded batch with the rows of both.
+    """One batch with the rows of both: padded, or one after the other if the batches are padding-free.
 
     Args:
         first, second (`dict` of `Tensor`): collated batches with the same keys; `[B, S]` inputs may differ in `S` and
@@ -58,9 +60,15 @@ def concatenate_batches(first: Mapping[str, Any], second: Mapping[str, Any], pad
         raise ValueError(
             f"Training and validation batches differ in their inputs: {sorted(first)} against {sorted(second)}."
         )
+    second = {k: v.to(first[k].device) if isinstance(v, Tensor) else v for k, v in second.items()}
+    if SEGMENTS in first:
+        shifted = second[SEGMENTS] + len(first[SAMPLE_ID])
+        second[SEGMENTS] = torch.where(second[SEGMENTS] < 0, second[SEGMENTS], shifted)
+    if "cu_seq_lens_q" in first:
+        return _chained(first, second)
     out: dict[str, Any] = {}
     for name, left in first.items():
-        right = second[name].to(left.device)
+        right = second[name]
         if left.dim() == 1:
             out[name] = torch.cat([left, right])
             continue
@@ -69,6 +77,21 @@ def concatenate_batches(first: Mapping[str, Any], second: Mapping[str, Any], pad
         if value is None:
             raise ValueError(f"Do not know how to pad the model input {name!r} of a concatenated batch.")
         out[name] = torch.cat([_pad(left, length, value), _pad(right, length, value)])
+    return out
+
+
+def _chained(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Padding-free batches, one after the other: one row of tokens, with the boundaries of its sequences."""
+    out: dict[str, Any] = {}
+    for name, left in first.items():
+        right = second[name]
+        if name.startswith("max_length"):
+            out[name] = max(left, right)
+        elif name.startswith("cu_seq_lens"):
+            out[name] = torch.cat([left, right[1:] + left[-1]])
+        else:
+            right = right + left[:, -1:] + 1 if name == "seq_idx" else right
+            out[name] = torch.cat([left, right], dim=-1)
     return out
 
 

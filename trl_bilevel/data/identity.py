@@ -12,6 +12,9 @@ import torch
 from datasets import Dataset
 
 SAMPLE_ID = "sample_id"
+# Of packed rows: tokens of each segment. Of batches: the segment of each token, see `SampleIdCollator`.
+SAMPLE_LENGTHS = "sample_lengths"
+SEGMENTS = "segments"
 DATA_WEIGHT = "data_weight"
 DATA_RANK = "data_rank"
 RESERVED_COLUMNS = (SAMPLE_ID, DATA_WEIGHT, DATA_RANK)
@@ -41,27 +44,53 @@ def sample_ids(dataset: Dataset) -> torch.Tensor:
 
 
 class SampleIdCollator:
-    """Wraps a data collator: takes `sample_id` out of the rows and adds it to the batch as an int64 tensor `[B]`.
+    """Wraps a data collator: takes `sample_id` out of the rows and adds it to the batch as an int64 tensor `[R]`.
+
+    Where a batch row holds several of the caller's rows (packing, padding-free), `segments` int64 `[B, S]` says which
+    of the `R` rows each token belongs to, negative for padding.
 
     Rows without an id (evaluation rows) pass through unchanged.
+
+    Args:
+        collator: what to wrap.
+        merges (`bool`): True if batch rows may hold several rows.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], merges: bool = False):
         self.collator = collator
+        self.merges = merges
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate `features`; the ids come out in the order of the batch's rows."""
         if not features or SAMPLE_ID not in features[0]:
             return self.collator(features)
+        own = (SAMPLE_ID, SAMPLE_LENGTHS)
+        batch = self.collator([{k: v for k, v in feature.items() if k not in own} for feature in features])
         ids = [feature[SAMPLE_ID] for feature in features]
-        batch = self.collator([{k: v for k, v in feature.items() if k != SAMPLE_ID} for feature in features])
-        if len(batch["input_ids"]) != len(ids):
+        if self.merges:
+            lengths = [feature.get(SAMPLE_LENGTHS, [len(feature["input_ids"])]) for feature in features]
+            batch[SEGMENTS] = _segments(lengths, batch["input_ids"].shape)
+            ids = [number for row in ids for number in (row if isinstance(row, list) else [row])]
+        elif len(batch["input_ids"]) != len(ids):
             raise ValueError(
                 f"The data collator {type(self.collator).__name__} turned {len(ids)} rows into "
                 f"{len(batch['input_ids'])}: sample weights need one batch row per data row."
             )
         batch[SAMPLE_ID] = torch.tensor(ids, dtype=torch.int64)
         return batch
+
+
+def _segments(lengths: list[list[int]], shape: torch.Size) -> torch.Tensor:
+    """Segment of each token of a batch `shape`, whose rows follow one another or have a batch row each."""
+    counts = torch.tensor([count for row in lengths for count in row])
+    numbers = torch.arange(len(counts)).repeat_interleave(counts)
+    segments = torch.full(tuple(shape), -1, dtype=torch.int64)
+    if shape[0] == 1:
+        segments[0, : len(numbers)] = numbers
+        return segments
+    for row, part in zip(segments, numbers.split([sum(row) for row in lengths]), strict=True):
+        row[: len(part)] = part
+    return segments
 
 
 def fingerprint(dataset: Dataset, rows: int = 1024) -> str:

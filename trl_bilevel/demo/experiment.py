@@ -35,13 +35,14 @@ ARMS = {
     "refine_random": "as refine, but the responses' scores are dealt out at random (control)",
     "refine_best": "as refine, but all weight goes to the best response of each question (control)",
     "lookahead": "weights learned by the look-ahead estimator",
+    "alignment": "weights learned from inner products of gradients",
     "loss": "weights learned by the published loss-based estimator, same pilot run and calibration",
 }
 # Chosen from all rows by another run.
 FILTERS = ("perplexity", "seal_two_stage")
 REFINING = ("refine", "refine_random", "refine_best")
 ESTIMATOR_OF_ARM = dict.fromkeys(("bilevel", "bilevel_double", *REFINING), "value_function")
-ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "loss": "loss", "seal": "loss"}
+ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "alignment": "alignment", "loss": "loss", "seal": "loss"}
 
 # Settings of the self-refining arms; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
 # are offline ones.

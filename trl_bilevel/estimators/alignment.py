@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import alignment as core
-from .base import Batch, Estimator, EstimatorHost, ShadowParameters, train_shadow
+from ..data.identity import SEGMENTS
+from .base import Batch, Estimator, EstimatorHost, ShadowParameters, number_of_rows, train_shadow
 from .taps import GradientTaps, RowSink, untappable_layers
 
 # Validation batches behind the direction of a scoring pass: it looks at every row once, so a few more cost nothing.
@@ -166,10 +167,10 @@ class AlignmentEstimator(Estimator):
             self.refresh()
         return None
 
-    def watch(self, rows: int) -> AbstractContextManager[RowSink]:
+    def watch(self, rows: int, segments: Tensor | None = None) -> AbstractContextManager[RowSink]:
         """Taps for forward and backward of a micro-batch."""
         assert self.taps is not None
-        return self.taps.watch(rows, norms=self.normalise)
+        return self.taps.watch(rows, segments=segments, norms=self.normalise)
 
     def prepare_scoring(self) -> None:
         """Refresh the direction from several validation batches."""
@@ -197,7 +198,7 @@ class AlignmentEstimator(Estimator):
             torch.enable_grad(),
             _checkpointing(model),
             self._gradients_aside(),
-            self.watch(len(batch["input_ids"])) as sink,
+            self.watch(number_of_rows(batch), batch.get(SEGMENTS)) as sink,
         ):
             found = self.host.row_losses(batch)
             (found.sums / found.counts).sum().backward()

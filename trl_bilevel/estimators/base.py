@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..core.implicit import response_scores
 from ..core.scores import RowLosses, difference_scores
+from ..data.identity import SAMPLE_ID
 
 Batch = Mapping[str, Any]
 #: A batch, and what the summed loss of each of its rows is multiplied by, float32 `[B]`.
@@ -110,8 +111,13 @@ class Estimator(ABC):
         """Scores `[b]` from the model's losses and the reference losses, both `[b]` float32. Larger is better."""
         raise TypeError(f"The estimator {self.name!r} does not score by losses.")
 
-    def watch(self, rows: int) -> AbstractContextManager[BackwardReader]:
-        """A context around forward and backward of a micro-batch of `rows` rows, for estimators that read it."""
+    def watch(self, rows: int, segments: Tensor | None = None) -> AbstractContextManager[BackwardReader]:
+        """A context around forward and backward of a micro-batch, for estimators that read it.
+
+        Args:
+            rows (`int`): rows of the micro-batch.
+            segments (`Tensor` int64 `[B, S]`, *optional*): row of each token where batch rows hold several of them.
+        """
         raise TypeError(f"The estimator {self.name!r} does not read backward passes.")
 
     def prepare_scoring(self) -> None:  # noqa: B027 (only some have something to prepare)
@@ -223,13 +229,18 @@ def train_shadow(
     return losses
 
 
+def number_of_rows(batch: Batch) -> int:
+    """Rows of a collated batch, however many of them share a batch row."""
+    return len(batch.get(SAMPLE_ID, batch["input_ids"]))
+
+
 def token_mean(host: EstimatorHost, batches: Sequence[Batch], device: torch.device) -> list[WeightedBatch]:
     """The batches, weighted such that their loss over all processes is the mean per scored token."""
     counts = [(batch["labels"][..., 1:] != -100).sum().to(device) for batch in batches]
     # A process without a batch still takes part in the sum.
     own = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64, device=device)
     weight = 1.0 / host.global_sum(own).clamp(min=1)
-    return [(batch, weight.expand(len(batch["labels"]))) for batch in batches]
+    return [(batch, weight.expand(number_of_rows(batch))) for batch in batches]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
         `Tensor` float32 `[row_count]` on the CPU: between `FLOOR` and 1; 0 for rows that preparation dropped.
     """
     order = trainer.row_order()
-    ids = sample_ids(trainer.train_dataset)[order]
+    ids = sample_ids(trainer.rows)[order]
     scored, weights = scored.cpu(), weights.cpu().float()
     known = torch.isin(ids, scored)
     training, depth = trainer.model.training, trainer.args.pilot_feature_depth
@@ -124,8 +124,8 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
 
 def _trusted(trainer: BilevelSFTTrainer, predictor: WeightPredictor) -> tuple[Tensor, Tensor]:
     """What is predicted for the validation rows, and each row's share in the validation loss."""
-    assert trainer.validation is not None
-    sets, found, shares = trainer.validation, [], []
+    assert trainer.pulling is not None
+    sets, found, shares = trainer.pulling, [], []
     for name, batch in sets.all_batches(trainer.args.per_device_eval_batch_size):
         features = row_features(trainer, trainer._prepare_inputs(batch), trainer.args.pilot_feature_depth)
         found.append(predictor(features))

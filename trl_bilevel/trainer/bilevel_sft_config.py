@@ -95,8 +95,8 @@ class BilevelSFTConfig(SFTConfig):
         selector_weighting (`str`, *optional*):
             How weights reach the model. `"resample"` (default for `"calibrated"`): rows are visited in proportion to
             their weights, so no step is spent on rows of no weight. `"loss"` (default, and only choice, for the
-            updates that move weights in every step; default for fixed weights): rows are visited evenly, and their
-            losses are multiplied by the weights. Both have the same expected gradient.
+            updates that move weights in every step, and with `packing`; default for fixed weights): rows are visited
+            evenly, and their losses are multiplied by the weights. Both have the same expected gradient.
         selector_learning_rate (`float`, *optional*, defaults to `0.5`):
             Step size of the logits for `"sparse_centred"` and `"adam"`.
         selector_entropy_coef (`float`, *optional*, defaults to `0.02`):
@@ -282,7 +282,7 @@ class BilevelSFTConfig(SFTConfig):
                 "`validation_loss_weight` is 0. Set it, e.g. to 0.5."
             )
         if self.selector_weighting is None:
-            resample = self.selector_update == "calibrated" and self.weight_estimator != "none"
+            resample = self.selector_update == "calibrated" and self.weight_estimator != "none" and not self.packing
             self.selector_weighting = "resample" if resample else "loss"
         _one_of("selector_weighting", self.selector_weighting, WEIGHTINGS)
         if self.selector_weighting == "resample" and self.selector_update != "calibrated":
@@ -290,6 +290,12 @@ class BilevelSFTConfig(SFTConfig):
                 f"`selector_weighting='resample'` needs `selector_update='calibrated'`, got {self.selector_update!r}: "
                 "rows are drawn at the start of an epoch, before online updates know their weights. Use "
                 "`selector_weighting='loss'`."
+            )
+        if self.selector_weighting == "resample" and self.packing:
+            raise ValueError(
+                "`selector_weighting='resample'` with `packing=True` is not supported: rows are packed before weights "
+                "say how often each is drawn. Use `selector_weighting='loss'`, or `padding_free=True` with "
+                "`max_length=None` in place of packing."
             )
         self.selector_betas = (float(self.selector_betas[0]), float(self.selector_betas[1]))
         _in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)

@@ -12,7 +12,15 @@ from trl import SFTConfig, SFTTrainer
 
 from ..core.scores import row_losses
 from ..data.export import weighted_dataset
-from ..data.identity import SAMPLE_ID, SampleIdCollator, add_sample_ids, fingerprint, sample_ids
+from ..data.identity import (
+    SAMPLE_ID,
+    SAMPLE_LENGTHS,
+    SEGMENTS,
+    SampleIdCollator,
+    add_sample_ids,
+    fingerprint,
+    sample_ids,
+)
 from ..data.sampling import WeightedSampler, content_order
 from ..estimators.base import Estimator
 from . import setup
@@ -98,6 +106,7 @@ class BilevelSFTTrainer(SFTTrainer):
         validation = setup.check_datasets(args, train_dataset, validation_dataset)
         assert train_dataset is not None
         self.row_count = len(train_dataset)
+        self._unpacked: Dataset | None = None
         self._caller_rows = train_dataset
         # Plain SFT needs no row numbers, and must not stumble over them (packing and padding-free merge rows).
         self.weighs = args.weight_estimator != "none" or fixed_weights is not None
@@ -113,9 +122,11 @@ class BilevelSFTTrainer(SFTTrainer):
         )
         setup.check_supported(self)
         disable_bf16_repacking(self.model)
+        self.row_collator = SampleIdCollator(setup.padding_collator(self))
         if self._tracks_rows:
-            self.data_collator = SampleIdCollator(self.data_collator)
-            self.train_dataset = setup.with_scored_tokens(self.train_dataset)
+            self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
+            if not self.args.packing:
+                self.train_dataset = setup.with_scored_tokens(self.train_dataset)
         kept = setup.kept_rows(self)
         self.selection = Selection(
             args,
@@ -169,6 +180,45 @@ class BilevelSFTTrainer(SFTTrainer):
         """
         return setup.evaluate_rows(self, dataset)
 
+    # Rows
+
+    @property
+    def rows(self) -> Dataset:
+        """The prepared training rows, one by one; `train_dataset` holds them packed with `packing=True`."""
+        return self.train_dataset if self._unpacked is None else self._unpacked
+
+    @property
+    def merges_rows(self) -> bool:
+        """True if a row of a training batch may hold several rows (packing, padding-free)."""
+        return self.args.packing or self.padding_free
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: SFTConfig, packing: bool, formatting_func: Any, name: str
+    ) -> Any:
+        """The parent's preparation; packed training rows keep their numbers."""
+        if not packing or not isinstance(dataset, Dataset) or SAMPLE_ID not in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, name)
+
+        def prepare(settings: SFTConfig) -> Dataset:
+            return super(BilevelSFTTrainer, self)._prepare_dataset(
+                dataset, processing_class, settings, False, formatting_func, name
+            )
+
+        self._unpacked, packed = setup.prepare_packed(args, prepare)
+        return packed
+
+    def row_order(self) -> Tensor:
+        """Positions in `rows`, in an order given by the rows' content, int64 `[rows kept]`."""
+        if self._order is None:
+            self._order = content_order(self.rows, self.args.seed)
+        return self._order
+
+    def collate_rows(self, rows: list[int]) -> dict[str, Any]:
+        """Some of `rows`, by position, as a padded batch on the device."""
+        columns = ("input_ids", "labels", SAMPLE_ID)
+        batch = self.row_collator([{k: self.rows[row][k] for k in columns} for row in rows])
+        return self._prepare_inputs(batch)
+
     # The training step
 
     @property
@@ -204,26 +254,14 @@ class BilevelSFTTrainer(SFTTrainer):
         elif self.estimator is None:
             self.estimator = make_estimator(self.args, TrainerHost(self))
 
-    def row_order(self) -> Tensor:
-        """Positions in the prepared training set, in an order given by the rows' content, int64 `[rows kept]`."""
-        if self._order is None:
-            self._order = content_order(self.train_dataset, self.args.seed)
-        return self._order
-
-    def collate_rows(self, rows: list[int]) -> dict[str, Any]:
-        """Rows of the prepared training set, by position, as a batch on the device."""
-        columns = ("input_ids", "labels", SAMPLE_ID)
-        batch = self.data_collator([{k: self.train_dataset[row][k] for k in columns} for row in rows])
-        return self._prepare_inputs(batch)
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.resamples:
             return super()._get_train_sampler(train_dataset)
         return self.weighted_sampler(lambda: int(self.state.epoch or 0))
 
     def weighted_sampler(self, epoch: Callable[[], int]) -> WeightedSampler:
-        """Draws rows of the prepared training set in proportion to their weights; `epoch` numbers the passes."""
-        ids = sample_ids(self.train_dataset)
+        """Draws from `rows` in proportion to their weights; `epoch` numbers the passes."""
+        ids = sample_ids(self.rows)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return WeightedSampler(self.row_order(), lambda: self.selection.weights(ids).cpu(), epoch, seed)
 
@@ -250,6 +288,7 @@ class BilevelSFTTrainer(SFTTrainer):
     ) -> Any:
         """The parent's loss, on log-probabilities that were multiplied by each row's factor."""
         ids = inputs.pop(SAMPLE_ID, None)
+        segments = inputs.pop(SEGMENTS, None)
         factor = inputs.pop(ROW_FACTOR, None)
         if factor is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -259,9 +298,10 @@ class BilevelSFTTrainer(SFTTrainer):
         def weighted_model(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
             window.attach(outputs.log_probs, outputs.label_mask)
-            losses = row_losses(outputs.log_probs.detach(), outputs.label_mask).means()
-            rows = factor * window.observe(ids, losses)
-            outputs.log_probs = outputs.log_probs * rows.to(outputs.log_probs.dtype).unsqueeze(-1)
+            places = None if segments is None else segments[:, 1:]
+            losses = row_losses(outputs.log_probs.detach(), outputs.label_mask, places, len(factor)).means()
+            rows = (factor * window.observe(ids, losses)).to(outputs.log_probs.dtype)
+            outputs.log_probs = outputs.log_probs * (rows.unsqueeze(-1) if places is None else rows[places])
             return outputs
 
         return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
@@ -284,7 +324,7 @@ class BilevelSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._tracks_rows and SAMPLE_ID not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, SAMPLE_ID]
+            self._signature_columns = [*self._signature_columns, SAMPLE_ID, SAMPLE_LENGTHS]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's log, with the selector's statistics while training."""

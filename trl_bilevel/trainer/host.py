@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.scores import RowLosses, row_losses
-from ..data.identity import SAMPLE_ID
+from ..data.identity import SAMPLE_ID, SEGMENTS
 from ..estimators.base import SecondMoment, WeightedBatch
 from .validation import ValidationSets
 
@@ -44,10 +44,14 @@ class TrainerHost:
 
     def row_losses(self, batch: Mapping[str, Any]) -> RowLosses:
         """Losses of the rows, through TRL's fused LM head (no full logits)."""
-        inputs = self.trainer._prepare_inputs({k: v for k, v in batch.items() if k != SAMPLE_ID})
+        segments = batch.get(SEGMENTS)
+        inputs = self.trainer._prepare_inputs({k: v for k, v in batch.items() if k not in (SAMPLE_ID, SEGMENTS)})
         with self.trainer.compute_loss_context_manager():
             outputs = self.trainer.model(**inputs, use_cache=False, fused_lm_head=True)
-        return row_losses(outputs.log_probs, outputs.label_mask)
+        if segments is None:
+            return row_losses(outputs.log_probs, outputs.label_mask)
+        segments = segments[:, 1:].to(outputs.log_probs.device)
+        return row_losses(outputs.log_probs, outputs.label_mask, segments, len(batch[SAMPLE_ID]))
 
     @property
     def validation(self) -> ValidationSets:

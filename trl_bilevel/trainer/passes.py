@@ -22,7 +22,7 @@ def row_batches(trainer: BilevelSFTTrainer, positions: Tensor, description: str)
     """
     args = trainer.args
     # In Arrow: as Python lists, the tokens of a large set do not fit.
-    tokens = trainer.train_dataset.select_columns("input_ids").with_format("arrow")
+    tokens = trainer.rows.select_columns("input_ids").with_format("arrow")
     lengths = [n for table in tokens.iter(10_000) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
     mine = sorted(positions.tolist(), key=lengths.__getitem__)[args.process_index :: args.world_size]
     size = args.per_device_eval_batch_size

@@ -99,7 +99,7 @@ class Pilot:
                 scores[batch[SAMPLE_ID].to(scores.device)] = self.estimator.row_scores(batch).to(scores.dtype)
             scores = self.host.global_sum(scores).cpu()
             scored = torch.zeros(trainer.row_count, dtype=torch.bool)
-            scored[sample_ids(trainer.train_dataset)[rows]] = True
+            scored[sample_ids(trainer.rows)[rows]] = True
             self._check(scores, scored, validation)
             scores[~scored] = torch.nan
         finally:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS, SAMPLE_ID, count_overlap, sample_ids
+from ..data.packing import SPLITTING, first_window, pack_rows
 from ..estimators import ESTIMATORS
 from .amortise import decoder_layers
 from .bilevel_sft_config import BilevelSFTConfig
@@ -144,15 +147,7 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
     args = trainer.args
     if not trainer._tracks_rows:
         return
-    reasons = {
-        "`packing=True`": args.packing,
-        "`padding_free=True`": trainer.padding_free,
-    }
-    for setting, on in reasons.items():
-        if on:
-            raise ValueError(
-                f"{setting} is not supported yet: weights are per row, and rows are merged there. Unset it."
-            )
+    check_merged_rows(trainer)
     if trainer._is_vision_dataset or trainer._is_vlm:
         raise ValueError("Vision-language models are not supported: validation rows join text batches only.")
     if args.loss_type != "nll":
@@ -211,7 +206,7 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         )
     if args.weight_estimator == "alignment":
         check_alignment(trainer)
-    if 0 < args.pilot_scored_rows < len(trainer.train_dataset) and args.selector_update == "calibrated":
+    if 0 < args.pilot_scored_rows < len(trainer.rows) and args.selector_update == "calibrated":
         decoder_layers(trainer.model)
     if args.remove_unused_columns and trainer.args.dataset_kwargs and trainer._skip_prepare_dataset:
         missing = {"input_ids", "labels"} - set(trainer.train_dataset.column_names)
@@ -219,6 +214,65 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
             raise ValueError(
                 f"`skip_prepare_dataset=True` needs the columns input_ids and labels; missing: {missing}."
             )
+
+
+def check_merged_rows(trainer: BilevelSFTTrainer) -> None:
+    """Refuse what does not go with packing or padding-free batches, and rows that were packed before."""
+    args = trainer.args
+    if "seq_lengths" in trainer.rows.column_names:
+        raise ValueError(
+            "`train_dataset` has the column 'seq_lengths', so its rows are packed already, and nothing says which "
+            "tokens belong to which of your rows. Give the rows before packing, with `packing=True`."
+        )
+    if not trainer.merges_rows:
+        return
+    if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "`packing` and `padding_free` are not supported with prompt learning: its virtual tokens stand before the "
+            "first row only. Use LoRA, or unset them."
+        )
+    if args.weight_estimator != "alignment" or args.selector_update == "calibrated":
+        return
+    if args.alignment_normalise:
+        raise ValueError(
+            "`alignment_normalise=True` is not supported with `packing` or `padding_free`: norms are taken of whole "
+            "batch rows. Unset it, or use `selector_update='calibrated'`."
+        )
+    if args.packing and args.packing_strategy == "wrapped":
+        raise ValueError(
+            "`weight_estimator='alignment'` is not supported with `packing_strategy='wrapped'`: rows attend to each "
+            "other there, so their gradients cannot be told apart. Use `packing_strategy='bfd'`."
+        )
+
+
+def padding_collator(trainer: BilevelSFTTrainer) -> Callable[[list[Any]], dict[str, Any]]:
+    """A collator that gives each row a batch row: the trainer's own, unless that is padding-free."""
+    collator: Any = trainer.data_collator
+    return dataclasses.replace(collator, padding_free=False) if trainer.padding_free else collator
+
+
+def prepare_packed(args: BilevelSFTConfig, prepare: Callable[[SFTConfig], Dataset]) -> tuple[Dataset, Dataset]:
+    """The training rows one by one, and packed.
+
+    Args:
+        prepare: prepares the rows with the settings that it is given, without packing them.
+
+    Returns:
+        `tuple` of `Dataset`: rows of at most `max_length` tokens; packed rows. What preparation drops is in neither.
+    """
+    if args.max_length is None:
+        raise ValueError("`packing=True` needs `max_length`, the tokens of a packed row.")
+    settings = copy.copy(args)
+    if args.packing_strategy in SPLITTING:
+        # No token is cut off before packing.
+        settings.max_length = None
+    rows = with_scored_tokens(prepare(settings))
+    if len(rows) == 0:
+        return rows, rows
+    packed = pack_rows(rows, args.max_length, args.packing_strategy, args.dataset_num_proc)
+    if args.shuffle_dataset:
+        packed = packed.shuffle(seed=args.seed)
+    return first_window(rows, args.max_length, args.dataset_num_proc), packed
 
 
 def with_scored_tokens(rows: Dataset) -> Dataset:
@@ -235,19 +289,26 @@ def with_scored_tokens(rows: Dataset) -> Dataset:
 
 def kept_rows(trainer: BilevelSFTTrainer) -> Tensor:
     """Which of the caller's rows preparation kept, bool `[row_count]`; refuses a set that cannot fill one batch."""
-    if SAMPLE_ID not in trainer.train_dataset.column_names:
+    if SAMPLE_ID not in trainer.rows.column_names:
         # Plain SFT with packing: rows lose their identity, and nobody asks for it.
         return torch.ones(trainer.row_count, dtype=torch.bool)
     kept = torch.zeros(trainer.row_count, dtype=torch.bool)
-    kept[sample_ids(trainer.train_dataset)] = True
+    kept[sample_ids(trainer.rows)] = True
     dropped = int((~kept).sum())
-    batch_rows = trainer.args.train_batch_size * trainer.accelerator.num_processes
+    args = trainer.args
+    batch_rows = args.train_batch_size * trainer.accelerator.num_processes
+    if args.packing and len(trainer.train_dataset) < trainer.accelerator.num_processes:
+        raise ValueError(
+            f"`train_dataset` makes {len(trainer.train_dataset)} packed rows of `max_length={args.max_length}` "
+            f"tokens, fewer than there are processes ({trainer.accelerator.num_processes}). Lower `max_length`, or "
+            "give more rows."
+        )
     if dropped:
         logger.warning(
             f"{dropped} of {len(kept)} training rows were dropped in preparation (nothing to learn from within "
             "`max_length`). They keep their row number and have no weight (NaN in `sample_weights()`)."
         )
-    if trainer._tracks_rows and int(kept.sum()) < batch_rows:
+    if trainer._tracks_rows and len(trainer.train_dataset) < batch_rows and not args.packing:
         raise ValueError(
             f"`train_dataset` has {int(kept.sum())} usable rows, fewer than one batch of {batch_rows} rows "
             "(`per_device_train_batch_size` x processes). Lower the batch size or give more rows."
@@ -291,7 +352,7 @@ def prepare_validation(
             logger.warning(
                 f"{len(dataset) - len(rows)} of {len(dataset)} rows of validation set {name!r} were dropped."
             )
-        overlap = count_overlap(trainer.train_dataset, rows)
+        overlap = count_overlap(trainer.rows, rows)
         if overlap:
             warnings.warn(
                 f"{overlap} of {len(rows)} rows of `validation_dataset` {name!r} are also training rows: their "
@@ -316,13 +377,18 @@ def prepare_validation(
     given, rows = args.validation_batch_size, rows_per_step(trainer)
     # Estimators look at few batches, and need them large.
     return (
-        validation_sets(trainer, prepared, given or max(1, rows // 4)),
+        validation_sets(trainer, prepared, given or max(1, rows // 4), trainer.data_collator),
         validation_sets(trainer, prepared, given or rows),
     )
 
 
-def validation_sets(trainer: BilevelSFTTrainer, datasets: Mapping[str, Dataset], batch_size: int) -> ValidationSets:
-    """Prepared validation sets that hand out `batch_size` rows per step, over all processes."""
+def validation_sets(
+    trainer: BilevelSFTTrainer,
+    datasets: Mapping[str, Dataset],
+    batch_size: int,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+) -> ValidationSets:
+    """Prepared validation sets that hand out `batch_size` rows per step, over all processes; padded by default."""
     args = trainer.args
     given = args.validation_weights or dict.fromkeys(datasets, 1.0)
     total = sum(given[name] for name in datasets)
@@ -330,7 +396,7 @@ def validation_sets(trainer: BilevelSFTTrainer, datasets: Mapping[str, Dataset],
         datasets,
         {name: given[name] / total for name in datasets},
         batch_size=batch_size,
-        collate=trainer.data_collator,
+        collate=collate or trainer.row_collator,
         seed=args.seed,
         # With a collator of the user's, TRL leaves the tokenizer without a padding token.
         pad_token_id=next(
@@ -340,9 +406,10 @@ def validation_sets(trainer: BilevelSFTTrainer, datasets: Mapping[str, Dataset],
 
 
 def rows_per_step(trainer: BilevelSFTTrainer) -> int:
-    """Training rows of one optimizer step, over all processes."""
+    """Training rows of one optimizer step, over all processes; the mean number of them with packing."""
     args = trainer.args
-    return args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    batch_rows = args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    return max(1, round(batch_rows * len(trainer.rows) / len(trainer.train_dataset)))
 
 
 def prepare_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Dataset:
@@ -371,7 +438,7 @@ def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
     size = args.per_device_eval_batch_size
     for start in range(0, len(dataset), size):
         rows = [dataset[row] for row in range(start, min(start + size, len(dataset)))]
-        batch = trainer.data_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
+        batch = trainer.row_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
         losses.append(host.row_losses(batch).means().cpu())
     trainer.model.train(training)
     return torch.cat(losses)

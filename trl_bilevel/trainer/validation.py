@@ -36,7 +36,7 @@ class ValidationSets:
         datasets (`dict[str, Dataset]`): prepared rows (`input_ids`, `labels`).
         weights (`dict[str, float]`): omega, summing to one.
         batch_size (`int`): validation rows per optimizer step, over all processes; split evenly over the sets.
-        collate: the trainer's data collator.
+        collate: the trainer's data collator (of rows with a `sample_id`).
         seed (`int`): seed of the sampling order.
         pad_token_id (`int`): for concatenating the sets' batches.
     """
@@ -94,10 +94,8 @@ class ValidationSets:
                 yield name, self._collate(rows)
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(rows)
-        batch[SAMPLE_ID] = torch.full((len(rows),), VALIDATION_ID, dtype=torch.int64)
-        return batch
+        return self.collate([row | {SAMPLE_ID: VALIDATION_ID} for row in rows])
 
     def join(self, train: Mapping[str, Any], validation: Mapping[str, Any]) -> dict[str, Any]:
-        """Training rows first, validation rows after them, in one padded batch."""
+        """Training rows first, validation rows after them, in one batch."""
         return concatenate_batches(train, validation, self.pad_token_id)

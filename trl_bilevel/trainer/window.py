@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ..core.schedule import validation_loss_weight
-from ..estimators.base import BackwardReader
+from ..data.identity import SEGMENTS
+from ..estimators.base import BackwardReader, number_of_rows
 from . import setup
 
 if TYPE_CHECKING:
     from .bilevel_sft_trainer import BilevelSFTTrainer
 
 ROW_FACTOR = "row_factor"
+NO_ROW = -2
 
 
 class StepWindow:
@@ -68,7 +70,7 @@ class StepWindow:
         for micro, batch in enumerate(self.batches):
             joined = dict(batch)
             device = batch["input_ids"].device
-            factor = torch.full((len(batch["input_ids"]),), 1.0 - weight, device=device)
+            factor = torch.full((number_of_rows(batch),), 1.0 - weight, device=device)
             if drawn is not None and (rows := drawn.batches[micro]) is not None:
                 assert trainer.validation is not None
                 # The parent divides by the training tokens: undone for validation rows, which carry their own divisor.
@@ -85,9 +87,10 @@ class StepWindow:
         if not trainer.updates_online or trainer.estimator is None or not trainer.estimator.reads_backward:
             yield
             return
-        with trainer.estimator.watch(len(self.inputs[micro]["input_ids"])) as self._reader:
+        inputs = self.inputs[micro]
+        with trainer.estimator.watch(number_of_rows(inputs), inputs.get(SEGMENTS)) as self._reader:
             yield
-        self.scores.append(self._reader.scores()[: len(self.batches[micro]["input_ids"])])
+        self.scores.append(self._reader.scores()[: number_of_rows(self.batches[micro])])
         self._reader = None
 
     def attach(self, log_probs: Tensor, scored: Tensor) -> None:
@@ -99,15 +102,15 @@ class StepWindow:
         """Take in the row losses of a micro-batch's forward.
 
         Args:
-            ids (`Tensor` int64 `[B]`), losses (`Tensor` float32 `[B]`): training rows first, then validation rows.
+            ids (`Tensor` int64 `[R]`), losses (`Tensor` float32 `[R]`): training rows first, then validation rows.
 
         Returns:
-            `Tensor` float32 `[B]`: what each row's loss is multiplied by; 1 for validation rows, and for all rows when
+            `Tensor` float32 `[R]`: what each row's loss is multiplied by; 1 for validation rows, and for all rows when
             weights act through resampling.
         """
         trainer = self.trainer
         micro = len(self.ids)
-        count = len(self.batches[micro]["input_ids"])
+        count = number_of_rows(self.batches[micro])
         rows = ids[:count]
         self.ids.append(rows)
         self.losses.append(losses[:count])
@@ -133,13 +136,14 @@ class StepWindow:
         trainer = self.trainer
         if self.validation_losses:
             trainer._metrics["train"]["validation_loss"].append(torch.cat(self.validation_losses).mean().item())
-        ids, losses = self._gather(torch.cat(self.ids)), self._gather(torch.cat(self.losses))
-        scores = self._gather(torch.cat(self.scores)) if self.scores else losses
+        parts = [torch.cat(self.ids), torch.cat(self.losses)]
+        ids, losses, *rest = self._gather_rows([*parts, torch.cat(self.scores)] if self.scores else parts)
+        scores = rest[0] if rest else losses
         # A score that is read off the backward is NaN for a row that the backward did not reach (weight 0).
         scored = ~torch.isnan(scores) if trainer.estimator is not None and trainer.estimator.reads_backward else None
         finite = torch.isfinite(losses) & (torch.isfinite(scores) if scored is None else ~torch.isinf(scores))
         own = torch.cat(self.validation_losses) if self.validation_losses else losses[:0]
-        trusted = self._gather(torch.isfinite(own).all().reshape(1))
+        (trusted,) = self._gather([torch.isfinite(own).all().reshape(1)])
         if not bool(finite.all() & trusted.all()):
             trainer.stop_on_non_finite(ids[~finite])
         if self.scores and trainer.state.global_step >= setup.warmup_steps(trainer):
@@ -150,7 +154,15 @@ class StepWindow:
             if trainer.selection.gate is None or trainer.state.global_step % setup.GATE_REFRESH_STEPS == 0:
                 trainer.selection.refresh_gate()
 
-    def _gather(self, values: Tensor) -> Tensor:
-        if self.trainer.args.world_size == 1:
-            return values
-        return self.trainer.accelerator.gather(values)
+    def _gather(self, values: list[Tensor]) -> list[Tensor]:
+        return values if self.trainer.args.world_size == 1 else self.trainer.accelerator.gather(values)
+
+    def _gather_rows(self, values: list[Tensor]) -> list[Tensor]:
+        """Values of the rows of all processes; the first ones are ids."""
+        if not self.trainer.merges_rows or self.trainer.args.world_size == 1:
+            return self._gather(values)
+        # Packed rows hold different numbers of rows, and processes exchange tensors of one shape only.
+        padded = self.trainer.accelerator.pad_across_processes(values, dim=0, pad_index=NO_ROW)
+        gathered = self._gather(padded)
+        own = gathered[0] != NO_ROW
+        return [part[own] for part in gathered]
