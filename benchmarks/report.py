@@ -1,4 +1,4 @@
-"""Write `docs/results.md` and its plot from the JSON files in `benchmarks/results`.
+"""Write `docs/results.md` and its plots from the JSON files in `benchmarks/results`.
 
 python -m benchmarks.report
 """
@@ -7,6 +7,7 @@ import json
 import statistics
 from pathlib import Path
 
+from benchmarks import pareto
 from trl_bilevel import BilevelSFTConfig
 
 DEPTH = BilevelSFTConfig.pilot_feature_depth
@@ -77,9 +78,9 @@ from (two, four, eight: 25%, 32%, 60%), and the shorter the rounds (43%), the mo
 though: in the other two every arm prefers the refusal for all requests. In the third, greedy refusal is 45% offline
 and with random scores, 57% with scores: within what 60 requests can tell.
 
-On `safety`, the random control of the table deals scores out over all questions of a round, so their spread within a
-question is not that of the scored arm (mended since; only the first and third seed of `safety_scarce` were run
-after). Sampling ran in training mode; the adapters have no dropout. An earlier row with the tracker's scores
+The random control deals the scores out to other responses of the same question, so that their spread stays what it is
+(the second seed of `safety_scarce` was run when it still dealt them out over all questions of a round). Sampling ran
+in training mode; the adapters have no dropout. An earlier row with the tracker's scores
 (`value_function`, 93%) was taken out: at lambda = 0 these scores hold no information from the validation rows, so it
 showed nothing about them. Not run: the arms, seeds and levers of the experiment files that the tables lack, among
 them the third seed of `loss` and two of the random subset on `safety`."""
@@ -205,12 +206,12 @@ def cost() -> list[str]:
     if not file.exists():
         return []
     record = json.loads(file.read_text())
-    plain = line_through(record["flops"]["SFTTrainer"])
+    plain = pareto.line_through(record["flops"]["SFTTrainer"])
     lines = ["| settings | " + " | ".join(f"{rows:,} rows" for rows in SIZES) + " | any number |"]
     lines.append("|---" * (len(SIZES) + 2) + "|")
     for name, counts in record["flops"].items():
-        fixed, slope = line_through(counts)
-        cells = [f"{(fixed + slope * rows) / (plain[0] + plain[1] * rows):.3f}x" for rows in SIZES]
+        fixed, slope = pareto.line_through(counts)
+        cells = [f"{pareto.cost_ratio(record['flops'], name, rows):.3f}x" for rows in SIZES]
         lines.append(
             f"| {name} | " + " | ".join(cells) + f" | {slope / plain[1]:.3f}x + {fixed / plain[1]:,.0f} rows |"
         )
@@ -222,7 +223,31 @@ def cost() -> list[str]:
         "costs a constant (the pilot, the scored rows), given here in rows' worth of plain training, and so much per "
         f"row; counted with {counted} rows, computed for the others. The pilot's steps come on top here, while the "
         "tables above take them off the run. `python -m benchmarks.cost`"
-        "\n\n" + "\n".join(lines) + "\n"
+        "\n\n" + "\n".join(lines) + "\n\n![Cost by number of rows](cost_rows.png)\n"
+    ]
+
+
+def speed() -> list[str]:
+    file = HERE / "results" / "speed.json"
+    if not file.exists():
+        return []
+    record = json.loads(file.read_text())
+
+    def median(side: str, key: str) -> float:
+        return statistics.median(run[key] for run in record["runs"][side])
+
+    lines = ["| settings | seconds per step | ratio | peak memory | ratio |", "|---" * 5 + "|"]
+    for side in record["runs"]:
+        cells = [f"{median(side, 'median_step_seconds'):.2f}", f"{median(side, 'peak_bytes') / 2**20:,.0f} MiB"]
+        keys = ("median_step_seconds", "peak_bytes")
+        ratios = [f"{median(side, key) / median('SFTTrainer', key):.3f}x" for key in keys]
+        lines.append(f"| {side} | {cells[0]} | {ratios[0]} | {cells[1]} | {ratios[1]} |")
+    repeats = len(record["runs"]["SFTTrainer"])
+    return [
+        f"## Step time and memory\n\nSmolLM2-135M-Instruct, LoRA, bf16, gradient checkpointing, {record['batch']} "
+        f"rows of {record['tokens_per_row']} tokens per step, on this machine's CPU: medians of {repeats} runs of "
+        f"{record['steps']} steps, each a process of its own, alternating. Peak memory is that of the process while "
+        "it trains, pilot run included. `python -m benchmarks.speed`\n\n" + "\n".join(lines) + "\n"
     ]
 
 
@@ -259,13 +284,6 @@ def yardstick() -> list[str]:
     return [YARDSTICK, *parts] if parts else []
 
 
-def line_through(counts: dict[str, int]) -> tuple[float, float]:
-    """Constant and slope of a cost by number of rows, from the smallest and the largest counted."""
-    low, high = min(counts, key=int), max(counts, key=int)
-    slope = (counts[high] - counts[low]) / (int(high) - int(low))
-    return counts[low] - slope * int(low), slope
-
-
 def main() -> None:
     parts = [INTRODUCTION]
     for name, about in ABOUT.items():
@@ -277,7 +295,10 @@ def main() -> None:
                 parts.append(about_rounds(arms))
             if name == "refine_levers":
                 parts.append(READING + "\n")
-    parts += yardstick() + estimators() + amortised() + cost()
+    runs = {task: load(task) for task in pareto.TASKS}
+    parts.append(pareto.section(runs))
+    pareto.plots(runs)
+    parts += yardstick() + estimators() + amortised() + cost() + speed()
     scale = HERE / "results" / "selector_scale.json"
     if scale.exists():
         record = json.loads(scale.read_text())

@@ -1,0 +1,105 @@
+"""Cost against reliability, estimator by estimator: a table and plots from the results of the other benchmarks."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+TASKS = ("quality", "boilerplate", "truncated", "scrambled", "safety")
+# Estimator: arm of the experiments, line of the counted cost.
+ESTIMATORS = {
+    "value_function": ("bilevel", "balanced"),
+    "lookahead": ("lookahead", "balanced, lookahead"),
+    "alignment": ("alignment", "balanced, alignment"),
+    "loss": ("loss", None),
+}
+AT = 10_000
+Runs = Mapping[str, Mapping[str, Mapping[int, dict]]]
+
+TEXT = """## Cost against reliability
+
+Each estimator in the default way of use (a pilot run, calibrated weights): FLOPs of a two-epoch run over {at:,} rows
+against `SFTTrainer`'s (counted, see below), and AUC of its weights on every task, per seed; on the quality task also
+that of the kind of damage that it sees worst. `loss` is the published score. Empty: not run. `python -m
+benchmarks.run quality boilerplate truncated scrambled safety`
+
+{table}
+
+![Cost against reliability](cost_reliability.png)
+"""
+
+
+def line_through(counts: Mapping[str, int]) -> tuple[float, float]:
+    """Constant and slope of a cost by number of rows, from the smallest and the largest counted."""
+    low, high = min(counts, key=int), max(counts, key=int)
+    slope = (counts[high] - counts[low]) / (int(high) - int(low))
+    return counts[low] - slope * int(low), slope
+
+
+def cost_ratio(flops: Mapping[str, Mapping[str, int]], name: str | None, rows: int) -> float | None:
+    """FLOPs of a run over `rows` rows, as a multiple of `SFTTrainer`'s; None if it was not counted."""
+    if name not in flops:
+        return None
+    (fixed, slope), (plain, plain_slope) = line_through(flops[name]), line_through(flops["SFTTrainer"])
+    return (fixed + slope * rows) / (plain + plain_slope * rows)
+
+
+def counted() -> dict[str, dict[str, int]]:
+    file = HERE / "results" / "cost.json"
+    return json.loads(file.read_text())["flops"] if file.exists() else {}
+
+
+def auc(run: dict) -> tuple[float, float]:
+    """Of the weights over all damaged rows, and over the kind of damage that they see worst."""
+    found = run["auc"]
+    return found["all"], min(value for kind, value in found.items() if kind != "all")
+
+
+def section(runs: Runs) -> str:
+    """The table; `runs` by task, arm and seed."""
+    head = ["estimator", "FLOPs", *(f"{task}" for task in TASKS), "quality, worst kind"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, (arm, setting) in ESTIMATORS.items():
+        ratio = cost_ratio(counted(), setting, AT)
+        cells = [name, "" if ratio is None else f"{ratio:.3f}x"]
+        for task in TASKS:
+            seeds = runs[task].get(arm, {})
+            cells.append(" / ".join(f"{auc(seeds[seed])[0]:.3f}" for seed in sorted(seeds)))
+        seeds = runs["quality"].get(arm, {})
+        cells.append(" / ".join(f"{auc(seeds[seed])[1]:.3f}" for seed in sorted(seeds)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return TEXT.format(at=AT, table="\n".join(lines))
+
+
+def plots(runs: Runs) -> None:
+    """`docs/cost_reliability.png`, `docs/cost_rows.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(15, 3.2), sharey=True, constrained_layout=True)
+    for axis, task in zip(axes, TASKS, strict=True):
+        for marker, (name, (arm, setting)) in zip("osD^", ESTIMATORS.items(), strict=True):
+            ratio = cost_ratio(counted(), setting, AT)
+            values = [auc(run)[0] for run in runs[task].get(arm, {}).values()]
+            if ratio is not None and values:
+                axis.plot([ratio] * len(values), values, marker, label=name, alpha=0.8)
+        axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(title=task, xlabel=f"FLOPs at {AT:,} rows (SFT = 1)", ylim=(0.4, 1.02))
+    axes[0].set_ylabel("AUC of weights, per seed")
+    axes[0].legend()
+    figure.savefig(DOCS / "cost_reliability.png", dpi=110)
+    plt.close(figure)
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
+    sizes = [round(10 ** (3 + step / 8)) for step in range(33)]
+    for name in ("reliable", "balanced", "fast"):
+        if name in counted():
+            axis.plot(sizes, [cost_ratio(counted(), name, size) for size in sizes], label=name)
+    axis.axhline(1.1, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", xlabel="training rows", ylabel="FLOPs of a run (SFT = 1)")
+    axis.legend()
+    figure.savefig(DOCS / "cost_rows.png", dpi=110)
+    plt.close(figure)
