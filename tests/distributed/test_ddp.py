@@ -43,14 +43,14 @@ METHODS = {
 }
 
 
-def train(folder, processes, overrides, worker="worker"):
-    folder.mkdir()
+def launch(folder, processes, overrides, worker="worker"):
+    folder.mkdir(exist_ok=True)
     launcher = []
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *launcher, "-m", f"tests.distributed.{worker}"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    return subprocess.run(
         [*command, str(folder), json.dumps(overrides)],
         capture_output=True,
         text=True,
@@ -59,6 +59,10 @@ def train(folder, processes, overrides, worker="worker"):
         env=environment,
         timeout=300,
     )
+
+
+def train(folder, processes, overrides, worker="worker"):
+    done = launch(folder, processes, overrides, worker)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "result.json").read_text())
 
@@ -70,6 +74,24 @@ def test_two_processes_equal_one(name, tmp_path):
     # weighted losses carry that of the weights.
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["weights"] == pytest.approx(one["weights"], abs=3e-4)
+
+
+def test_processes_with_other_weights_are_stopped(tmp_path):
+    done = launch(tmp_path / "run", 2, {"accident": "other weights"})
+    assert done.returncode != 0
+    assert "weights on process(es) 1 are not those on process 0 (step 5)" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "online_lookahead"])
+def test_a_killed_process(name, tmp_path):
+    """The run stops; resumed from its last checkpoint, it ends as one that was left alone."""
+    saving = METHODS[name] | {"save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path / "whole", 2, saving)
+    assert launch(tmp_path / "run", 2, saving | {"accident": "killed"}).returncode != 0
+    assert not (tmp_path / "run" / "result.json").exists()
+    resumed = train(tmp_path / "run", 2, saving | {"resume": True})
+    assert resumed == whole
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,33 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from tests.conftest import base_arguments, losses, make_tiny_model, make_tokenizer
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.demo.assets import docstrings
+
+
+class Accident(TrainerCallback):
+    """What befalls a process after the fifth step: it is killed, or its weights change."""
+
+    def __init__(self, trainer: BilevelSFTTrainer, kind: str):
+        self.trainer = trainer
+        self.kind = kind
+
+    def on_step_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        if state.global_step == 5 and self.kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif state.global_step == 5:
+            self.trainer.selection.set_weights(torch.rand(40))
 
 
 def main(folder: str, overrides: str) -> None:
@@ -27,17 +44,21 @@ def main(folder: str, overrides: str) -> None:
         "learning_rate": 1e-2,
         "ddp_find_unused_parameters": False,
     }
+    settings |= json.loads(overrides)
+    accident, resume = settings.pop("accident", None), settings.pop("resume", False)
     tokenizer = make_tokenizer()
     trainer = BilevelSFTTrainer(
         make_tiny_model(tokenizer).double(),
-        BilevelSFTConfig(**(settings | json.loads(overrides))),
+        BilevelSFTConfig(**settings),
         train_dataset=Dataset.from_list(rows[:40]),
         validation_dataset=Dataset.from_list(rows[40:]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     assert trainer.accelerator.num_processes == world
-    trainer.train()
+    if accident is not None and trainer.accelerator.process_index == 1:
+        trainer.add_callback(Accident(trainer, accident))
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         result = {"losses": losses(trainer), "weights": trainer.sample_weights().tolist()}
         (Path(folder) / "result.json").write_text(json.dumps(result))

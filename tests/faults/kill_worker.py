@@ -1,6 +1,6 @@
 """Trains, kills itself in a given phase, resumes; one process tree, so that torch is imported once.
 
-Usage: python -m tests.faults.kill_worker FOLDER; prints one JSON line per kill.
+Usage: python -m tests.faults.kill_worker (sft | refine) FOLDER; prints one JSON line per kill.
 """
 
 import itertools
@@ -11,77 +11,99 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 
 from tests.conftest import base_arguments, make_tiny_model, make_tokenizer
-from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 from trl_bilevel.demo.assets import docstrings
 
-# Where a run is killed; each of these methods is entered several times in a run.
-PHASES = {
-    "generate": "_generate",
-    "score": "_score_responses",
+SAVING = {
     "train": "training_step",
-    "round_begin": "begin_round",
-    "round_end": "end_round",
-    "evaluate": "_losses",
     "save": "_save_checkpoint",
     "save_model": "save_model",
     "save_optimizer": "_save_optimizer_and_scheduler",
     "save_random_state": "_save_rng_state",
 }
-NEVER = ("", 0, "")
+# Where a run is killed; each of these methods is entered several times in a run.
+PHASES = {
+    "refine": SAVING
+    | {
+        "generate": "_generate",
+        "score": "_score_responses",
+        "round_begin": "begin_round",
+        "round_end": "end_round",
+        "evaluate": "_losses",
+    },
+    "sft": SAVING | {"pilot": "start_selection", "pilot_rows": "collate_rows", "evaluate": "evaluate", "log": "log"},
+}
 
 
-def doomed(phase: str, count: int, when: str) -> type[SelfRefineTrainer]:
-    """The trainer, killed when it enters or leaves the phase's method for the `count`-th time; never for 0."""
+def doomed(base: type, method: str, count: int, when: str) -> type:
+    """The trainer, killed when it enters or leaves a method for the `count`-th time; never for 0."""
 
-    class Doomed(SelfRefineTrainer):
+    class Doomed(base):  # type: ignore[misc, valid-type]
         entered = 0
 
-    def method(self, *args, **kwargs):
+    def deadly(self, *args, **kwargs):
         self.entered += 1
         number = self.entered
         if number == count and when == "entering":
             os.kill(os.getpid(), signal.SIGKILL)
-        out = getattr(SelfRefineTrainer, PHASES[phase])(self, *args, **kwargs)
+        out = getattr(base, method)(self, *args, **kwargs)
         if number == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return out
 
     if count:
-        setattr(Doomed, PHASES[phase], method)
+        setattr(Doomed, method, deadly)
     return Doomed
 
 
-def train(folder: Path, phase: str, count: int, when: str, resume: bool) -> None:
+def make(kind: str, folder: Path, method: str, count: int, when: str) -> Any:
     rows = [
         {"prompt": f"What does `{row['name']}` do?\n", "completion": row["description"]} for row in docstrings()[:80]
     ]
+    tokenizer = make_tokenizer()
     settings = base_arguments(folder) | {
-        "max_steps": -1,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "num_rounds": 2,
-        "steps_per_round": 2,
-        "max_completion_length": 8,
         "pilot_steps": 2,
         "save_strategy": "steps",
         "save_steps": 1,
         "save_total_limit": 2,
     }
-    tokenizer = make_tokenizer()
-    trainer = doomed(phase, count, when)(
-        make_tiny_model(tokenizer),
-        SelfRefineConfig(**settings),
-        Dataset.from_list(rows[:40]),
-        Dataset.from_list(rows[40:]),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
-    )
+    parts = {
+        "model": make_tiny_model(tokenizer),
+        "train_dataset": Dataset.from_list(rows[:40]),
+        "processing_class": tokenizer,
+        "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+    }
+    if kind == "sft":
+        # All of a checkpoint's parts move: weights, estimator, validation term.
+        settings |= {
+            "max_steps": 5,
+            "weight_estimator": "value_function",
+            "selector_update": "sparse_centred",
+            "selector_warmup_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        }
+        if method in ("start_selection", "collate_rows"):
+            settings |= {"selector_update": "calibrated", "validation_loss_weight": 0.5}
+        trainer = doomed(BilevelSFTTrainer, method, count, when)
+        parts |= {"validation_dataset": Dataset.from_list(rows[40:70]), "eval_dataset": Dataset.from_list(rows[70:])}
+        return trainer(args=BilevelSFTConfig(**settings), **parts)
+    settings |= {"max_steps": -1, "num_rounds": 2, "steps_per_round": 2, "max_completion_length": 8}
+    trainer = doomed(SelfRefineTrainer, method, count, when)
+    return trainer(args=SelfRefineConfig(**settings), validation_dataset=Dataset.from_list(rows[40:]), **parts)
+
+
+def train(kind: str, folder: Path, method: str, count: int, when: str, resume: bool) -> None:
+    trainer = make(kind, folder, method, count, when)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except ValueError as error:
@@ -91,22 +113,24 @@ def train(folder: Path, phase: str, count: int, when: str, resume: bool) -> None
     trainer.save_model(str(folder / "final"))
 
 
-def outcome(folder: Path) -> tuple[bytes, list[dict], list[str]]:
-    """The final adapter, the ledger without wall times, and the responses' files."""
-    ledger = [json.loads(line) for line in (folder / "out" / "ledger.jsonl").read_text().splitlines()]
+def outcome(folder: Path) -> tuple[bytes, bytes, list[dict], list[str]]:
+    """The final adapter and weights, the ledger without wall times, and the responses' files."""
+    file = folder / "out" / "ledger.jsonl"
+    ledger = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     entries = [{k: v for k, v in entry.items() if k != "seconds"} for entry in ledger]
     responses = [Dataset.from_parquet(str(p)).to_dict() for p in sorted((folder / "out" / "responses").glob("*"))]
-    return (folder / "final" / "adapter_model.safetensors").read_bytes(), entries, [json.dumps(r) for r in responses]
+    tensors = [(folder / "final" / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "selector")]
+    return tensors[0], tensors[1], entries, [json.dumps(r) for r in responses]
 
 
-def in_child(folder: Path, phase: str, count: int, when: str, resume: bool) -> int:
+def in_child(kind: str, folder: Path, method: str, count: int, when: str, resume: bool) -> int:
     """Train in a forked process; its exit status (the negative number of the signal that killed it)."""
     pid = os.fork()
     if pid == 0:
         try:
             # The trainers' logs would mix with the results.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            train(folder, phase, count, when, resume)
+            train(kind, folder, method, count, when, resume)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -114,20 +138,25 @@ def in_child(folder: Path, phase: str, count: int, when: str, resume: bool) -> i
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main(root: Path) -> None:
+def main(kind: str, root: Path) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
-    assert in_child(root / "whole", *NEVER, False) == 0
-    whole = outcome(root / "whole")
-    for phase, when, count in itertools.product(PHASES, ("entering", "leaving"), (1, 2, 3)):
+    whole: dict[bool, Any] = {}
+    for (phase, method), when, count in itertools.product(PHASES[kind].items(), ("entering", "leaving"), (1, 2, 3)):
         folder = root / f"{phase}-{when}-{count}"
-        status = in_child(folder, phase, count, when, False)
+        status = in_child(kind, folder, method, count, when, False)
         if status != 0:
-            resumed = in_child(folder, *NEVER, True)
+            # What an uninterrupted run of the same settings comes to.
+            pilot = phase.startswith("pilot")
+            if pilot not in whole:
+                reference = root / f"whole-{pilot}"
+                assert in_child(kind, reference, method, 0, "", False) == 0
+                whole[pilot] = outcome(reference)
+            resumed = in_child(kind, folder, method, 0, "", True)
             kill = {"phase": phase, "when": when, "count": count, "killed": -status, "resumed": resumed}
-            print(json.dumps(kill | {"same": resumed == 0 and outcome(folder) == whole}), flush=True)
+            print(json.dumps(kill | {"same": resumed == 0 and outcome(folder) == whole[pilot]}), flush=True)
         shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

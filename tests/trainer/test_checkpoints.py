@@ -1,12 +1,17 @@
-"""`resume_from_checkpoint=True` after a run that was killed while saving."""
+"""Checkpoints that are incomplete, cut off, of another version, or could not be written."""
 
+import errno
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import parameters
 from trl_bilevel import BilevelSFTTrainer
+from trl_bilevel.trainer import selection
 from trl_bilevel.trainer.checkpoints import resume_point
 
 
@@ -61,5 +66,85 @@ def test_training_goes_on_from_an_older_one(config, tiny_model, train_rows, vali
     (tmp_path / "out" / "checkpoint-4" / "selector.json").unlink()
     resumed = trainer()
     resumed.train(resume_from_checkpoint=True)
-    assert torch.equal(resumed.sample_weights(), whole.sample_weights())
-    assert all(torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(whole), strict=True))
+    assert_same(resumed, whole)
+
+
+@pytest.fixture
+def saving(config, tiny_model, train_rows, validation_rows, tokenizer):
+    """Makes trainers that save every second step, and keep one checkpoint."""
+
+    def make(trainer_class=BilevelSFTTrainer):
+        return trainer_class(
+            tiny_model(),
+            config(save_strategy="steps", save_steps=2, save_total_limit=1, pilot_steps=2),
+            train_dataset=train_rows,
+            validation_dataset=validation_rows,
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def assert_same(run, other):
+    assert torch.equal(run.sample_weights(), other.sample_weights())
+    assert all(torch.equal(a, b) for a, b in zip(parameters(run), parameters(other), strict=True))
+
+
+FILES = ["model.safetensors", "selector.safetensors", "optimizer.pt", "rng_state.pth", "selector.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_was_cut_off(file, tmp_path, caplog):
+    """Half of any file: the disk was full, or the machine stopped before it was on it."""
+    good, bad = (make(tmp_path, step, WHOLE) for step in (1, 2))
+    for folder in (good, bad):
+        save_file({"weight": torch.zeros(100)}, f"{folder}/model.safetensors")
+        save_file({"logits": torch.zeros(100)}, f"{folder}/selector.safetensors")
+        torch.save({"state": torch.zeros(100)}, f"{folder}/optimizer.pt")
+        torch.save({"cpu": torch.zeros(100)}, f"{folder}/rng_state.pth")
+        Path(f"{folder}/selector.json").write_text(json.dumps({"format": 1}))
+    assert resume_point(True, str(tmp_path), FILES) == bad
+    content = Path(bad, file).read_bytes()
+    Path(bad, file).write_bytes(content[: len(content) // 2])
+    assert resume_point(True, str(tmp_path), FILES) == good
+    assert f"({file} missing or cut off" in caplog.text
+
+
+@pytest.mark.parametrize("fails", ["selector", "optimizer"])
+def test_a_full_disk_costs_no_checkpoint(fails, saving, tmp_path, monkeypatch):
+    class FullDisk(BilevelSFTTrainer):
+        """Fails in the second save."""
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if fails == "optimizer" and self.state.global_step == 4:
+                Path(output_dir, "optimizer.pt").write_bytes(b"PK")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def full(tensors, path):
+        if fails == "selector" and "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            saving(FullDisk).train()
+    resumed = saving()
+    resumed.train(resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "out")
+    whole = saving()
+    whole.train()
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("format", [0, None, 2])
+def test_state_of_another_version(format, saving, tmp_path):
+    saving().train()
+    file = tmp_path / "out" / "checkpoint-6" / "selector.json"
+    summary = json.loads(file.read_text())
+    del summary["format"]
+    file.write_text(json.dumps(summary if format is None else summary | {"format": format}))
+    with pytest.raises(ValueError, match=f"has format {format}, this version reads 1.*that wrote it"):
+        saving().train(resume_from_checkpoint=True)

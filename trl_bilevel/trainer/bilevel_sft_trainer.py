@@ -327,8 +327,9 @@ class BilevelSFTTrainer(SFTTrainer):
             self._signature_columns = [*self._signature_columns, SAMPLE_ID, SAMPLE_LENGTHS]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's log, with the selector's statistics while training."""
+        """The parent's log, with the selector's statistics while training; processes compare their weights."""
         if self.weighs and self.model.training and "loss" in logs:
+            setup.check_agreement(self)
             logs.update(self.selection.metrics())
         super().log(logs, start_time)
 

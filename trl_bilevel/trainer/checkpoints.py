@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +35,13 @@ def resume_point(resume: str | bool | None, output_dir: str, required: Sequence[
         return resume
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for folder in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        missing = [name for name in required if not (folder / name).is_file()]
-        if not missing and _is_json(folder / LAST_FILE):
+        missing = [name for name in (*required, LAST_FILE) if not (folder / name).is_file()]
+        broken = missing or [file.name for file in sorted(folder.rglob("*")) if not _is_whole(file)]
+        if not broken:
             return str(folder)
         logger.warning(
-            f"{folder} is incomplete ({', '.join(missing) or LAST_FILE} missing or cut off; killed while saving?): it "
-            "is left alone, and an older checkpoint is taken."
+            f"{folder} is incomplete ({', '.join(broken)} missing or cut off; killed while saving, or the disk was "
+            "full?): it is left alone, and an older checkpoint is taken."
         )
     raise ValueError(
         f"`resume_from_checkpoint=True`, but {output_dir} has no complete checkpoint. Check `output_dir`, or start "
@@ -45,9 +49,20 @@ def resume_point(resume: str | bool | None, output_dir: str, required: Sequence[
     )
 
 
-def _is_json(file: Path) -> bool:
-    try:
-        json.loads(file.read_text())
-    except (OSError, ValueError):
-        return False
+def _is_whole(file: Path) -> bool:
+    """False for a file that was cut off, as far as its format shows; its values are not read."""
+    if file.suffix == ".json":
+        try:
+            json.loads(file.read_text())
+        except (OSError, ValueError):
+            return False
+    elif file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return False
+    elif file.suffix in (".pt", ".pth"):
+        # `torch.save` writes a zip file, whose table of contents comes last.
+        return zipfile.is_zipfile(file)
     return True

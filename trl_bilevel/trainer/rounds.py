@@ -25,6 +25,8 @@ RESPONSES_FOLDER = "responses"
 STATE_FILE = "rounds.safetensors"
 BUFFER_FILE = "responses-rank{rank}.safetensors"
 SUMMARY_FILE = "rounds.json"
+# Of these files; raised when older code could not read them any more.
+FORMAT = 1
 
 
 class Snapshot:
@@ -122,7 +124,7 @@ class Rounds:
             tensors |= {f"snapshot.{name}": value for name, value in self.snapshot.tensors.items()}
         tensors |= {f"extra.{name}": value for name, value in extra.items()}
         summary = {
-            "format": 1,
+            "format": FORMAT,
             "rejected": self.rejected,
             "generation": self.generation,
             "ledger": self.ledger,
@@ -160,6 +162,11 @@ class Rounds:
             )
         except (json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"The round state in {folder} is damaged ({error}). Resume from another one.") from error
+        if summary.get("format") != FORMAT:
+            raise ValueError(
+                f"The round state in {folder} has format {summary.get('format')!r}, this version reads {FORMAT}. "
+                "Resume with the version of trl-bilevel that wrote it."
+            )
         saved = summary.get("shape", {})
         changed = [f"{k}: {saved[k]!r} then, {v!r} now" for k, v in (shape or {}).items() if saved.get(k, v) != v]
         if changed:

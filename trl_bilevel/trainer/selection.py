@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "selector.safetensors"
 SUMMARY_FILE = "selector.json"
 ESTIMATOR_PREFIX = "estimator."
+# Of the two files; raised when older code could not read them any more.
+FORMAT = 1
 # Statistics that need a look at many weights use at most this many rows, evenly spaced.
 STATISTICS_ROWS = 65_536
 # How much of its standardised score a row's calibrated logit carries.
@@ -275,7 +277,7 @@ class Selection:
             ESTIMATOR_PREFIX + k: v.detach().cpu().contiguous() for k, v in estimator.items()
         }
         summary = {
-            "format": 1,
+            "format": FORMAT,
             "settings": self.settings(),
             "calibrated": self.calibrated,
             "uniform": self._uniform,
@@ -304,6 +306,11 @@ class Selection:
             raise ValueError(
                 f"The selector state in {folder} is damaged ({error}). Resume from another one."
             ) from error
+        if summary.get("format") != FORMAT:
+            raise ValueError(
+                f"The selector state in {folder} has format {summary.get('format')!r}, this version reads {FORMAT}. "
+                "Resume with the version of trl-bilevel that wrote it."
+            )
         own, saved = self.settings(), summary["settings"]
         changed = [f"{k}: {saved.get(k)!r} then, {own[k]!r} now" for k in own if own[k] != saved.get(k)]
         if changed and not self.config.ignore_selector_fingerprint:

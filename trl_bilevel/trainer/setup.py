@@ -444,6 +444,26 @@ def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
     return torch.cat(losses)
 
 
+def check_agreement(trainer: BilevelSFTTrainer) -> None:
+    """Stop if the selectors of the processes differ: each would train the model on other weights.
+
+    Compares sums over all weights, to 1e-6: they are the same to the last bit unless kernels add in varying order.
+
+    Raises:
+        RuntimeError: on all processes, naming those that differ from the first one.
+    """
+    if trainer.args.world_size == 1:
+        return
+    sums = trainer.accelerator.gather(trainer.selection.state.totals.to(trainer.args.device).reshape(1, -1))
+    apart = ((sums - sums[0]).abs() > 1e-6 * sums[0].abs()).any(-1).nonzero().flatten().tolist()
+    if apart:
+        raise RuntimeError(
+            f"The weights on process(es) {', '.join(map(str, apart))} are not those on process 0 (step "
+            f"{trainer.state.global_step}). Do all processes read the same rows in the same order, and the same "
+            "checkpoint? Nothing after the last checkpoint is to be trusted."
+        )
+
+
 def warmup_steps(trainer: BilevelSFTTrainer) -> int:
     """`selector_warmup_steps` in optimizer steps (a value below 1 is a share of the run)."""
     given = trainer.args.selector_warmup_steps
