@@ -3,18 +3,22 @@
 python -m benchmarks.run [NAME ...] [--seeds 0 1 2] [--arms uniform bilevel] [--force]
 
 A run whose result is there is skipped, so several of these commands side by side with other seeds share the work.
+The arm `dattri` needs `pip install dattri`.
 """
 
 import argparse
 import json
 import os
 import platform
+import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.influence import influential_rows
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import REFINING, Budget, run_arm
 from trl_bilevel.demo.tasks import make_task
@@ -47,7 +51,12 @@ def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: 
         changes |= experiment["variants"][variant]
     reuses = arm in REFINING or (variant is not None and "weights_of" in experiment)
     weights = known_weights(experiment, seed) if reuses else None
-    result = run_arm(arm, task, seed=seed, budget=budget, weights=weights)
+    chosen: dict[str, Any] = {}
+    if arm == "dattri":
+        start = time.perf_counter()
+        keep, influence = influential_rows(task, seed=seed, budget=budget, count=sum(task.good))
+        chosen = {"keep": keep, "choosing_seconds": time.perf_counter() - start}
+    result = run_arm(arm, task, seed=seed, budget=budget, weights=weights, **chosen)
     record = asdict(result) | {
         "arm": variant or arm,
         "experiment": experiment["name"],
@@ -60,9 +69,13 @@ def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: 
         record["auc"] = ranking_quality(result.weights, kinds)
         record["good_share"] = good_share(result.weights, kinds)
         record["weights"] = [round(weight, 4) for weight in result.weights]
+    if chosen:
+        record["versions"]["dattri"] = version("dattri")
+        record["choosing_seconds"] = chosen["choosing_seconds"]
+        record["influence_auc"] = ranking_quality(influence, task.train["kind"])
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=1))
-    figures = {k: record.get(k) for k in ("test_loss", "auc", "good_share", "safety", "seconds")}
+    figures = {k: record.get(k) for k in ("test_loss", "auc", "influence_auc", "good_share", "safety", "seconds")}
     print(target.stem, json.dumps(figures), flush=True)
 
 

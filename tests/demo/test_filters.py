@@ -44,3 +44,11 @@ def test_arms_run(arm, settings, task):
     result = run_arm(arm, task, **settings)
     assert (result.train_steps, result.pilot_steps) == (10, 0)
     assert (result.weights is not None) == (arm == "seal")
+
+
+def test_rows_chosen_elsewhere(settings, task):
+    second, _ = make_trainer("elsewhere", task, **settings, keep=[8, 4, 0, 12])
+    assert list(second.train_dataset["prompt"]) == list(task.train.select([0, 4, 8, 12])["prompt"])
+    result = run_arm("elsewhere", task, **settings, keep=[8, 4, 0, 12], choosing_seconds=1000.0)
+    assert (result.arm, result.train_steps, result.weights) == ("elsewhere", 10, None)
+    assert result.seconds > 1000

@@ -150,7 +150,7 @@ def make_trainer(
     A self-refining arm has two: without `offline` this gives the one of its first, offline steps.
 
     Args:
-        arm: one of `ARMS`.
+        arm: one of `ARMS`; any name if `keep` is given.
         task: the data.
         seed: of data order, adapter and pilot run.
         budget: settings that all arms share.
@@ -160,7 +160,7 @@ def make_trainer(
         weights: of the training rows, if the `bilevel` arm of the same task, seed and budget has learned them: the
             pilot run is not repeated, but counts.
         offline: the trained `BilevelSFTTrainer` whose model a self-refining arm goes on with.
-        keep: rows that one of `FILTERS` has chosen.
+        keep: the rows to train on, of an arm that filters: one of `FILTERS`, or one of a name not in `ARMS`.
     """
     from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
     from ..trainer.pilot import default_pilot_steps
@@ -173,7 +173,7 @@ def make_trainer(
         rows = [row for row, good in zip(rows, task.good, strict=True) if good]
     elif arm == "random_subset":
         rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows) // 4].tolist()
-    elif arm in FILTERS:
+    elif arm in FILTERS or keep is not None:
         assert keep is not None
         rows = sorted(keep)
     subset = train.select(rows)
@@ -253,12 +253,15 @@ def run_arm(
     output_dir: str | None = None,
     progress: bool = False,
     weights: Sequence[float] | None = None,
+    keep: Sequence[int] | None = None,
+    choosing_seconds: float = 0.0,
 ) -> Result:
     """Train one arm and measure it.
 
     Args:
         output_dir: where the adapter and the weighted rows are kept; nothing is kept if None.
-        arm, task, seed, budget, model, progress, weights: as for `make_trainer`.
+        choosing_seconds: wall time that the choice of a given `keep` took; part of the result's.
+        arm, task, seed, budget, model, progress, weights, keep: as for `make_trainer`; `FILTERS` need no `keep`.
     """
     folder = output_dir or tempfile.mkdtemp()
     learned = arm in ESTIMATOR_OF_ARM
@@ -270,13 +273,14 @@ def run_arm(
         "progress": progress,
     }
     start = time.perf_counter()
-    keep = chosen_rows(arm, task, **settings) if arm in FILTERS else None
-    choosing = time.perf_counter() - start
+    if arm in FILTERS:
+        keep = chosen_rows(arm, task, **settings)
+    choosing_seconds += time.perf_counter() - start
     trainer, pilot = make_trainer(arm, task, weights=weights, keep=keep, **settings)
     if not progress:
         # Without progress bars, transformers prints every log entry as a dict in their place.
         trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter() - choosing
+    start = time.perf_counter() - choosing_seconds
     if arm != "base":
         trainer.train()
     steps, ledger = trainer.state.global_step, None
