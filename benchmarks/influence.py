@@ -24,6 +24,8 @@ from trl_bilevel.trainer.setup import prepare_rows
 
 # Training rows whose gradients are held at once.
 BATCH = 16
+# The default of `pilot_learning_rate` with LoRA.
+PILOT_RATE = 1e-3
 Row = tuple[Tensor, Tensor]
 
 
@@ -70,10 +72,11 @@ def influential_rows(
 
 
 def warmed_up(task: Task, *, budget: Budget, **settings: Any) -> Any:
-    """The trainer of the `uniform` arm after as many steps as a pilot run takes."""
+    """The trainer of the `uniform` arm after as many steps as a pilot run takes, at a pilot run's learning rate."""
     rows = len(task.train)
     steps = budget.pilot_steps or default_pilot_steps(round(budget.epochs * rows / budget.batch_size))
-    budget = replace(budget, epochs=steps * budget.batch_size / rows)
+    rate = {"learning_rate": PILOT_RATE, "lr_scheduler_type": "constant"}
+    budget = replace(budget, epochs=steps * budget.batch_size / rows, overrides=budget.overrides | rate)
     trainer, _ = make_trainer("uniform", task, budget=budget, **settings)
     trainer.train()
     return trainer
