@@ -3,7 +3,7 @@
 python -m benchmarks.run [NAME ...] [--seeds 0 1 2] [--arms uniform bilevel] [--force]
 
 A run whose result is there is skipped, so several of these commands side by side with other seeds share the work.
-The arm `dattri` needs `pip install dattri`.
+The arm `dattri` is left out without that library (`pip install dattri`).
 """
 
 import argparse
@@ -13,6 +13,7 @@ import platform
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,11 @@ def main() -> None:
             for arm, variant in jobs:
                 name = variant or arm
                 target = HERE / "results" / file.stem / f"{name}-seed{seed}.json"
-                if (not options.arms or name in options.arms) and (options.force or not target.exists()):
+                if (options.arms and name not in options.arms) or (target.exists() and not options.force):
+                    continue
+                if arm == "dattri" and find_spec("dattri") is None:
+                    print(f"{target.stem}: left out, dattri is not installed (`pip install dattri`)", flush=True)
+                else:
                     run_one(experiment, arm, variant, seed, target)
 
 
