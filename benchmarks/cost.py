@@ -6,7 +6,7 @@ FLOPs are counted by `torch.utils.flop_counter` while the trainers run (pilot, s
 rows, trackers and the recomputation of gradient checkpointing are all in), on a small Llama of ten layers whose LM
 head has the share that it has in SmolLM2-135M: the ratio does not depend on the machine. All rows are of one length,
 so that a run costs a constant and so much per row (from 513 rows on, where the default does not score them all): two
-sizes give every other one. Adds to `benchmarks/results/cost.json`.
+sizes give every other one. Adds what is missing to `benchmarks/results/cost.json`.
 """
 
 import argparse
@@ -103,25 +103,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", type=int, default=[576, 1088])
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--force", action="store_true", help="count again what has been counted")
     options = parser.parse_args()
     disable_progress_bars()
     from tests.conftest import make_tokenizer
 
     tokenizer = make_tokenizer()
     target = HERE / "results" / "cost.json"
-    flops: dict[str, dict[str, int]] = json.loads(target.read_text())["flops"] if target.exists() else {}
+    flops: dict[str, dict[str, int]] = {}
+    if target.exists() and not options.force:
+        flops = json.loads(target.read_text())["flops"]
     for rows in options.rows:
         for name in ["SFTTrainer", *(name for name in options.settings if name != "SFTTrainer")]:
-            flops.setdefault(name, {})[str(rows)] = count(SETTINGS[name], rows, tokenizer)
-            ratio = flops[name][str(rows)] / flops["SFTTrainer"][str(rows)]
-            print(f"{rows} rows, {name:32} {ratio:.3f}", flush=True)
-    record = {
-        "batch": BATCH,
-        "validation_rows": VALIDATION,
-        "flops": flops,
-        "versions": versions(),
-    }
-    target.write_text(json.dumps(record, indent=1))
+            counts = flops.setdefault(name, {})
+            if str(rows) not in counts:
+                counts[str(rows)] = count(SETTINGS[name], rows, tokenizer)
+                record = {"batch": BATCH, "validation_rows": VALIDATION, "flops": flops, "versions": versions()}
+                target.write_text(json.dumps(record, indent=1))
+            print(f"{rows} rows, {name:32} {counts[str(rows)] / flops['SFTTrainer'][str(rows)]:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def line_through(counts: Mapping[str, int]) -> tuple[float, float]:
 
 def cost_ratio(flops: Mapping[str, Mapping[str, int]], name: str | None, rows: int) -> float | None:
     """FLOPs of a run over `rows` rows, as a multiple of `SFTTrainer`'s; None if it was not counted."""
-    if name not in flops:
+    if len(flops.get(name or "", {})) < 2:
         return None
     (fixed, slope), (plain, plain_slope) = line_through(flops[name]), line_through(flops["SFTTrainer"])
     return (fixed + slope * rows) / (plain + plain_slope * rows)

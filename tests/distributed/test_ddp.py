@@ -1,6 +1,7 @@
 """Two processes give what one gives with the same global batch (gloo, CPU)."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -74,6 +75,21 @@ def test_two_processes_equal_one(name, tmp_path):
     # weighted losses carry that of the weights.
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["weights"] == pytest.approx(one["weights"], abs=3e-4)
+    # Even of an adapter as small as this one's, whose gradients are exchanged too.
+    assert 0 < two["selector_share_of_traffic"] < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "loss_weighted", "online_lookahead"])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_four_processes_and_rows_that_do_not_divide(name, drop_last, tmp_path):
+    """With a full last batch as one process; else accelerate repeats rows to fill it up, and all stay together."""
+    settings = METHODS[name] | {"rows": 43, "max_steps": 20, "dataloader_drop_last": drop_last}
+    one, four = (train(tmp_path / str(n), n, settings) for n in (1, 4))
+    assert len(four["losses"]) == 20 and all(map(math.isfinite, four["losses"] + four["weights"]))
+    if drop_last:
+        assert four["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert four["weights"] == pytest.approx(one["weights"], abs=3e-4)
 
 
 def test_processes_with_other_weights_are_stopped(tmp_path):

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from tests.conftest import base_arguments, losses, make_tiny_model, make_tokenizer
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.trainer.window import StepWindow
 
 
 class Accident(TrainerCallback):
@@ -28,14 +29,27 @@ class Accident(TrainerCallback):
         if state.global_step == 5 and self.kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif state.global_step == 5:
-            self.trainer.selection.set_weights(torch.rand(40))
+            self.trainer.selection.set_weights(torch.rand(len(self.trainer.selection.kept)))
+
+
+def count_exchanged_bytes() -> list[int]:
+    """Bytes that the steps of this process exchange for the selector; filled by training."""
+    found: list[int] = []
+    gather = StepWindow._gather
+
+    def counted(window: StepWindow, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        found.append(sum(value.numel() * value.element_size() for value in values))
+        return gather(window, values)
+
+    StepWindow._gather = counted  # type: ignore[method-assign]
+    return found
 
 
 def main(folder: str, overrides: str) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = [{"prompt": f"What is {r['name']}?\n", "completion": r["description"]} for r in docstrings()[:60]]
+    rows = [{"prompt": f"What is {r['name']}?\n", "completion": r["description"]} for r in docstrings()[:64]]
     settings = base_arguments(Path(folder)) | {
         "per_device_train_batch_size": 8 // world,
         "max_steps": 8,
@@ -46,21 +60,28 @@ def main(folder: str, overrides: str) -> None:
     }
     settings |= json.loads(overrides)
     accident, resume = settings.pop("accident", None), settings.pop("resume", False)
+    count = settings.pop("rows", 40)
     tokenizer = make_tokenizer()
     trainer = BilevelSFTTrainer(
         make_tiny_model(tokenizer).double(),
         BilevelSFTConfig(**settings),
-        train_dataset=Dataset.from_list(rows[:40]),
-        validation_dataset=Dataset.from_list(rows[40:]),
+        train_dataset=Dataset.from_list(rows[:count]),
+        validation_dataset=Dataset.from_list(rows[44:]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     assert trainer.accelerator.num_processes == world
+    exchanged = count_exchanged_bytes()
     if accident is not None and trainer.accelerator.process_index == 1:
         trainer.add_callback(Accident(trainer, accident))
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        result = {"losses": losses(trainer), "weights": trainer.sample_weights().tolist()}
+        gradients = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+        result = {
+            "losses": losses(trainer),
+            "weights": trainer.sample_weights().tolist(),
+            "selector_share_of_traffic": sum(exchanged) / (gradients * trainer.state.global_step),
+        }
         (Path(folder) / "result.json").write_text(json.dumps(result))
     # A process that leaves with its connections open may abort in their threads' destructors.
     trainer.accelerator.wait_for_everyone()

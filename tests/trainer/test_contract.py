@@ -6,9 +6,14 @@ import pytest
 import torch
 import transformers
 import trl
+from datasets import Dataset
 from packaging.version import Version
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from trl_bilevel.data.batches import concatenate_batches
+from trl_bilevel.data.identity import SAMPLE_ID, SEGMENTS, SampleIdCollator
 
 
 def test_trl_version_is_supported():
@@ -66,6 +71,31 @@ def test_the_fused_head_gives_what_the_weights_multiply(tiny_model, config, trai
     assert outputs.log_probs.shape == outputs.label_mask.shape == (3, batch["input_ids"].shape[1] - 1)
     assert torch.equal(outputs.label_mask.bool(), batch["labels"][:, 1:] != -100)
     assert (outputs.log_probs[~outputs.label_mask.bool()] == 0).all(), "log_probs are not zero where ignored"
+
+
+def test_padding_free_batches_hold_what_we_join():
+    """Two batches that are joined are the batch of all their rows."""
+    rows = [{"input_ids": list(range(5, 5 + n)), "labels": [-100, *range(6, 5 + n)]} for n in (3, 1, 4, 2)]
+    collator = SampleIdCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True), merges=True)
+    rows = [row | {SAMPLE_ID: number} for number, row in enumerate(rows)]
+    whole = collator(rows)
+    known = {"input_ids", "labels", "position_ids", "seq_idx", SAMPLE_ID, SEGMENTS}
+    known |= {f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"}
+    assert set(whole) == known, "TRL's collator gives other inputs: see data.batches.concatenate_batches"
+    joined = concatenate_batches(collator(rows[:2]), collator(rows[2:]), 0)
+    for name, value in whole.items():
+        assert torch.equal(torch.as_tensor(joined[name]), torch.as_tensor(value)), name
+
+
+def test_the_packer_carries_our_numbers():
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3]], SAMPLE_ID: [[7, 7], [8]]})
+    packed = pack_dataset(rows, 4, "bfd")
+    assert packed[0] == {
+        "input_ids": [1, 2, 3],
+        "labels": [1, 2, 3],
+        SAMPLE_ID: [7, 7, 8],
+        "seq_lengths": [2, 1],
+    }, "TRL's packer drops or reorders columns: see data.packing"
 
 
 def test_compute_loss_only_calls_the_model_and_sums_log_probs():

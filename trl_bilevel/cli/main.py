@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     module = import_module(COMMANDS[arguments[0]][0])
     try:
         module.run(arguments[1:])
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         import os
 
         if os.environ.get("TRL_BILEVEL_TRACEBACK"):
