@@ -44,6 +44,7 @@ def build(mode, folder, columns, max_length, batch_size):
         "output_dir": str(folder),
         "weight_estimator": "none",
         "per_device_train_batch_size": batch_size,
+        "pad_to_multiple_of": 8 if batch_size % 2 else None,
         "max_length": None if mode == "padding_free" else max_length,
         "report_to": "none",
         "use_cpu": True,

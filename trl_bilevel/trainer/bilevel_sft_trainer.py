@@ -193,15 +193,21 @@ class BilevelSFTTrainer(SFTTrainer):
         return self.args.packing or self.padding_free
 
     def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: SFTConfig, packing: bool, formatting_func: Any, name: str
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
     ) -> Any:
         """The parent's preparation; packed training rows keep their numbers."""
         if not packing or not isinstance(dataset, Dataset) or SAMPLE_ID not in dataset.column_names:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, name)
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
         def prepare(settings: SFTConfig) -> Dataset:
             return super(BilevelSFTTrainer, self)._prepare_dataset(
-                dataset, processing_class, settings, False, formatting_func, name
+                dataset, processing_class, settings, False, formatting_func, dataset_name
             )
 
         self._unpacked, packed = setup.prepare_packed(args, prepare)

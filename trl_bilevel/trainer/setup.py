@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
@@ -269,10 +270,12 @@ def prepare_packed(args: BilevelSFTConfig, prepare: Callable[[SFTConfig], Datase
     rows = with_scored_tokens(prepare(settings))
     if len(rows) == 0:
         return rows, rows
-    packed = pack_rows(rows, args.max_length, args.packing_strategy, args.dataset_num_proc)
-    if args.shuffle_dataset:
-        packed = packed.shuffle(seed=args.seed)
-    return first_window(rows, args.max_length, args.dataset_num_proc), packed
+    # The first process packs, the others read its cache.
+    with PartialState().main_process_first():
+        packed = pack_rows(rows, args.max_length, args.packing_strategy, args.dataset_num_proc)
+        if args.shuffle_dataset:
+            packed = packed.shuffle(seed=args.seed)
+        return first_window(rows, args.max_length, args.dataset_num_proc), packed
 
 
 def with_scored_tokens(rows: Dataset) -> Dataset:
