@@ -136,6 +136,6 @@ def test_batches(mode, tmp_path_factory, rows, max_length, batch_size):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @case
-@settings(max_examples=120, **quiet)
+@settings(max_examples=100, **quiet)
 def test_batches_at_length(mode, tmp_path_factory, rows, max_length, batch_size):
     check(mode, rows, max_length, batch_size, tmp_path_factory.getbasetemp())

@@ -42,6 +42,10 @@ PHASES = {
 }
 
 
+# Which times: a round's methods come once per round, a step's more often.
+COUNTS = {"refine": (1, 2, 3), "sft": (1, 3)}
+
+
 def doomed(base: type, method: str, count: int, when: str) -> type:
     """The trainer, killed when it enters or leaves a method for the `count`-th time; never for 0."""
 
@@ -142,7 +146,7 @@ def main(kind: str, root: Path) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     whole: dict[bool, Any] = {}
-    for (phase, method), when, count in itertools.product(PHASES[kind].items(), ("entering", "leaving"), (1, 2, 3)):
+    for (phase, method), when, count in itertools.product(PHASES[kind].items(), ("entering", "leaving"), COUNTS[kind]):
         folder = root / f"{phase}-{when}-{count}"
         status = in_child(kind, folder, method, count, when, False)
         if status != 0:
