@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict] = {
     "lookahead, K = 8": {"weight_estimator": "lookahead", "lookahead_steps": 8},
     "lookahead, K = 12": {"weight_estimator": "lookahead", "lookahead_steps": 12},
     "lookahead, K = 16": {"weight_estimator": "lookahead", "lookahead_steps": 16},
+    "alignment": {"weight_estimator": "alignment"},
+    "alignment, displacement": {"weight_estimator": "alignment", "alignment_direction": "displacement"},
 }
 
 

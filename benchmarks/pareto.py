@@ -7,12 +7,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 TASKS = ("quality", "boilerplate", "truncated", "scrambled", "safety")
-# Estimator: arm of the experiments, line of the counted cost.
+# Estimator: arm of the experiments, pilots of `benchmarks.estimators`, line of the counted cost.
 ESTIMATORS = {
-    "value_function": ("bilevel", "balanced"),
-    "lookahead": ("lookahead", "balanced, lookahead"),
-    "alignment": ("alignment", "balanced, alignment"),
-    "loss": ("loss", None),
+    "value_function": ("bilevel", "value_function", "balanced"),
+    "lookahead": ("lookahead", "lookahead, K = 12", "balanced, lookahead"),
+    "alignment": ("alignment", "alignment", "balanced, alignment"),
+    "loss": ("loss", "", None),
 }
 AT = 10_000
 Runs = Mapping[str, Mapping[str, Mapping[int, dict]]]
@@ -21,8 +21,8 @@ TEXT = """## Cost against reliability
 
 Each estimator in the default way of use (a pilot run, calibrated weights): FLOPs of a two-epoch run over {at:,} rows
 against `SFTTrainer`'s (counted, see below), and AUC of its weights on every task, per seed; on the quality task also
-that of the kind of damage that it sees worst. `loss` is the published score. Empty: not run. `python -m
-benchmarks.run quality boilerplate truncated scrambled safety`
+that of the kind of damage that it sees worst. `loss` is the published score. Empty: not run. In brackets: of a pilot
+run alone. `python -m benchmarks.run quality boilerplate truncated scrambled safety; python -m benchmarks.estimators`
 
 {table}
 
@@ -52,22 +52,31 @@ def counted() -> dict[str, dict[str, int]]:
 
 def auc(run: dict) -> tuple[float, float]:
     """Of the weights over all damaged rows, and over the kind of damage that they see worst."""
-    found = run["auc"]
-    return found["all"], min(value for kind, value in found.items() if kind != "all")
+    kinds = run["auc"]
+    return kinds["all"], min(value for kind, value in kinds.items() if kind != "all")
+
+
+def found(runs: Runs, task: str, name: str) -> dict[int, tuple[dict, bool]]:
+    """Results of an estimator by seed, and whether they are of a whole run."""
+    arm, setting, _ = ESTIMATORS[name]
+    out: dict[int, tuple[dict, bool]] = {}
+    for file in (HERE / "results" / "estimators").glob(f"{task}-{setting}-seed*.json"):
+        record = json.loads(file.read_text())
+        out[record["seed"]] = (record, False)
+    out |= {seed: (run, True) for seed, run in runs[task].get(arm, {}).items()}
+    return dict(sorted(out.items()))
 
 
 def section(runs: Runs) -> str:
     """The table; `runs` by task, arm and seed."""
     head = ["estimator", "FLOPs", *(f"{task}" for task in TASKS), "quality, worst kind"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, (arm, setting) in ESTIMATORS.items():
+    for name, (_, _, setting) in ESTIMATORS.items():
         ratio = cost_ratio(counted(), setting, AT)
         cells = [name, "" if ratio is None else f"{ratio:.3f}x"]
-        for task in TASKS:
-            seeds = runs[task].get(arm, {})
-            cells.append(" / ".join(f"{auc(seeds[seed])[0]:.3f}" for seed in sorted(seeds)))
-        seeds = runs["quality"].get(arm, {})
-        cells.append(" / ".join(f"{auc(seeds[seed])[1]:.3f}" for seed in sorted(seeds)))
+        for task, kind in [*((task, 0) for task in TASKS), ("quality", 1)]:
+            values = [(auc(run)[kind], whole) for run, whole in found(runs, task, name).values()]
+            cells.append(" / ".join(f"{value:.3f}" if whole else f"({value:.3f})" for value, whole in values))
         lines.append("| " + " | ".join(cells) + " |")
     return TEXT.format(at=AT, table="\n".join(lines))
 
@@ -81,13 +90,13 @@ def plots(runs: Runs) -> None:
 
     figure, axes = plt.subplots(1, len(TASKS), figsize=(15, 3.2), sharey=True, constrained_layout=True)
     for axis, task in zip(axes, TASKS, strict=True):
-        for marker, (name, (arm, setting)) in zip("osD^", ESTIMATORS.items(), strict=True):
+        for marker, (name, (_, _, setting)) in zip("osD^", ESTIMATORS.items(), strict=True):
             ratio = cost_ratio(counted(), setting, AT)
-            values = [auc(run)[0] for run in runs[task].get(arm, {}).values()]
+            values = [auc(run)[0] for run, _ in found(runs, task, name).values()]
             if ratio is not None and values:
                 axis.plot([ratio] * len(values), values, marker, label=name, alpha=0.8)
         axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(title=task, xlabel=f"FLOPs at {AT:,} rows (SFT = 1)", ylim=(0.4, 1.02))
+        axis.set(title=task, xlabel=f"FLOPs at {AT:,} rows (SFT = 1)", ylim=(0.4, 1.02), xlim=(1.0, 1.12))
     axes[0].set_ylabel("AUC of weights, per seed")
     axes[0].legend()
     figure.savefig(DOCS / "cost_reliability.png", dpi=110)

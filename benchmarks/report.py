@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import pareto
+from benchmarks.estimators import SETTINGS
 from trl_bilevel import BilevelSFTConfig
 
 DEPTH = BilevelSFTConfig.pilot_feature_depth
@@ -92,8 +93,9 @@ them the third seed of `loss` and two of the random subset on `safety`."""
 ESTIMATORS = """## The look-ahead against the tracker
 
 Calibrated weights by the `lookahead` estimator after 24 pilot steps on the mixture, by the validation steps K of the
-look-ahead; the pilot alone, without training. Unless `lookahead_steps` is given, K is half of the pilot's steps: 12
-here, and in the tables above. `python -m benchmarks.estimators`
+look-ahead, and by `alignment` after a pilot on mixture and validation rows; the pilot alone, without training. Unless
+`lookahead_steps` is given, K is half of the pilot's steps: 12 here, and in the tables above. `python -m
+benchmarks.estimators`
 
 {table}
 
@@ -263,7 +265,8 @@ def estimators() -> list[str]:
         "| task | seed | setting | AUC | weight on good rows | effective sample size among them |",
         "|---" * 6 + "|",
     ]
-    for r in sorted(records, key=lambda r: (r["task"], r["seed"], int(r["setting"].split()[-1]))):
+    order = list(SETTINGS)
+    for r in sorted(records, key=lambda r: (r["task"], r["seed"], order.index(r["setting"]))):
         auc = "; ".join(f"{kind} {value:.3f}" for kind, value in r["auc"].items())
         share = f"{r['good_share']:.0%} | {r['ess_good']:.0%}"
         lines.append(f"| {r['task']} | {r['seed']} | {r['setting']} | {auc} | {share} |")
