@@ -8,6 +8,7 @@ import sys
 import pytest
 from datasets import Dataset
 
+from trl_bilevel.cli.data import load_rows
 from trl_bilevel.cli.main import main
 
 
@@ -134,3 +135,57 @@ def test_accelerate_launch(run_folder):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (run_folder / "out" / "weighted.parquet").is_file()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_slice_of_local_rows(folder, run_folder, rows):
+    name = f"{run_folder}/mixed.jsonl"
+    if folder:
+        name = f"{run_folder}/saved"
+        Dataset.from_list(rows[:40]).save_to_disk(name)
+    assert len(load_rows(name, split="train")) == len(load_rows(name, split="test")) == 40
+    assert load_rows(name, split="train[5:20]")["prompt"][:] == [row["prompt"] for row in rows[5:20]]
+    assert len(load_rows(name, split="train[:50%]")) == 20
+    with pytest.raises(ValueError, match="has no split 'dev'"):
+        load_rows(name, split="dev")
+
+
+def test_resume_from_the_newest_checkpoint(run_folder):
+    saving = ["sft", "--config", f"{run_folder}/run.yaml", "--save_strategy", "steps", "--save_steps", "2"]
+    assert main([*saving, "--max_steps", "2"]) == 0
+    assert main([*saving, "--max_steps", "4", "--resume_from_checkpoint", "True"]) == 0
+    assert (run_folder / "out" / "checkpoint-4").is_dir()
+
+
+def test_weighted_rows_are_written_as_their_name_says(run_folder):
+    common = ["sft", "--config", f"{run_folder}/run.yaml", "--max_steps", "1", "--weighted_dataset_path"]
+    assert main([*common, f"{run_folder}/w.jsonl"]) == 0
+    assert len((run_folder / "w.jsonl").read_text().splitlines()) == 40
+    assert json.loads((run_folder / "w.jsonl").read_text().splitlines()[0])["data_weight"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weighted_dataset_path", "w.xlsx"], "files that end in .parquet, .jsonl, .csv, got 'w.xlsx'"),
+        (["--streaming", "true"], "`streaming` is not supported"),
+        (["--test_split_size", "0.5"], "`test_split_size` is not supported"),
+        (["--dataset_name", "FOLDER/empty.jsonl"], "Could not read the data file"),
+        (["--dataset_name", "FOLDER/broken.jsonl"], "Could not read the data file"),
+        (["--dataset_name", "FOLDER/odd.jsonl"], "columns ['question', 'answer'], in which no text format"),
+        (["--dataset_train_split", "dev"], "has no split 'dev'"),
+    ],
+)
+def test_mistakes_are_told_without_traceback(arguments, message, run_folder, capsys):
+    (run_folder / "empty.jsonl").write_text("")
+    (run_folder / "broken.jsonl").write_text('{"prompt": ')
+    (run_folder / "odd.jsonl").write_text(40 * '{"question": "a", "answer": "b"}\n')
+    arguments = [word.replace("FOLDER", str(run_folder)) for word in arguments]
+    assert main(["sft", "--config", f"{run_folder}/run.yaml", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_export_of_another_table(run_folder, capsys):
+    assert main(["export", f"{run_folder}/trusted.parquet", "--output", f"{run_folder}/x.jsonl"]) == 1
+    assert "has no columns data_weight and data_rank" in capsys.readouterr().err

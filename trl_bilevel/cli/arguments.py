@@ -58,6 +58,14 @@ class RefineScriptArguments(BilevelScriptArguments):
     prompt_dataset_split: str = field(default="train", metadata={"help": "Split of the questions."})
 
 
+def resume_argument(training_args: Any) -> str | bool | None:
+    """`resume_from_checkpoint` as a trainer takes it: on the command line, `True` is text."""
+    given = training_args.resume_from_checkpoint
+    if isinstance(given, str) and given.lower() in ("true", "false"):
+        return given.lower() == "true"
+    return given
+
+
 def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
     """Parse, with unknown options and keys as errors.
 

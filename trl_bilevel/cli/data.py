@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+WRITERS = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
 SOURCE = "source"
 
 
@@ -25,9 +26,17 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
     if path.suffix in FILE_FORMATS:
         if not path.is_file():
             raise FileNotFoundError(f"There is no data file {name}.")
-        return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+        try:
+            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=_local_split(name, split))
+        except Exception as error:
+            raise ValueError(
+                f"Could not read the data file {name} (split {split!r}): {type(error).__name__}: {error}. Is it "
+                "empty, or not in this format? (.jsonl: one JSON object per line.)"
+            ) from error
     if (path / "dataset_info.json").is_file():
-        return load_from_disk(str(path))
+        rows = load_from_disk(str(path))
+        part = _local_split(name, split)
+        return rows if part == "train" else rows.select(_slice(part, len(rows)))
     try:
         return load_dataset(name, name=config, split=split, **kwargs)
     except Exception as error:
@@ -35,6 +44,22 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
             f"Could not load the data set {name!r} (split {split!r}): {error}. Give a hub name, a file "
             f"({', '.join(FILE_FORMATS)}), or a folder written by `Dataset.save_to_disk`."
         ) from error
+
+
+def _local_split(name: str, split: str) -> str:
+    """`split` of a local file or folder, which has one part only: `"train"`, or a slice of it (`"train[:100]"`)."""
+    part, bracket, rest = split.partition("[")
+    if part not in ("train", "test"):
+        raise ValueError(f"The local data {name} has no split {part!r}: leave the split out, or give 'train[:100]'.")
+    return f"train{bracket}{rest}"
+
+
+def _slice(split: str, count: int) -> range:
+    """Rows of a slice as `datasets` writes it, `"train[a:b]"`, in rows or percent."""
+    from datasets import ReadInstruction
+
+    (part,) = ReadInstruction.from_spec(split).to_absolute({"train": count})
+    return range(count)[part.from_ : part.to]
 
 
 def load_mixture(parts: list[Any]) -> Dataset:
@@ -62,6 +87,10 @@ def load_sets(script_args: Any, dataset_args: Any) -> tuple[Dataset, Dataset | N
     """Training, validation and evaluation rows that the command line names."""
     if dataset_args.datasets and script_args.dataset_name:
         raise ValueError("Give either `dataset_name` or `datasets`, not both.")
+    if dataset_args.streaming:
+        raise ValueError("`streaming` is not supported: weights are kept per row. Leave it out.")
+    if dataset_args.test_split_size is not None:
+        raise ValueError("`test_split_size` is not supported: give rows for reporting by `eval_dataset_name`.")
     if not dataset_args.datasets and not script_args.dataset_name:
         raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
     if dataset_args.datasets:
@@ -93,6 +122,23 @@ def set_model_arguments(training_args: Any, model_args: Any) -> None:
         "dtype": model_args.dtype,
     }
     training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})
+
+
+def write_rows(rows: Dataset, path: str | Path) -> None:
+    """Write rows to a file in the format that its name says.
+
+    Raises:
+        ValueError: if the name ends in none of `WRITERS`.
+    """
+    getattr(rows, WRITERS[check_writable(path)])(str(path))
+
+
+def check_writable(path: str | Path) -> str:
+    """The ending of a file that rows are to be written to."""
+    suffix = Path(path).suffix
+    if suffix not in WRITERS:
+        raise ValueError(f"Rows can be written to files that end in {', '.join(WRITERS)}, got {str(path)!r}.")
+    return suffix
 
 
 def is_adapter(name: str) -> bool:

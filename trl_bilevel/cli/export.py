@@ -23,15 +23,20 @@ def run(arguments: list[str]) -> None:
     options = make_parser().parse_args(arguments)
     from datasets import Dataset
 
+    from .data import check_writable, write_rows
+
     path = options.weighted / "weighted.parquet" if options.weighted.is_dir() else options.weighted
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
         )
-    writers = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
-    if options.output.suffix not in writers:
-        raise ValueError(f"`--output` must end in one of {', '.join(writers)}, got {options.output.name!r}.")
+    check_writable(options.output)
     rows = Dataset.from_parquet(str(path))
+    if not {"data_weight", "data_rank"} <= set(rows.column_names):
+        raise ValueError(
+            f"{path} has no columns data_weight and data_rank: it is not what `trl-bilevel sft` writes as "
+            "weighted.parquet."
+        )
     if options.top_k is not None and options.top_k < 1:
         raise ValueError(f"`--top-k` must be at least 1, got {options.top_k}.")
     kept = [
@@ -41,5 +46,5 @@ def run(arguments: list[str]) -> None:
         and (options.top_k is None or rank < options.top_k)
         and (options.min_weight is None or weight >= options.min_weight)
     ]
-    getattr(rows.select(kept), writers[options.output.suffix])(str(options.output))
+    write_rows(rows.select(kept), options.output)
     print(f"{len(kept)} of {len(rows)} rows written to {options.output}.")

@@ -41,12 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     module = import_module(COMMANDS[arguments[0]][0])
     try:
         module.run(arguments[1:])
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except Exception as error:
         import os
 
         if os.environ.get("TRL_BILEVEL_TRACEBACK"):
             raise
-        print(f"trl-bilevel {arguments[0]}: {error}\n(TRL_BILEVEL_TRACEBACK=1 shows where.)", file=sys.stderr)
+        speaks = isinstance(error, ValueError | TypeError | OSError | RuntimeError)
+        what = error if speaks else f"{type(error).__name__}: {error}"
+        print(f"trl-bilevel {arguments[0]}: {what}\n(TRL_BILEVEL_TRACEBACK=1 shows where.)", file=sys.stderr)
         return 1
     return 0
 

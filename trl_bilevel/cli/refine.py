@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .arguments import RefineScriptArguments, parse
+from .arguments import RefineScriptArguments, parse, resume_argument
 
 
 def make_parser(prog: str = "trl-bilevel refine") -> Any:
@@ -50,7 +50,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         quantization_config=quantization,
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_argument(training_args))
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .arguments import BilevelScriptArguments, parse
+from .arguments import BilevelScriptArguments, parse, resume_argument
 
 
 def make_parser(prog: str = "trl-bilevel sft") -> Any:
@@ -29,8 +29,10 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from trl import get_peft_config, get_quantization_config
 
     from ..trainer.bilevel_sft_trainer import BilevelSFTTrainer
-    from .data import load_sets, set_model_arguments
+    from .data import check_writable, load_sets, set_model_arguments, write_rows
 
+    path = script_args.weighted_dataset_path or f"{training_args.output_dir}/weighted.parquet"
+    check_writable(path)
     train, validation, evaluation = load_sets(script_args, dataset_args)
     set_model_arguments(training_args, model_args)
     trainer = BilevelSFTTrainer(
@@ -42,14 +44,13 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_argument(training_args))
     trainer.save_model(training_args.output_dir)
     lines = [f"Model saved to {training_args.output_dir}."]
     if trainer.validation is not None:
         lines.append(f"Validation loss: {trainer.validation_loss()['total']:.4f} nats per token.")
     if trainer.selects and trainer.is_world_process_zero():
-        path = script_args.weighted_dataset_path or f"{training_args.output_dir}/weighted.parquet"
-        trainer.weighted_dataset().to_parquet(path)
+        write_rows(trainer.weighted_dataset(), path)
         ess = trainer.selection.metrics()["selector/ess"]
         lines.append(f"Weighted rows saved to {path}; effective sample size {ess:.0%} of the rows.")
         lines.append(f"Next: trl-bilevel export {path} --top-k 1000 --output best.jsonl")

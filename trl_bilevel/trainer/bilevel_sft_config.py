@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import SFTConfig
 
 from ..estimators import ESTIMATORS
+
+logger = logging.getLogger(__name__)
 
 GRANULARITIES = ("sample", "group")
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -266,7 +269,13 @@ class BilevelSFTConfig(SFTConfig):
         super().__post_init__()
         if self.selector_preset is not None:
             _one_of("selector_preset", self.selector_preset, PRESETS)
+            defaults = {field.name: field.default for field in fields(self)}
             for name, value in PRESETS[self.selector_preset].items():
+                if getattr(self, name) not in (value, defaults[name]):
+                    logger.warning(
+                        f"`selector_preset={self.selector_preset!r}` sets `{name}={value!r}`, in place of "
+                        f"{getattr(self, name)!r}. Leave one of them out."
+                    )
                 setattr(self, name, value)
         _one_of("weight_estimator", self.weight_estimator, [*ESTIMATORS, "none"])
         _one_of("selector_granularity", self.selector_granularity, GRANULARITIES)

@@ -23,7 +23,7 @@ from ..data.identity import (
 )
 from ..data.sampling import WeightedSampler, content_order
 from ..estimators.base import Estimator
-from . import setup
+from . import checks, setup
 from .amortise import predict_weights
 from .checkpoints import resume_point
 from .errors import NonFiniteScoreError, row_list
@@ -102,8 +102,9 @@ class BilevelSFTTrainer(SFTTrainer):
         **sft_arguments: Any,
     ):
         args = setup.resolve_config(args, model)
-        train_dataset, fixed_weights = setup.take_weights(args, train_dataset)
-        validation = setup.check_datasets(args, train_dataset, validation_dataset)
+        train_dataset, fixed_weights = checks.take_weights(args, train_dataset)
+        formatted = sft_arguments.get("formatting_func") is not None
+        validation = checks.check_datasets(args, train_dataset, validation_dataset, formatted)
         assert train_dataset is not None
         self.row_count = len(train_dataset)
         self._unpacked: Dataset | None = None
@@ -111,16 +112,17 @@ class BilevelSFTTrainer(SFTTrainer):
         # Plain SFT needs no row numbers, and must not stumble over them (packing and padding-free merge rows).
         self.weighs = args.weight_estimator != "none" or fixed_weights is not None
         self._tracks_rows = self.weighs or args.validation_loss_weight > 0
+        self._numbered = add_sample_ids(train_dataset) if self._tracks_rows else train_dataset
         super().__init__(
             model,
             args,
             data_collator,
-            add_sample_ids(train_dataset) if self._tracks_rows else train_dataset,
-            eval_dataset,
+            self._numbered,
+            setup.without_numbers(eval_dataset) if self._tracks_rows else eval_dataset,
             processing_class,
             **sft_arguments,
         )
-        setup.check_supported(self)
+        checks.check_supported(self)
         disable_bf16_repacking(self.model)
         self.row_collator = SampleIdCollator(setup.padding_collator(self))
         if self._tracks_rows:
@@ -133,6 +135,7 @@ class BilevelSFTTrainer(SFTTrainer):
             kept,
             groups=setup.make_row_groups(args, train_dataset),
             fingerprint=fingerprint(train_dataset),
+            validation_fingerprint=" ".join(f"{name} {fingerprint(rows)}" for name, rows in validation.items()),
             device=args.device,
         )
         if fixed_weights is not None:
@@ -201,8 +204,10 @@ class BilevelSFTTrainer(SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        """The parent's preparation; packed training rows keep their numbers."""
-        if not packing or not isinstance(dataset, Dataset) or SAMPLE_ID not in dataset.column_names:
+        """The parent's preparation; packed training rows keep their numbers, other sets come without."""
+        numbered = self._tracks_rows and dataset is self._numbered
+        if not packing or not numbered:
+            dataset = setup.without_numbers(dataset) if self._tracks_rows and not numbered else dataset
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
         def prepare(settings: SFTConfig) -> Dataset:
@@ -335,7 +340,7 @@ class BilevelSFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's log, with the selector's statistics while training; processes compare their weights."""
         if self.weighs and self.model.training and "loss" in logs:
-            setup.check_agreement(self)
+            checks.check_agreement(self)
             logs.update(self.selection.metrics())
         super().log(logs, start_time)
 

@@ -74,6 +74,11 @@ def check_alignment(trainer: BilevelSFTTrainer) -> None:
             "`weight_estimator='alignment'` does not support `torch_compile=True`: it reads the backward of single "
             "layers. Unset it, or use 'value_function' or 'lookahead'."
         )
+    if any("lora_magnitude_vector" in name for name, _ in trainer.model.named_parameters()):
+        raise ValueError(
+            "`weight_estimator='alignment'` does not support DoRA (`use_dora=True`): its layers see other inputs than "
+            "the rows. Use plain LoRA, or 'value_function' or 'lookahead'."
+        )
     taps = GradientTaps(trainer.model, untappable_layers(trainer.model))
     if taps.left_out:
         logger.info(

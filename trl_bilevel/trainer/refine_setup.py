@@ -18,6 +18,7 @@ from trl.import_utils import is_vllm_available
 from ..data.identity import SAMPLE_ID, count_overlap
 from ..estimators import AlignmentEstimator, Estimator, EstimatorHost, LookaheadEstimator, ValueFunctionEstimator
 from . import rounds, selection
+from .checks import check_format
 from .self_refine_config import SelfRefineConfig
 from .setup import MIN_CALIBRATION_ROWS, prepare_rows
 
@@ -145,10 +146,18 @@ def with_template(args: SelfRefineConfig, rows: Dataset) -> Dataset:
     return rows.add_column(TEMPLATE_COLUMN, [args.chat_template_kwargs] * len(rows))
 
 
+def check_reporting(rows: Any) -> None:
+    """`eval_dataset` must be one set of rows."""
+    if rows is not None and not isinstance(rows, Dataset):
+        raise TypeError(f"`eval_dataset` must be a `datasets.Dataset`, got `{type(rows).__name__}`.")
+
+
 def prepare_selection(
     offline: OfflinePart, args: SelfRefineConfig, sets: Mapping[str, Dataset]
 ) -> tuple[Dataset, Tensor]:
     """The selection rows of all sets, tokenised each as a set of its own, and their weights (sum one)."""
+    for name, rows in sets.items():
+        check_format(offline.trainer, rows, f"The set {name!r} of the rows that select the model")
     prepared = {
         name: prepare_rows(offline.trainer, with_template(args, rows)).select_columns(["input_ids", "labels"])
         for name, rows in sets.items()

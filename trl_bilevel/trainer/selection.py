@@ -31,6 +31,8 @@ ESTIMATOR_PREFIX = "estimator."
 FORMAT = 1
 # Statistics that need a look at many weights use at most this many rows, evenly spaced.
 STATISTICS_ROWS = 65_536
+# Groups whose share of the weight is logged: those of the largest ones.
+LOGGED_GROUPS = 32
 # How much of its standardised score a row's calibrated logit carries.
 TILT = 0.01
 
@@ -55,7 +57,8 @@ class Selection:
         config: the selector's settings.
         kept (`Tensor` bool `[row_count]`): rows that are trained on.
         groups (`Groups`, *optional*): for `selector_granularity="group"`.
-        fingerprint (`str`): of the training data; stored, and compared on loading.
+        fingerprint (`str`), validation_fingerprint (`str`): of the training data and of the validation sets; stored,
+            and compared on loading.
         device: where the state lives.
     """
 
@@ -66,12 +69,14 @@ class Selection:
         *,
         groups: Groups | None,
         fingerprint: str,
+        validation_fingerprint: str = "",
         device: torch.device,
     ):
         self.config = config
         self.kept = kept
         self.groups = groups
         self.fingerprint = fingerprint
+        self.validation_fingerprint = validation_fingerprint
         rows = None
         active = kept
         if groups is not None:
@@ -183,6 +188,8 @@ class Selection:
                 "select by, and training goes on with equal weights. More validation rows or `pilot_steps` may help."
             )
         else:
+            # From the best row down: logits are cut at some distance from it.
+            logits -= logits.max()
             # Calibrated weights have plateaus: a trace of the score keeps the rows in order.
             logits = self.config.calibration_sharpness * logits + TILT * z.clamp(-5, 5)
         if self.groups is not None:
@@ -197,6 +204,7 @@ class Selection:
         self.calibrated = True
         self._uniform = False
         self.refresh_gate()
+        self._watch_collapse(float(core.effective_sample_size(self.state) / self.state.totals[3]))
 
     def _for_activation(self, log_weights: Tensor) -> Tensor:
         """Logits that give weights in proportion to `log_weights.exp()`, of at most about 1."""
@@ -242,15 +250,26 @@ class Selection:
             out |= {"selector/score_mean": mean, "selector/score_std": std}
             self._recent.clear()
         if self.groups is not None:
-            out |= {f"selector/share/{name}": share for name, share in self.group_shares().items()}
-        if ess < self.config.ess_alarm and not self._alarmed:
-            self._alarmed = True
-            logger.warning(
-                f"The weights have nearly collapsed: their effective sample size is {ess:.1%} of the rows (alarm at "
-                f"{self.config.ess_alarm:.1%}). Raise `selector_entropy_coef`, lower `selector_learning_rate`, or "
-                "give more validation rows."
-            )
+            shares = sorted(self.group_shares().items(), key=lambda item: -item[1])
+            out |= {f"selector/share/{name}": share for name, share in shares[:LOGGED_GROUPS]}
+        self._watch_collapse(ess)
         return out
+
+    def _watch_collapse(self, ess: float) -> None:
+        """Warn once when the effective sample size, as a share of the rows, falls below `ess_alarm`."""
+        if ess >= self.config.ess_alarm or self._alarmed:
+            return
+        self._alarmed = True
+        remedy = "Raise `selector_entropy_coef`, lower `selector_learning_rate`, or give more validation rows."
+        if self.config.selector_update == "calibrated":
+            remedy = (
+                "Give more validation rows, and rows that are like good training rows in form (the same columns and "
+                "chat format), or lower `calibration_sharpness`."
+            )
+        logger.warning(
+            f"The weights have nearly collapsed: their effective sample size is {ess:.1%} of the rows (alarm at "
+            f"{self.config.ess_alarm:.1%}). {remedy}"
+        )
 
     def group_shares(self) -> dict[str, float]:
         """Share of the total weight per group; the shares sum to one."""
@@ -263,7 +282,10 @@ class Selection:
         """What must not change between saving and loading."""
         config = self.config
         names = ("weight_estimator", "selector_update", "selector_granularity", "selector_group_column")
-        return {name: getattr(config, name) for name in (*names, "selector_activation")} | {
+        more = ("selector_activation", "selector_weighting", "filter_rate", "calibration_sharpness")
+        return {name: getattr(config, name) for name in (*names, *more)} | {
+            "validation_weights": config.validation_weights,
+            "validation_fingerprint": self.validation_fingerprint,
             "rows": len(self.kept),
             "rows_kept": int(self.kept.sum()),
             "train_fingerprint": self.fingerprint,

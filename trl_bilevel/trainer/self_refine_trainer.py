@@ -103,6 +103,7 @@ class SelfRefineTrainer(GRPOTrainer):
     ):
         args = refine_setup.resolve_config(args, model)
         questions = refine_setup.check_rows(args, train_dataset, prompt_dataset)
+        refine_setup.check_reporting(eval_dataset)
         pulling, selecting = refine_setup.split_validation(args, validation_dataset, selection_dataset)
         refine_setup.check_generation(args, grpo_arguments, model)
         self.offline: OfflinePart

@@ -151,8 +151,7 @@ class StepWindow:
                 ids, scores = ids[scored], scores[scored]
             if len(ids):
                 trainer.selection.update(ids, scores)
-            if trainer.selection.gate is None or trainer.state.global_step % setup.GATE_REFRESH_STEPS == 0:
-                trainer.selection.refresh_gate()
+            trainer.selection.refresh_gate()
 
     def _gather(self, values: list[Tensor]) -> list[Tensor]:
         return values if self.trainer.args.world_size == 1 else self.trainer.accelerator.gather(values)

@@ -1,0 +1,171 @@
+"""What users do beside the main road: each of these went wrong once."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig
+
+from trl_bilevel import BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
+
+
+@pytest.fixture
+def build(tiny_model, config, train_rows, validation_rows, tokenizer):
+    def make(train=train_rows, validation=validation_rows, evaluation=None, peft_config=None, **overrides):
+        return BilevelSFTTrainer(
+            tiny_model(),
+            config(**{"pilot_steps": 2} | overrides),
+            train_dataset=train,
+            validation_dataset=validation,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("steps", [7, 45])
+@pytest.mark.parametrize("update", ["adam", "sparse_centred"])
+def test_the_gate_keeps_its_share_while_weights_move(update, steps, build):
+    trainer = build(
+        weight_estimator="lookahead",
+        selector_update=update,
+        selector_warmup_steps=0,
+        filter_rate=0.25,
+        max_steps=steps,
+    )
+    trainer.train()
+    weights = trainer.sample_weights()
+    assert float((weights == 0).float().mean()) == pytest.approx(0.25, abs=0.026)
+    assert float(weights.mean()) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_sharper_calibration_concentrates_the_weights(activation, build):
+    sizes = []
+    for sharpness in (1.0, 5.0, 20.0, 100.0):
+        trainer = build(calibration_sharpness=sharpness, selector_activation=activation, ess_alarm=0.0)
+        trainer.start_selection()
+        weights = trainer.sample_weights()
+        sizes.append(float(weights.sum() ** 2 / (weights**2).sum()) / len(weights))
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.9
+
+
+def test_collapsed_weights_are_told_with_a_remedy_that_has_effect(build, caplog):
+    build(ess_alarm=0.999).start_selection()
+    assert caplog.text.count("nearly collapsed") == 1
+    assert "calibration_sharpness" in caplog.text and "selector_entropy_coef" not in caplog.text
+
+
+def as_messages(rows):
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in rows
+    ]
+
+
+def test_trusted_rows_whose_prompts_would_count(build, rows):
+    trusted = Dataset.from_list(as_messages(rows[40:60]))
+    with pytest.raises(ValueError, match=r"`validation_dataset` 'validation' has the columns \['messages'\].*Split"):
+        build(validation=trusted)
+    build(validation=trusted, completion_only_loss=False)
+    build(train=Dataset.from_list(as_messages(rows[:40])), validation=trusted)
+
+
+def test_unknown_columns(build, rows):
+    odd = Dataset.from_list([{"question": row["prompt"], "answer": row["completion"]} for row in rows[:40]])
+    with pytest.raises(ValueError, match=r"`train_dataset` has the columns \['question', 'answer'\].*Rename them"):
+        build(train=odd)
+    with pytest.raises(ValueError, match=r"`validation_dataset` 'validation' has the columns \['question'"):
+        build(validation=odd)
+
+
+def test_a_dict_of_splits(build, train_rows):
+    with pytest.raises(TypeError, match=r"`DatasetDict` of \['train'\]: pick one"):
+        build(train=DatasetDict({"train": train_rows}))
+
+
+def test_eval_rows_with_columns_of_our_names(build, rows):
+    numbered = Dataset.from_list([row | {"sample_id": f"x{i}"} for i, row in enumerate(rows[60:70])])
+    for evaluation in (numbered, {"train": numbered}):
+        trainer = build(evaluation=evaluation, max_steps=1)
+        trainer.train()
+        assert trainer.evaluate()
+    assert trainer.evaluate(numbered)["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_training_rows_and_exported_rows_can_be_evaluated(packing, build):
+    trainer = build(packing=packing, per_device_train_batch_size=2, max_steps=1)
+    trainer.train()
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+    assert len(trainer.row_losses(trainer.weighted_dataset(5))) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"filter_rate": 0.5}, {"calibration_sharpness": 3.0}, {"selector_weighting": "loss"}, {"validation": "other"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_changed_settings_are_refused_on_resume(change, build, rows, tmp_path):
+    build(save_strategy="steps", save_steps=2, max_steps=2).train()
+    change = {k: Dataset.from_list(rows[60:80]) if k == "validation" else v for k, v in change.items()}
+    with pytest.raises(ValueError, match="belongs to other training data or settings"):
+        build(max_steps=4, **change).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_dora_with_alignment(build):
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], use_dora=True)
+    with pytest.raises(ValueError, match="does not support DoRA"):
+        build(weight_estimator="alignment", peft_config=adapter)
+
+
+def test_full_fine_tuning_in_fp16(config, tiny_model, train_rows, validation_rows, tokenizer):
+    with pytest.raises(ValueError, match=r"trainable parameters are float16.*bfloat16"):
+        BilevelSFTTrainer(
+            tiny_model().half(),
+            config(),
+            train_dataset=train_rows,
+            validation_dataset=validation_rows,
+            processing_class=tokenizer,
+        )
+
+
+def test_the_only_set_that_counts_has_one_row(build, validation_rows):
+    sets = {"a": validation_rows.select([0]), "b": validation_rows.select(range(1, 20))}
+    with pytest.raises(ValueError, match="Every set .* that counts"):
+        build(validation=sets, validation_weights={"a": 1.0, "b": 0.0})
+
+
+def test_a_preset_that_contradicts_an_argument_says_so(config, caplog):
+    config(selector_preset="fast", pilot_scored_rows=0)
+    assert "`selector_preset='fast'` sets `pilot_scored_rows=256`, in place of 0" in caplog.text
+
+
+def test_weights_as_text(build, train_rows):
+    with pytest.raises(TypeError, match="`data_weight` of `train_dataset` must be numbers, got '1'"):
+        build(train=train_rows.add_column("data_weight", ["1"] * 40), weight_estimator="none")
+
+
+def test_many_groups_do_not_flood_the_log(build, train_rows):
+    groups = train_rows.add_column("source", torch.arange(40).tolist()).with_format("torch")
+    trainer = build(train=groups, selector_granularity="group", selector_group_column="source")
+    assert trainer.selection.groups.names[:2] == ["0", "1"]
+    assert len([name for name in trainer.selection.metrics() if name.startswith("selector/share/")]) == 32
+
+
+def test_several_eval_sets_for_rounds(tiny_model, train_rows, validation_rows, tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="`eval_dataset` must be a `datasets.Dataset`, got `dict`"):
+        SelfRefineTrainer(
+            tiny_model(),
+            SelfRefineConfig(str(tmp_path), use_cpu=True, bf16=False),
+            train_rows,
+            validation_rows,
+            {"a": validation_rows},
+            processing_class=tokenizer,
+        )
