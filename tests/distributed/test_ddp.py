@@ -108,7 +108,7 @@ def test_a_killed_process(name, tmp_path):
     assert launch(tmp_path / "run", 2, saving | {"accident": "killed"}).returncode != 0
     assert not (tmp_path / "run" / "result.json").exists()
     resumed = train(tmp_path / "run", 2, saving | {"resume": True})
-    assert resumed == whole
+    assert (resumed["losses"], resumed["weights"]) == (whole["losses"], whole["weights"])
 
 
 @pytest.mark.parametrize(
