@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # More threads per process only slow small models down; the demo has the machine to itself.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-refine test test-fast test-slow lint benchmarks clean
+.PHONY: demo demo-refine test test-fast test-slow test-lowest lint benchmarks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,11 @@ test-fast: $(STAMP)
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
+test-lowest:  ## what rests on TRL, transformers and PEFT, with the lowest versions allowed
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 -m "not slow" tests/trainer tests/invariant tests/data
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +44,4 @@ benchmarks: $(STAMP)  ## regenerate benchmarks/results and docs/results.md (hour
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) demo_out demo_refine_out
+	rm -rf $(VENV) .venv-lowest demo_out demo_refine_out
