@@ -24,10 +24,10 @@ demo-refine: $(STAMP)  ## safety: base model, uniform mixing, offline selection,
 test: test-fast test-slow  ## everything
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-lowest:  ## what rests on TRL, transformers and PEFT, with the lowest versions allowed
 	$(PYTHON) -m venv .venv-lowest
