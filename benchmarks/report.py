@@ -103,7 +103,8 @@ In whole runs (tables above) it does as well as the tracker on the quality task 
 recovered 85 / 85 / 99% against 79 / 88 / 93%), better on cut-off answers, and worse elsewhere: on one boilerplate seed
 of two it leaves a tenth of the weight on the bad rows, and on the safety task (two seeds) it weighs refusals several
 times as much as benign rows (first seed: 6.5 times; 1.7 times with the tracker), so that the loss of benign rows ends
-at 3.36 / 3.47 against 3.14 / 3.25. So the tracker stays the default, and the look-ahead is in the `fast` preset.
+at 3.36 / 3.47 against 3.14 / 3.25. `alignment` finds the salad, and hardly the rest (first
+seed). So the tracker stays the default, and the look-ahead is in the `fast` preset.
 """
 
 

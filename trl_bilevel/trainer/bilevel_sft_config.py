@@ -58,8 +58,8 @@ class BilevelSFTConfig(SFTConfig):
         weight_estimator (`str`, *optional*, defaults to `"value_function"`):
             Where scores come from: `"value_function"` (the difference to a tracker trained without validation rows),
             `"lookahead"` (what a few validation steps do to a row's loss; half of the former's pilot),
-            `"alignment"` (gradient inner products), `"loss"` (published, for reproduction) or `"none"` (uniform
-            weights).
+            `"alignment"` (gradient inner products; less reliable, see docs/results.md), `"loss"` (published, for
+            reproduction) or `"none"` (uniform weights).
         validation_loss_weight (`float`, *optional*):
             lambda, the weight of the validation loss in the model's objective, in [0, 1). With 0, the default, the
             validation rows drive the weights and are never trained on by the model (with `weight_estimator="none"`
