@@ -205,9 +205,10 @@ class BilevelSFTTrainer(SFTTrainer):
         dataset_name: str,
     ) -> Any:
         """The parent's preparation; packed training rows keep their numbers, other sets come without."""
-        numbered = self._tracks_rows and dataset is self._numbered
-        if not packing or not numbered:
-            dataset = setup.without_numbers(dataset) if self._tracks_rows and not numbered else dataset
+        numbered = dataset is self._numbered
+        if not (self._tracks_rows and packing and numbered):
+            if self._tracks_rows and not numbered:
+                dataset = setup.without_numbers(dataset)
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
         def prepare(settings: SFTConfig) -> Dataset:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,12 +226,13 @@ class Selection:
         if self.config.filter_rate == 0 or self._uniform:
             return
         self.gate = None
-        rows = self._statistics_rows()
+        rows = self._statistics_rows
         weights, logits = self.weights(rows), self.state.logits[self.units(rows.to(self.state.logits.device))]
         threshold = torch.quantile(logits, self.config.filter_rate)
         passed = torch.where(logits < threshold, 0.0, weights)
         self.gate = (threshold, weights.mean() / passed.mean())
 
+    @cached_property
     def _statistics_rows(self) -> Tensor:
         rows = self.kept.nonzero().squeeze(1) if not bool(self.kept.all()) else None
         count = len(self.kept) if rows is None else len(rows)
@@ -240,7 +242,7 @@ class Selection:
     def metrics(self) -> dict[str, float]:
         """Numbers to log. Costs O(65536) at most; called when the trainer logs."""
         ess = float(core.effective_sample_size(self.state) / self.state.totals[3])
-        weights = self.weights(self._statistics_rows())
+        weights = self.weights(self._statistics_rows)
         out = {"selector/ess": ess, "selector/entropy": float(core.weight_entropy(self.state))}
         levels = (0.05, 0.25, 0.5, 0.75, 0.95)
         for level, value in zip(levels, weight_quantiles(weights, levels).tolist(), strict=True):
