@@ -52,6 +52,35 @@ def test_sft_trains_and_export_filters(run_folder, capsys):
     assert sorted(row["data_rank"] for row in kept) == list(range(7))
 
 
+def test_streams_train_and_export(run_folder, capsys):
+    """Two sources as streams that take turns, a weight for each; their rows are written when asked for."""
+    config = (run_folder / "run.yaml").read_text().replace(f"dataset_name: {run_folder}/mixed.jsonl\n", "", 1)
+    Dataset.from_list([{"prompt": f"{i}?", "completion": "No."} for i in range(50)]).to_json(run_folder / "lazy.jsonl")
+    (run_folder / "stream.yaml").write_text(
+        f"""{config}
+streaming: true
+stream_sample_rows: 64
+selector_granularity: group
+selector_group_column: source
+weighted_dataset_path: {run_folder}/weighted.parquet
+datasets:
+  - path: {run_folder}/mixed.jsonl
+  - path: {run_folder}/lazy.jsonl
+"""
+    )
+    assert main(["sft", "--config", f"{run_folder}/stream.yaml"]) == 0
+    rows = Dataset.from_parquet(f"{run_folder}/weighted.parquet")
+    assert len(rows) == 90 and len(set(rows["source"])) == 2 and None not in rows["data_weight"]
+    best = run_folder / "best.jsonl"
+    assert main(["export", f"{run_folder}/weighted.parquet", "--top-k", "40", "--output", str(best)]) == 0
+    assert len({json.loads(line)["source"] for line in best.read_text().splitlines()}) == 1
+    capsys.readouterr()
+    # Nobody asked for a copy of this stream.
+    stream = ["--streaming", "True", "--stream_sample_rows", "32", "--output_dir", f"{run_folder}/out2"]
+    assert main(["sft", "--config", f"{run_folder}/run.yaml", *stream]) == 0
+    assert "Next:" not in capsys.readouterr().out and not (run_folder / "out2" / "weighted.parquet").exists()
+
+
 def test_refine_goes_on_from_an_sft_run(run_folder, capsys):
     assert main(["sft", "--config", f"{run_folder}/run.yaml"]) == 0
     (run_folder / "refine.yaml").write_text(
@@ -168,7 +197,7 @@ def test_weighted_rows_are_written_as_their_name_says(run_folder):
     ("arguments", "message"),
     [
         (["--weighted_dataset_path", "w.xlsx"], "files that end in .parquet, .jsonl, .csv, got 'w.xlsx'"),
-        (["--streaming", "true"], "`streaming` is not supported"),
+        (["--streaming", "true", "--packing", "true"], "not supported with a stream"),
         (["--test_split_size", "0.5"], "`test_split_size` is not supported"),
         (["--dataset_name", "FOLDER/empty.jsonl"], "Could not read the data file"),
         (["--dataset_name", "FOLDER/broken.jsonl"], "Could not read the data file"),
@@ -188,4 +217,4 @@ def test_mistakes_are_told_without_traceback(arguments, message, run_folder, cap
 
 def test_export_of_another_table(run_folder, capsys):
     assert main(["export", f"{run_folder}/trusted.parquet", "--output", f"{run_folder}/x.jsonl"]) == 1
-    assert "has no columns data_weight and data_rank" in capsys.readouterr().err
+    assert "has no column data_weight" in capsys.readouterr().err

@@ -33,6 +33,14 @@ METHODS = {
         "selector_warmup_steps": 0,
         "estimator_refresh_steps": 3,
     },
+    "stream": {"stream": True, "stream_sample_rows": 40, "pilot_scored_rows": 20},
+    "stream_online": {
+        "stream": True,
+        "stream_sample_rows": 40,
+        "weight_estimator": "lookahead",
+        "selector_update": "sparse_centred",
+        "selector_warmup_steps": 3,
+    },
     "packed": PACKED,
     "packed_online": PACKED
     | {
@@ -70,11 +78,9 @@ def train(folder, processes, overrides, worker="worker"):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_equal_one(name, tmp_path):
-    one, two = (train(tmp_path / str(n), n, METHODS[name]) for n in (1, 2))
-    # Weights carry the fp32 rounding of the fused LM head, divided by the small spread of a random model's scores;
-    # weighted losses carry that of the weights.
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert two["weights"] == pytest.approx(one["weights"], abs=3e-4)
+    one, two = (train(tmp_path / str(n), n, METHODS[name] | {"max_steps": 20}) for n in (1, 2))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["weights"] == pytest.approx(one["weights"], abs=1e-5, nan_ok=True)
     # Even of an adapter as small as this one's, whose gradients are exchanged too.
     assert 0 < two["selector_share_of_traffic"] < 0.01
 
@@ -89,8 +95,8 @@ def test_four_processes_and_rows_that_do_not_divide(name, drop_last, tmp_path):
     one, four = (train(tmp_path / str(n), n, settings) for n in (1, 4))
     assert len(four["losses"]) == 20 and all(map(math.isfinite, four["losses"] + four["weights"]))
     if drop_last:
-        assert four["losses"] == pytest.approx(one["losses"], rel=1e-4)
-        assert four["weights"] == pytest.approx(one["weights"], abs=3e-4)
+        assert four["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert four["weights"] == pytest.approx(one["weights"], abs=1e-5)
 
 
 def test_processes_with_other_weights_are_stopped(tmp_path):

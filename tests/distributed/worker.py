@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.conftest import base_arguments, losses, make_tiny_model, make_tokenizer
+from tests.exact_head import use_exact_head
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.demo.assets import docstrings
 from trl_bilevel.trainer.window import StepWindow
@@ -48,6 +49,7 @@ def count_exchanged_bytes() -> list[int]:
 def main(folder: str, overrides: str) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
+    use_exact_head()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = [{"prompt": f"What is {r['name']}?\n", "completion": r["description"]} for r in docstrings()[:64]]
     settings = base_arguments(Path(folder)) | {
@@ -61,11 +63,14 @@ def main(folder: str, overrides: str) -> None:
     settings |= json.loads(overrides)
     accident, resume = settings.pop("accident", None), settings.pop("resume", False)
     count = settings.pop("rows", 40)
+    train: Any = Dataset.from_list(rows[:count])
+    if settings.pop("stream", False):
+        train = train.to_iterable_dataset(num_shards=2)
     tokenizer = make_tokenizer()
     trainer = BilevelSFTTrainer(
         make_tiny_model(tokenizer).double(),
         BilevelSFTConfig(**settings),
-        train_dataset=Dataset.from_list(rows[:count]),
+        train_dataset=train,
         validation_dataset=Dataset.from_list(rows[44:]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
@@ -79,7 +84,7 @@ def main(folder: str, overrides: str) -> None:
         gradients = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
         result = {
             "losses": losses(trainer),
-            "weights": trainer.sample_weights().tolist(),
+            "weights": [row["data_weight"] for row in trainer.weighted_dataset()],
             "selector_share_of_traffic": sum(exchanged) / (gradients * trainer.state.global_step),
         }
         (Path(folder) / "result.json").write_text(json.dumps(result))

@@ -66,9 +66,9 @@ def test_no_training_set(build):
         build(train=None)
 
 
-def test_streaming(build, train_rows):
-    with pytest.raises(TypeError, match="`train_dataset` must be a `datasets.Dataset`.*Materialise"):
-        build(train=train_rows.to_iterable_dataset())
+def test_list_of_rows(build, train_rows):
+    with pytest.raises(TypeError, match="got `list`.*Dataset.from_list"):
+        build(train=list(train_rows))
 
 
 def test_empty_training_set(build, train_rows):

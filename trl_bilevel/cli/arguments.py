@@ -17,7 +17,8 @@ class BilevelScriptArguments:
         validation_dataset_name (`str`, *optional*): trusted rows, named in the same ways.
         validation_dataset_config (`str`, *optional*), validation_dataset_split (`str`): as above.
         eval_dataset_name (`str`, *optional*), eval_dataset_split (`str`): rows for reporting only.
-        weighted_dataset_path (`str`, *optional*): where the weighted rows go; default `OUTPUT_DIR/weighted.parquet`.
+        weighted_dataset_path (`str`, *optional*): where the weighted rows go; default `OUTPUT_DIR/weighted.parquet`,
+            and nowhere for a stream.
     """
 
     dataset_name: str | None = field(
@@ -33,7 +34,8 @@ class BilevelScriptArguments:
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Rows for reporting only."})
     eval_dataset_split: str = field(default="test", metadata={"help": "Split of the rows for reporting."})
     weighted_dataset_path: str | None = field(
-        default=None, metadata={"help": "Where the weighted rows go. Default: OUTPUT_DIR/weighted.parquet."}
+        default=None,
+        metadata={"help": "Where the weighted rows go. Default: OUTPUT_DIR/weighted.parquet, nowhere for a stream."},
     )
 
 

@@ -13,8 +13,10 @@ WRITERS = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
 SOURCE = "source"
 
 
-def load_rows(name: str, *, split: str = "train", config: str | None = None, **kwargs: Any) -> Dataset:
+def load_rows(name: str, *, split: str = "train", config: str | None = None, **kwargs: Any) -> Any:
     """Rows of a hub data set, of a local file (`.json`, `.jsonl`, `.csv`, `.parquet`), or of a folder saved to disk.
+
+    With `streaming=True` a stream of them, which is read as it is used.
 
     Raises:
         FileNotFoundError: if the name looks like a local file that is not there.
@@ -27,7 +29,8 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
         if not path.is_file():
             raise FileNotFoundError(f"There is no data file {name}.")
         try:
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=_local_split(name, split))
+            part = _local_split(name, split)
+            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=part, **kwargs)
         except Exception as error:
             raise ValueError(
                 f"Could not read the data file {name} (split {split!r}): {type(error).__name__}: {error}. Is it "
@@ -36,7 +39,8 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
     if (path / "dataset_info.json").is_file():
         rows = load_from_disk(str(path))
         part = _local_split(name, split)
-        return rows if part == "train" else rows.select(_slice(part, len(rows)))
+        rows = rows if part == "train" else rows.select(_slice(part, len(rows)))
+        return rows.to_iterable_dataset() if kwargs.get("streaming") else rows
     try:
         return load_dataset(name, name=config, split=split, **kwargs)
     except Exception as error:
@@ -62,42 +66,56 @@ def _slice(split: str, count: int) -> range:
     return range(count)[part.from_ : part.to]
 
 
-def load_mixture(parts: list[Any]) -> Dataset:
+def load_mixture(parts: list[Any], streaming: bool = False) -> Any:
     """The rows of several data sets after one another, with a `source` column that names each row's data set.
+
+    Streams take turns row by row, until all of them have ended.
 
     Args:
         parts: entries of `datasets` in the config file, as TRL's `DatasetConfig` (path, name, split, columns, ...).
     """
-    from datasets import concatenate_datasets
+    from datasets import concatenate_datasets, interleave_datasets
 
     loaded = []
     for part in parts:
         if getattr(part, "fraction", None) not in (None, 1.0):
             raise ValueError(f"`fraction` of the data set {part.path!r} is not supported: sample the rows beforehand.")
         extra = {k: getattr(part, k) for k in ("data_dir", "data_files") if getattr(part, k, None)}
+        extra |= {"streaming": True} if streaming else {}
         rows = load_rows(part.path, split=part.split or "train", config=part.name, **extra)
         if part.columns:
             rows = rows.select_columns(part.columns)
         label = part.path if part.name is None else f"{part.path}/{part.name}"
-        loaded.append(rows.add_column(SOURCE, [label] * len(rows)))
+        if streaming:
+            loaded.append(rows.map(_add_source, fn_kwargs={"label": label}))
+        else:
+            loaded.append(rows.add_column(SOURCE, [label] * len(rows)))
+    if streaming:
+        return interleave_datasets(loaded, stopping_strategy="all_exhausted_without_replacement")
     return concatenate_datasets(loaded)
 
 
-def load_sets(script_args: Any, dataset_args: Any) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    """Training, validation and evaluation rows that the command line names."""
+def _add_source(row: dict[str, Any], label: str) -> dict[str, str]:
+    return {SOURCE: label}
+
+
+def load_sets(script_args: Any, dataset_args: Any) -> tuple[Any, Dataset | None, Dataset | None]:
+    """Training, validation and evaluation rows that the command line names; the first with `streaming` as a stream."""
+    streaming = bool(dataset_args.streaming)
     if dataset_args.datasets and script_args.dataset_name:
         raise ValueError("Give either `dataset_name` or `datasets`, not both.")
-    if dataset_args.streaming:
-        raise ValueError("`streaming` is not supported: weights are kept per row. Leave it out.")
     if dataset_args.test_split_size is not None:
         raise ValueError("`test_split_size` is not supported: give rows for reporting by `eval_dataset_name`.")
     if not dataset_args.datasets and not script_args.dataset_name:
         raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
     if dataset_args.datasets:
-        train = load_mixture(dataset_args.datasets)
+        train = load_mixture(dataset_args.datasets, streaming)
     else:
         train = load_rows(
-            script_args.dataset_name, split=script_args.dataset_train_split, config=script_args.dataset_config
+            script_args.dataset_name,
+            split=script_args.dataset_train_split,
+            config=script_args.dataset_config,
+            **({"streaming": True} if streaming else {}),
         )
     validation = load_named(script_args, "validation")
     return train, validation, load_named(script_args, "eval")

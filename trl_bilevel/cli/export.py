@@ -21,8 +21,10 @@ def make_parser() -> argparse.ArgumentParser:
 def run(arguments: list[str]) -> None:
     """Filter and write."""
     options = make_parser().parse_args(arguments)
+    import torch
     from datasets import Dataset
 
+    from ..data.export import data_ranks
     from .data import check_writable, write_rows
 
     path = options.weighted / "weighted.parquet" if options.weighted.is_dir() else options.weighted
@@ -32,17 +34,21 @@ def run(arguments: list[str]) -> None:
         )
     check_writable(options.output)
     rows = Dataset.from_parquet(str(path))
-    if not {"data_weight", "data_rank"} <= set(rows.column_names):
+    if "data_weight" not in rows.column_names:
         raise ValueError(
-            f"{path} has no columns data_weight and data_rank: it is not what `trl-bilevel sft` writes as "
-            "weighted.parquet."
+            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet."
         )
+    if "data_rank" not in rows.column_names:
+        # Of a stream: its rows could not be ranked while they came by.
+        weights = torch.tensor([float("nan") if w is None else w for w in rows["data_weight"]])
+        rows = rows.add_column("data_rank", data_ranks(weights).tolist())
     if options.top_k is not None and options.top_k < 1:
         raise ValueError(f"`--top-k` must be at least 1, got {options.top_k}.")
     kept = [
         index
         for index, (weight, rank) in enumerate(zip(rows["data_weight"], rows["data_rank"], strict=True))
         if weight is not None
+        and weight == weight
         and (options.top_k is None or rank < options.top_k)
         and (options.min_weight is None or weight >= options.min_weight)
     ]

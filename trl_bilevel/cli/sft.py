@@ -50,10 +50,13 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if trainer.validation is not None:
         lines.append(f"Validation loss: {trainer.validation_loss()['total']:.4f} nats per token.")
     if trainer.selects and trainer.is_world_process_zero():
-        write_rows(trainer.weighted_dataset(), path)
         ess = trainer.selection.metrics()["selector/ess"]
-        lines.append(f"Weighted rows saved to {path}; effective sample size {ess:.0%} of the rows.")
-        lines.append(f"Next: trl-bilevel export {path} --top-k 1000 --output best.jsonl")
+        lines.append(f"Effective sample size {ess:.0%} of the rows.")
+        # A stream is copied only if that was asked for.
+        if not trainer.streams or script_args.weighted_dataset_path:
+            write_rows(trainer.weighted_dataset(), path)
+            lines.append(f"Weighted rows saved to {path}.")
+            lines.append(f"Next: trl-bilevel export {path} --top-k 1000 --output best.jsonl")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.accelerator.print("\n".join(lines))

@@ -7,7 +7,7 @@ relatives: MATES, DataRater).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from .calibration import FLOOR, calibrated_logits
+from .statistics import evenly_spaced
 
 # Strengths of the ridge penalty that leave-one-out errors choose from.
 PENALTIES = np.logspace(1, 6, 11)
@@ -41,6 +42,54 @@ class WeightPredictor:
     def __call__(self, features: Tensor) -> Tensor:
         """Predicted weights, float32 `[b]`, for features `[b, d]`. Not bounded; see `recalibrated`."""
         return torch.from_numpy(self.model.predict(features.double().cpu().numpy())).float()
+
+
+@dataclass(frozen=True)
+class TabulatedPredictor:
+    """A predictor and what its predictions mean, as plain tensors: weights of any row at any time, from features.
+
+    Attributes:
+        mean, scale, coefficients (`Tensor` float64 `[d]`), intercept (`Tensor` float64 `[]`): the linear map.
+        knots, weights (`Tensor` float64 `[k]`): weights for predictions, linear between the knots, constant beyond.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    coefficients: Tensor
+    intercept: Tensor
+    knots: Tensor
+    weights: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, for a safetensors file."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Weights, float32 `[b]` on the CPU, for features `[b, d]`; mean one over the rows that `tabulate` saw."""
+        z = (features.double().cpu() - self.mean) / self.scale
+        predicted = (z @ self.coefficients + self.intercept).numpy()
+        return torch.from_numpy(np.interp(predicted, self.knots.numpy(), self.weights.numpy())).float()
+
+
+def tabulate(predictor: WeightPredictor, predicted: Tensor, weights: Tensor, knots: int = 256) -> TabulatedPredictor:
+    """What `predictor` says, turned into weights as it was for a sample of rows.
+
+    Args:
+        predicted, weights (`Tensor` float32 `[n]`): the predictor's values for a sample of rows, and the weights that
+            `recalibrated` made of them.
+        knots (`int`): how many points of the map are kept, evenly spaced among the sample.
+    """
+    order = torch.argsort(predicted)
+    chosen = order[evenly_spaced(len(order), knots)]
+    scaler, ridge = predictor.model[0], predictor.model[-1]
+    return TabulatedPredictor(
+        mean=torch.from_numpy(scaler.mean_),
+        scale=torch.from_numpy(scaler.scale_),
+        coefficients=torch.from_numpy(ridge.coef_.reshape(-1)),
+        intercept=torch.as_tensor(ridge.intercept_, dtype=torch.float64).reshape(()),
+        knots=predicted[chosen].double(),
+        weights=weights[chosen].double() / weights.double().mean(),
+    )
 
 
 def pair_features(prompt: Tensor, answer: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def init_selector(
     rows: Tensor | None = None,
     activation: Activation = "softmax",
     adam: bool = False,
+    open: bool = False,
 ) -> SelectorState:
     """A uniform selector.
 
@@ -112,10 +113,12 @@ def init_selector(
         activation (`str`, defaults to `"softmax"`): `"softmax"` or `"sigmoid"`.
         adam (`bool`, defaults to `False`): keep the moments that `update_adam` needs (8 more bytes per unit).
 
+        open (`bool`, defaults to `False`): units may join later, by `admit`, so that none need be active.
+
     Raises:
-        ValueError: if no unit is active.
+        ValueError: if no unit is active and none can join.
     """
-    if not bool(active.any()):
+    if not open and not bool(active.any()):
         raise ValueError("The selector needs at least one row to weigh, got none.")
     logits = torch.zeros(active.shape, dtype=torch.float32, device=active.device)
     logits.masked_fill_(~active, -torch.inf)
@@ -153,17 +156,59 @@ def refresh_totals(state: SelectorState, chunk: int = 1 << 20) -> None:
     state.since_refresh = 0
 
 
-def sample_weights(state: SelectorState, units: Tensor) -> Tensor:
+def sample_weights(state: SelectorState, units: Tensor | slice) -> Tensor:
     """Weight of each given unit's rows.
 
     Args:
-        units (`Tensor` int64 `[b]`): indices of units.
+        units (`Tensor` int64 `[b]`, or `slice`): indices of units.
 
     Returns:
         `Tensor` float32 `[b]`: weights of mean one over all rows; zero for units without rows.
     """
     log_a = log_activation(state.logits[units].double(), state.activation)
     return (log_a.exp() * (state.totals[3] / state.totals[0])).float()
+
+
+def open_weights(state: SelectorState, units: Tensor) -> Tensor:
+    """As `sample_weights`, for a selector that units join when they are first seen: until then their weight is 1."""
+    return torch.where(torch.isneginf(state.logits[units]), 1.0, sample_weights(state, units))
+
+
+def admit(state: SelectorState, units: Tensor) -> None:
+    """Count rows of an open selector: a unit seen for the first time joins with weight 1, the mean. O(batch).
+
+    Args:
+        units (`Tensor` int64 `[b]`): unit of each row. A unit counts once, or as often as it is seen if units are
+            groups (`state.rows`).
+    """
+    new = torch.isneginf(state.logits[units])
+    mean = torch.where(state.totals[3] > 0, state.totals[0] / state.totals[3], 1.0)
+    # The logit of activation `mean`: log(a), or the logistic function's inverse.
+    logit = mean.log()
+    if state.activation == "sigmoid":
+        mean = torch.where(state.totals[3] > 0, mean, 0.5)
+        logit = torch.logit(mean)
+    joined = torch.where(new, logit.float().clamp(-LOGIT_BOUND, LOGIT_BOUND), state.logits[units])
+    terms = _terms(joined, state.activation)
+    state.logits[units] = joined
+    if state.rows is None:
+        _, first = _merge_duplicates(units, joined)
+        state.totals += (terms * (new & first).unsqueeze(-1)).sum(0)
+    else:
+        state.rows.index_add_(0, units, torch.ones_like(units))
+        state.totals += terms.sum(0)
+
+
+def assign_weights(state: SelectorState, units: Tensor, weights: Tensor) -> None:
+    """Set the weights of some units of an open softmax selector, up to a common factor. O(batch).
+
+    Args:
+        units (`Tensor` int64 `[b]`): repeated units take their mean.
+        weights (`Tensor` float32 `[b]`): above 0.
+    """
+    admit(state, units)
+    values, first = _merge_duplicates(units, weights)
+    _set_logits(state, units, values.log(), first)
 
 
 def effective_sample_size(state: SelectorState) -> Tensor:

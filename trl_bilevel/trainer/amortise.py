@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..core.amortised import WeightPredictor, fit_weight_predictor, pair_features, recalibrated
+from ..core.amortised import (
+    TabulatedPredictor,
+    WeightPredictor,
+    fit_weight_predictor,
+    pair_features,
+    recalibrated,
+    tabulate,
+)
 from ..data.identity import SAMPLE_ID, sample_ids
 from .passes import row_batches
 
@@ -58,8 +67,12 @@ def row_features(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: fl
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     handle = layers[max(0, round(depth * len(layers)) - 1)].register_forward_hook(keep)
+    # A stream's rows are looked at all through training: what their weights rest on must stay as it was.
+    adapter = (
+        trainer.model.disable_adapter() if trainer.streams and isinstance(trainer.model, PeftModel) else nullcontext()
+    )
     try:
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), adapter:
             decoder(**inputs, use_cache=False)
     except _ReachedDepth:
         pass
@@ -88,9 +101,43 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
     Returns:
         `Tensor` float32 `[row_count]` on the CPU: between `FLOOR` and 1; 0 for rows that preparation dropped.
     """
+    weights = weights.cpu().float()
+    found = _predict(trainer, scored, weights)
+    out = torch.zeros(trainer.row_count)
+    out[found.rows] = recalibrated(found.predicted, found.trusted, float(weights.mean()), found.trusted_weights)
+    out[scored.cpu()] = weights
+    return out
+
+
+def stream_predictor(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> TabulatedPredictor:
+    """What gives the weights of a stream's rows, fitted on its sample.
+
+    Args:
+        scored (`Tensor` int64 `[n]`): places in the sample of the scored rows, ascending. What is predicted for the
+            others shows how predictions are spread.
+        weights (`Tensor` float32 `[n]`): their weights, between 0 and 1.
+    """
+    weights = weights.cpu().float()
+    found = _predict(trainer, scored, weights)
+    others = recalibrated(found.predicted, found.trusted, float(weights.mean()), found.trusted_weights)
+    return tabulate(found.predictor, found.predicted, others**trainer.args.calibration_sharpness)
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """A fitted predictor; what it says of the rows that are not scored (their sample ids), and of the trusted ones."""
+
+    predictor: WeightPredictor
+    rows: Tensor
+    predicted: Tensor
+    trusted: Tensor
+    trusted_weights: Tensor
+
+
+def _predict(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> _Predictions:
     order = trainer.row_order()
     ids = sample_ids(trainer.rows)[order]
-    scored, weights = scored.cpu(), weights.cpu().float()
+    scored = scored.cpu()
     known = torch.isin(ids, scored)
     training, depth = trainer.model.training, trainer.args.pilot_feature_depth
     trainer.model.eval()
@@ -105,21 +152,35 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
     for batch in row_batches(trainer, order[~known], "Predicting weights"):
         predicted[batch[SAMPLE_ID].cpu()] = predictor(row_features(trainer, batch, depth))
     predicted = _sum(trainer, predicted)
-    out = torch.zeros(trainer.row_count)
     trusted, shares = _trusted(trainer, predictor)
-    out[ids[~known]] = recalibrated(predicted[ids[~known]], trusted, float(weights.mean()), shares)
-    out[scored] = weights
     trainer.model.train(training)
+    others = "a stream's" if trainer.streams else str(int((~known).sum()))
     logger.info(
-        f"Weights of {int((~known).sum())} rows are predicted from those of {len(scored)} scored ones: typical error "
+        f"Weights of {others} rows are predicted from those of {len(scored)} scored ones: typical error "
         f"{predictor.error:.2f} of the largest weight, {max(0.0, predictor.explained):.0%} of the variance explained."
     )
     if predictor.explained < 0.1:
         logger.warning(
             f"The weights of the {len(scored)} scored rows can hardly be predicted ({predictor.explained:.0%} of the "
-            "variance explained): the other rows get nearly equal weights. Raise `pilot_scored_rows`, or set it to 0."
+            "variance explained): the other rows get nearly equal weights. Raise `pilot_scored_rows`"
+            f"{'' if trainer.streams else ', or set it to 0'}."
         )
-    return out
+    return _Predictions(predictor, ids[~known], predicted[ids[~known]], trusted, shares)
+
+
+@torch.no_grad()
+def stream_weights(trainer: BilevelSFTTrainer, batch: Mapping[str, Any]) -> Tensor:
+    """Weights of a stream's rows in a collated batch, float32 `[b]` on the CPU; a function of what the rows say.
+
+    Cost: a forward without gradient through the lower layers (`pilot_feature_depth`).
+    """
+    predictor = trainer.selection.predictor
+    assert predictor is not None
+    training = trainer.model.training
+    trainer.model.eval()
+    weights = predictor(row_features(trainer, batch, trainer.args.pilot_feature_depth))
+    trainer.model.train(training)
+    return weights
 
 
 def _trusted(trainer: BilevelSFTTrainer, predictor: WeightPredictor) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,15 @@ class BilevelSFTConfig(SFTConfig):
             `"sample"`: a weight per row; `"group"`: one per value of `selector_group_column`.
         selector_group_column (`str`, *optional*):
             Column of the training set that names each row's group (its source, say).
+        selector_key_column (`str`, *optional*):
+            Streams: column whose value tells a row from others, and stays the same between runs (an id, a URL).
+            Defaults to all that a row says.
+        selector_table_size (`int`, *optional*, defaults to `1048576`):
+            Streams: places of the table that keys are hashed to, 8 bytes each. Keys on one place share a weight: take
+            ten times as many as there are rows (or groups) or more, where every one counts.
+        stream_sample_rows (`int`, *optional*, defaults to `2048`):
+            Streams: rows read at the start, which must be a fair sample (`stream.shuffle(buffer_size=...)`, or
+            `shuffle_dataset=True`): the pilot runs on them, and they show how weights are spread.
         selector_activation (`str`, *optional*, defaults to `"softmax"`):
             `"softmax"` or `"sigmoid"` (bounds the ratio between two weights from above more softly).
         selector_preset (`str`, *optional*):
@@ -219,6 +228,15 @@ class BilevelSFTConfig(SFTConfig):
     selector_group_column: str | None = field(
         default=None, metadata={"help": "Column of the training set that names each row's group."}
     )
+    selector_key_column: str | None = field(
+        default=None, metadata={"help": "Streams: column that tells rows apart. Default: all that a row says."}
+    )
+    selector_table_size: int = field(
+        default=1 << 20, metadata={"help": "Streams: places of the table that rows or groups are hashed to."}
+    )
+    stream_sample_rows: int = field(
+        default=2048, metadata={"help": "Streams: rows read at the start, a fair sample that the pilot runs on."}
+    )
     selector_activation: str = field(default="softmax", metadata={"help": "'softmax' or 'sigmoid'."})
     selector_preset: str | None = field(
         default=None,
@@ -319,6 +337,7 @@ class BilevelSFTConfig(SFTConfig):
             "lookahead_steps",
             "pilot_steps",
             "pilot_batch_size",
+            "selector_table_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -329,6 +348,11 @@ class BilevelSFTConfig(SFTConfig):
             raise ValueError(
                 f"`pilot_scored_rows` must be at least {MIN_SCORED_ROWS}, got {self.pilot_scored_rows}: fewer rows do "
                 "not show how weights depend on what a row says. Use 0 to score all rows."
+            )
+        if self.stream_sample_rows < 2 * MIN_SCORED_ROWS:
+            raise ValueError(
+                f"`stream_sample_rows` must be at least {2 * MIN_SCORED_ROWS}, got {self.stream_sample_rows}: half of "
+                "them are scored, to predict the weights of all others."
             )
         for name in (
             "selector_learning_rate",

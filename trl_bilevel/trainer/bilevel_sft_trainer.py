@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
@@ -17,14 +17,14 @@ from ..data.identity import (
     SAMPLE_LENGTHS,
     SEGMENTS,
     SampleIdCollator,
-    add_sample_ids,
     fingerprint,
     sample_ids,
 )
 from ..data.sampling import WeightedSampler, content_order
+from ..data.streams import weighted_stream
 from ..estimators.base import Estimator
 from . import checks, setup
-from .amortise import predict_weights
+from .amortise import predict_weights, stream_predictor
 from .checkpoints import resume_point
 from .errors import NonFiniteScoreError, row_list
 from .estimator import make_estimator
@@ -65,9 +65,10 @@ class BilevelSFTTrainer(SFTTrainer):
             the weights.
         args ([`BilevelSFTConfig`], *optional*):
             Configuration. A plain [`~trl.SFTConfig`] is taken too, with the defaults of the upper level.
-        train_dataset ([`~datasets.Dataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows of mixed quality, in any text format that [`~trl.SFTTrainer`] takes. Weights are learned for its rows;
             with `weight_estimator="none"` a column `data_weight` (as `weighted_dataset` writes it) gives fixed ones.
+            A stream's rows are told apart by a key (`selector_key_column`) or belong to groups; see docs/scale.md.
         validation_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
             Trusted rows that say what good means, in the same formats; several sets make several objectives
             (`args.validation_weights`). Needed unless `weight_estimator="none"` and `validation_loss_weight=0`.
@@ -94,7 +95,7 @@ class BilevelSFTTrainer(SFTTrainer):
         model: Any,
         args: SFTConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         *,
@@ -106,13 +107,17 @@ class BilevelSFTTrainer(SFTTrainer):
         formatted = sft_arguments.get("formatting_func") is not None
         validation = checks.check_datasets(args, train_dataset, validation_dataset, formatted)
         assert train_dataset is not None
-        self.row_count = len(train_dataset)
+        self.streams = isinstance(train_dataset, IterableDataset)
+        # Of a stream: rows of its sample, which is read after preparation.
+        self.row_count = 0 if isinstance(train_dataset, IterableDataset) else len(train_dataset)
         self._unpacked: Dataset | None = None
         self._caller_rows = train_dataset
         # Plain SFT needs no row numbers, and must not stumble over them (packing and padding-free merge rows).
         self.weighs = args.weight_estimator != "none" or fixed_weights is not None
         self._tracks_rows = self.weighs or args.validation_loss_weight > 0
-        self._numbered = add_sample_ids(train_dataset) if self._tracks_rows else train_dataset
+        self._numbered = setup.with_ids(args, train_dataset) if self._tracks_rows else train_dataset
+        if self.streams and self._tracks_rows:
+            checks.check_stream(args)
         super().__init__(
             model,
             args,
@@ -122,21 +127,23 @@ class BilevelSFTTrainer(SFTTrainer):
             processing_class,
             **sft_arguments,
         )
+        table = setup.read_sample(self) if self.streams else None
         checks.check_supported(self)
         disable_bf16_repacking(self.model)
         self.row_collator = SampleIdCollator(setup.padding_collator(self))
         if self._tracks_rows:
             self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
-            if not self.args.packing:
+            if not (self.args.packing or self.streams):
                 self.train_dataset = setup.with_scored_tokens(self.train_dataset)
         kept = setup.kept_rows(self)
         self.selection = Selection(
             args,
             kept,
             groups=setup.make_row_groups(args, train_dataset),
-            fingerprint=fingerprint(train_dataset),
+            fingerprint=setup.train_fingerprint(self),
             validation_fingerprint=" ".join(f"{name} {fingerprint(rows)}" for name, rows in validation.items()),
             device=args.device,
+            table=table,
         )
         if fixed_weights is not None:
             self.selection.set_weights(fixed_weights)
@@ -154,15 +161,31 @@ class BilevelSFTTrainer(SFTTrainer):
 
         Mean one over the rows that are trained on; NaN for rows that preparation dropped (longer prompts than
         `max_length`, say).
+
+        Raises:
+            ValueError: for a stream, whose rows have no number.
         """
+        if self.streams:
+            raise ValueError(
+                "The rows of a stream have no number, so there is no list of weights. Use `weighted_dataset()`, a "
+                "stream of the rows with their weights."
+            )
         return self.selection.all_weights()
 
-    def weighted_dataset(self, top_k: int | None = None) -> Dataset:
+    def weighted_dataset(self, top_k: int | None = None) -> Dataset | IterableDataset:
         """The caller's rows with `sample_id`, `data_weight` and `data_rank` (0 is the highest weight).
+
+        Of a stream: a stream with `sample_id` and `data_weight`, NaN for rows (or groups) not seen in training.
 
         Args:
             top_k (`int`, *optional*): only the rows of the `top_k` highest weights, in the caller's order.
         """
+        if isinstance(self._caller_rows, IterableDataset):
+            if top_k is not None:
+                raise ValueError(f"`top_k={top_k}` needs rows that can be ranked, and `train_dataset` is a stream.")
+            args = self.args
+            column = setup.key_column(args)
+            return weighted_stream(self._caller_rows, column, args.selector_table_size, self.selection.seen_weights)
         return weighted_dataset(self._caller_rows, self.sample_weights(), top_k)
 
     def validation_loss(self) -> dict[str, float]:
@@ -187,7 +210,10 @@ class BilevelSFTTrainer(SFTTrainer):
 
     @property
     def rows(self) -> Dataset:
-        """The prepared training rows, one by one; `train_dataset` holds them packed with `packing=True`."""
+        """The prepared training rows, one by one; of a stream, its sample.
+
+        `train_dataset` holds them packed with `packing=True`.
+        """
         return self.train_dataset if self._unpacked is None else self._unpacked
 
     @property
@@ -241,7 +267,13 @@ class BilevelSFTTrainer(SFTTrainer):
     @property
     def resamples(self) -> bool:
         """True if weights act through how often a row is visited."""
-        return self.weighs and self.args.selector_weighting == "resample"
+        return self.weighs and self.args.selector_weighting == "resample" and not self.streams
+
+    @property
+    def predicts(self) -> bool:
+        """True if weights are predicted as rows come: those of a stream, by the pilot on its sample."""
+        calibrated = self.selects and self.args.selector_update == "calibrated"
+        return self.streams and calibrated and self.args.selector_granularity == "sample"
 
     @property
     def trains_validation(self) -> bool:
@@ -260,8 +292,12 @@ class BilevelSFTTrainer(SFTTrainer):
         if not self.selects:
             return
         if self.args.selector_update == "calibrated":
-            if not self.selection.calibrated:
-                scores = make_pilot(self).run()
+            if self.selection.calibrated:
+                return
+            scores = make_pilot(self).run()
+            if self.predicts:
+                self.selection.fit_predictor(*scores, lambda rows, weights: stream_predictor(self, rows, weights))
+            else:
                 self.selection.calibrate(*scores, lambda rows, weights: predict_weights(self, rows, weights))
         elif self.estimator is None:
             self.estimator = make_estimator(self.args, TrainerHost(self))

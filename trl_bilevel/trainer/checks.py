@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftModel
 from torch import Tensor
 
 from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS
+from ..data.streams import columns
 from ..estimators import ESTIMATORS
 from .amortise import decoder_layers
 from .bilevel_sft_config import BilevelSFTConfig
@@ -18,6 +21,8 @@ from .estimator import check_alignment
 
 if TYPE_CHECKING:
     from .bilevel_sft_trainer import BilevelSFTTrainer
+
+logger = logging.getLogger(__name__)
 
 SKIP = "skip_prepare_dataset"
 
@@ -28,6 +33,11 @@ def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None
     Returns:
         the rows; weights float32 `[rows]` (0 where missing), or None.
     """
+    if isinstance(train, IterableDataset) and args.weight_estimator == "none" and DATA_WEIGHT in columns(train):
+        raise ValueError(
+            "Fixed weights (`data_weight` of `train_dataset`) are not supported with a stream: their mean is not "
+            "known. Load the rows as a `Dataset`, which need not fit into memory."
+        )
     if not isinstance(train, Dataset) or DATA_WEIGHT not in train.column_names or args.weight_estimator != "none":
         return train, None
     values = train.with_format(None)[DATA_WEIGHT][:]
@@ -49,14 +59,14 @@ def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None
     return train.remove_columns(ours), torch.nan_to_num(weights, nan=0.0)
 
 
-def check_columns(args: BilevelSFTConfig, rows: Dataset, name: str, formatted: bool) -> None:
+def check_columns(args: BilevelSFTConfig, rows: Dataset | IterableDataset, name: str, formatted: bool) -> None:
     """Refuse rows in none of the formats that TRL knows."""
-    columns = set(rows.column_names)
+    found = columns(rows)
     known = ({"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {args.dataset_text_field})
-    if formatted or any(format <= columns for format in known) or (args.dataset_kwargs or {}).get(SKIP):
+    if formatted or any(format <= set(found) for format in known) or (args.dataset_kwargs or {}).get(SKIP):
         return
     raise ValueError(
-        f"{name} has the columns {rows.column_names}, in which no text format is recognised. Rename them: `messages`, "
+        f"{name} has the columns {found}, in which no text format is recognised. Rename them: `messages`, "
         f"or `prompt` and `completion`, or `{args.dataset_text_field}` (`dataset_text_field`); or give a "
         "`formatting_func`."
     )
@@ -73,19 +83,21 @@ def check_datasets(
     Args:
         formatted (`bool`): True if a formatting function makes text of the rows.
     """
-    if isinstance(train, DatasetDict):
-        raise TypeError(f'`train_dataset` is a `DatasetDict` of {list(train)}: pick one, e.g. `rows["train"]`.')
+    if isinstance(train, DatasetDict | IterableDatasetDict):
+        raise TypeError(
+            f'`train_dataset` is a `{type(train).__name__}` of {list(train)}: pick one, e.g. `rows["train"]`.'
+        )
     if train is None:
         raise ValueError("`train_dataset` is required.")
-    if not isinstance(train, Dataset):
+    if not isinstance(train, Dataset | IterableDataset):
         raise TypeError(
-            f"`train_dataset` must be a `datasets.Dataset`, got `{type(train).__name__}`: weights are kept per row, "
-            "so the rows must be countable. Materialise a streaming dataset first, e.g. "
-            "`Dataset.from_list(list(stream))`."
+            f"`train_dataset` must be a `datasets.Dataset` or `datasets.IterableDataset`, got "
+            f"`{type(train).__name__}`. A list of rows becomes one by `Dataset.from_list(rows)`."
         )
-    if len(train) == 0:
+    if isinstance(train, Dataset) and len(train) == 0:
         raise ValueError("`train_dataset` is empty.")
-    taken = [name for name in RESERVED_COLUMNS if name in train.column_names]
+    names = columns(train)
+    taken = [name for name in RESERVED_COLUMNS if name in names]
     if taken:
         raise ValueError(
             f"`train_dataset` has the column(s) {taken}, which BilevelSFTTrainer writes itself. Rename them, e.g. "
@@ -93,11 +105,11 @@ def check_datasets(
             "earlier run (`data_weight`), set `weight_estimator='none'`."
         )
     check_columns(args, train, "`train_dataset`", formatted)
-    if args.selector_granularity == "group" and args.selector_group_column not in train.column_names:
-        raise ValueError(
-            f"`selector_group_column={args.selector_group_column!r}` is not a column of `train_dataset`, which has "
-            f"{train.column_names}."
-        )
+    for setting in ("selector_group_column", "selector_key_column"):
+        column = getattr(args, setting)
+        used = args.selector_granularity == "group" or setting == "selector_key_column"
+        if used and column is not None and column not in names:
+            raise ValueError(f"`{setting}={column!r}` is not a column of `train_dataset`, which has {names}.")
     needed = args.weight_estimator != "none" or args.validation_loss_weight > 0
     if validation is None:
         if needed:
@@ -127,6 +139,24 @@ def check_datasets(
                 f"{sorted(sets)}, and not 0 to all."
             )
     return sets
+
+
+def check_stream(args: BilevelSFTConfig) -> None:
+    """Refuse what needs rows that can be counted, for a training set that is a stream."""
+    if args.max_steps <= 0:
+        raise ValueError("`max_steps` must be given: `train_dataset` is a stream, whose length is not known.")
+    if args.packing or args.padding_free:
+        raise ValueError(
+            "`packing` and `padding_free` are not supported with a stream: TRL packs what it reads, and rows lose "
+            "their identity. Unset them, or load the rows as a `Dataset`."
+        )
+    if args.filter_rate > 0:
+        raise ValueError(
+            f"`filter_rate={args.filter_rate}` is not supported with a stream: a share of its rows is not known "
+            "before they have been seen. Set it to 0."
+        )
+    if args.selector_weighting == "resample":
+        logger.info("The training rows are a stream: weights multiply their losses, they cannot be drawn by weight.")
 
 
 def check_supported(trainer: BilevelSFTTrainer) -> None:
@@ -200,8 +230,16 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         check_alignment(trainer)
     if 0 < args.pilot_scored_rows < len(trainer.rows) and args.selector_update == "calibrated":
         decoder_layers(trainer.model)
+    if trainer.predicts:
+        decoder_layers(trainer.model)
+        if not isinstance(trainer.model, PeftModel):
+            raise ValueError(
+                "Weights of a stream's rows are predicted from hidden states of the frozen model, and full "
+                "fine-tuning changes it. Train an adapter (`peft_config`), or set "
+                "`selector_update='sparse_centred'`, or `selector_granularity='group'`."
+            )
     if args.remove_unused_columns and trainer.args.dataset_kwargs and trainer._skip_prepare_dataset:
-        missing = {"input_ids", "labels"} - set(trainer.train_dataset.column_names)
+        missing = {"input_ids", "labels"} - set(trainer.rows.column_names)
         if missing:
             raise ValueError(
                 f"`skip_prepare_dataset=True` needs the columns input_ids and labels; missing: {missing}."

@@ -193,6 +193,14 @@ def pilot_learning_rate(trainer: BilevelSFTTrainer) -> float:
     return 1e-3 if isinstance(trainer.model, PeftModel) else max(trainer.args.learning_rate, 5e-5)
 
 
+def scored_rows(trainer: BilevelSFTTrainer) -> int | None:
+    """Rows that the pilot scores, None for all; of a stream's sample at most half, to predict the others' weights."""
+    given = trainer.args.pilot_scored_rows
+    if trainer.predicts:
+        return min(given or trainer.row_count, trainer.row_count // 2)
+    return given or None
+
+
 def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
     """The pilot run of a trainer, with its validation rows dealt into those that pull and those that are held back."""
     assert trainer.validation is not None
@@ -217,5 +225,5 @@ def make_pilot(trainer: BilevelSFTTrainer) -> Pilot:
         batch_size=batch_size,
         learning_rate=pilot_learning_rate(trainer),
         validation_loss_weight=0.5 if ESTIMATORS[args.weight_estimator].pilot_sees_validation else 0.0,
-        scored_rows=args.pilot_scored_rows or None,
+        scored_rows=scored_rows(trainer),
     )

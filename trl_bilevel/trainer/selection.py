@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import selector as core
+from ..core.amortised import TabulatedPredictor
 from ..core.calibration import calibrated_logits, ending_logits
 from ..core.statistics import evenly_spaced, weight_quantiles
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "selector.safetensors"
 SUMMARY_FILE = "selector.json"
 ESTIMATOR_PREFIX = "estimator."
+PREDICTOR_PREFIX = "predictor."
 # Of the two files; raised when older code could not read them any more.
 FORMAT = 1
 # Statistics that need a look at many weights use at most this many rows, evenly spaced.
@@ -36,6 +38,8 @@ STATISTICS_ROWS = 65_536
 LOGGED_GROUPS = 32
 # How much of its standardised score a row's calibrated logit carries.
 TILT = 0.01
+# Share of a table's places taken from which on its keys share weights too often.
+MAX_LOAD = 0.25
 
 
 @dataclass
@@ -51,6 +55,23 @@ class Groups:
     of_row: Tensor
 
 
+@dataclass
+class Table:
+    """The units of a stream: places of a table of fixed size, which rows or groups fall on by the hash of their key.
+
+    Attributes:
+        size (`int`): number of units.
+        grouped (`bool`): True if keys are those of groups.
+        sample (`Tensor` int64 `[n]`): units of the rows of the stream's sample.
+        names (`dict[int, str]`): names of the groups in the sample, by unit.
+    """
+
+    size: int
+    grouped: bool
+    sample: Tensor
+    names: dict[int, str]
+
+
 class Selection:
     """Holds and updates the weights of `row_count` training rows of which `kept` survived preparation.
 
@@ -61,6 +82,7 @@ class Selection:
         fingerprint (`str`), validation_fingerprint (`str`): of the training data and of the validation sets; stored,
             and compared on loading.
         device: where the state lives.
+        table (`Table`, *optional*): the units of a stream, whose rows nobody can count; `kept` is then of its sample.
     """
 
     def __init__(
@@ -72,10 +94,14 @@ class Selection:
         fingerprint: str,
         validation_fingerprint: str = "",
         device: torch.device,
+        table: Table | None = None,
     ):
         self.config = config
         self.kept = kept
         self.groups = groups
+        self.table = table
+        # Gives the weights of a stream's rows, once calibrated.
+        self.predictor: TabulatedPredictor | None = None
         self.fingerprint = fingerprint
         self.validation_fingerprint = validation_fingerprint
         rows = None
@@ -84,16 +110,23 @@ class Selection:
             groups.of_row = groups.of_row.to(device)
             rows = torch.bincount(groups.of_row[kept], minlength=len(groups.names))
             active = rows > 0
+        if table is not None:
+            active = torch.zeros(table.size, dtype=torch.bool)
+            rows = torch.zeros(table.size, dtype=torch.int64) if table.grouped else None
+        # The predicted weights of a stream's rows are kept as they are.
+        predicts = table is not None and not table.grouped and config.selector_update == "calibrated"
         self.state = core.init_selector(
             active.to(device),
             rows=None if rows is None else rows.to(device),
-            activation=config.selector_activation,  # type: ignore[arg-type]
+            activation="softmax" if predicts else config.selector_activation,  # type: ignore[arg-type]
             adam=config.selector_update == "adam",
+            open=table is not None,
         )
         self.calibrated = False
         self._uniform = True
         self.gate: tuple[Tensor, Tensor] | None = None
         self._alarmed = False
+        self._full = False
         self._recent: list[Tensor] = []
 
     def units(self, ids: Tensor) -> Tensor:
@@ -103,6 +136,8 @@ class Selection:
     def weights(self, ids: Tensor) -> Tensor:
         """Weights of the given rows, float32 `[b]`, mean one over the rows trained on; the gate included."""
         units = self.units(ids.to(self.state.logits.device))
+        if self.table is not None:
+            return core.open_weights(self.state, units)
         weights = core.sample_weights(self.state, units)
         if self.gate is not None:
             threshold, scale = self.gate
@@ -115,6 +150,12 @@ class Selection:
         """
         weights = self.weights(torch.arange(len(self.kept))).cpu()
         return torch.where(self.kept, weights, torch.nan)
+
+    def seen_weights(self, units: Tensor) -> Tensor:
+        """Weights float32 `[b]` of units of a stream's table on the CPU; NaN for those not seen."""
+        units = units.to(self.state.logits.device)
+        unseen = torch.isneginf(self.state.logits[units])
+        return self.weights(units).masked_fill(unseen, torch.nan).cpu()
 
     def set_weights(self, weights: Tensor) -> None:
         """Take over weights `[row_count]` (at least 0) of the caller's rows, scaled to mean one over those kept."""
@@ -129,6 +170,8 @@ class Selection:
         """Take in the scores `[b]` of the rows `ids` `[b]` of one optimizer step (all processes)."""
         device = self.state.logits.device
         units, scores = self.units(ids.to(device)), scores.to(device)
+        if self.table is not None:
+            core.admit(self.state, units)
         self._recent.append(torch.stack([scores.mean(), scores.std(unbiased=False)]))
         config = self.config
         if config.selector_update == "adam":
@@ -167,37 +210,23 @@ class Selection:
             predict (callable, *optional*): gives the weights `[row_count]` of all rows from sample ids and weights (at
                 most 1) of those scored; asked if kept rows have no score.
         """
-        device = self.state.logits.device
-        scores = scores.to(device)
-        known = ~torch.isnan(scores).any(-1)
-        row_scores = scores[known]
-        first, trusted = row_scores[:, 0], validation_scores[:, 0]
-        logits = calibrated_logits(first, trusted, validation_weights)
-        if row_scores.shape[1] > 1:
-            logits += ending_logits(row_scores[:, 1], validation_scores[:, 1], logits.exp(), validation_weights)
-        z = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
-        self._recent.append(torch.stack([first.mean(), first.std(unbiased=False)]))
-        kept = self.kept.to(device)
+        known, logits, z = self._scored_logits(scores, validation_scores, validation_weights)
+        kept = self.kept.to(known.device)
         if predict is not None and bool((kept & ~known).any()):
-            weights = predict(known.nonzero().squeeze(1), logits.exp()).to(device)
+            weights = predict(known.nonzero().squeeze(1), logits.exp()).to(known.device)
             everything = torch.zeros_like(weights)
             everything[known] = z
             known, logits, z = kept, weights[kept].log(), everything[kept]
-        if float(logits.max() - logits.min()) == 0:
-            logger.warning(
-                "The scores do not differ, or trusted rows score no better than training rows: there is nothing to "
-                "select by, and training goes on with equal weights. More validation rows or `pilot_steps` may help."
-            )
-        else:
+        if not self._warn_if_equal(logits):
             # From the best row down: logits are cut at some distance from it.
             logits -= logits.max()
             # Calibrated weights have plateaus: a trace of the score keeps the rows in order.
             logits = self.config.calibration_sharpness * logits + TILT * z.clamp(-5, 5)
-        if self.groups is not None:
+        units = self._units_of_rows(known)
+        if units is not None:
             # A group's weight is the mean weight its rows would have alone.
-            groups = self.groups.of_row[known]
-            logits = self._group_means(groups, logits.exp()).clamp(min=1e-6).log()
-            z = self._group_means(groups, z)
+            logits = self._group_means(units, logits.exp()).clamp(min=1e-6).log()
+            z = self._group_means(units, z)
         logits = self._for_activation(logits)
         live = ~torch.isneginf(self.state.logits)
         core.replace_logits(self.state, live, logits)
@@ -206,6 +235,62 @@ class Selection:
         self._uniform = False
         self.refresh_gate()
         self._watch_collapse(float(core.effective_sample_size(self.state) / self.state.totals[3]))
+
+    def fit_predictor(
+        self,
+        scores: Tensor,
+        validation_scores: Tensor,
+        validation_weights: Tensor,
+        fit: Callable[[Tensor, Tensor], TabulatedPredictor],
+    ) -> None:
+        """Have the weights of a stream's rows predicted from now on.
+
+        Args:
+            scores, validation_scores, validation_weights: as `calibrate` takes them, of the stream's sample.
+            fit (callable): makes the predictor from the scored rows' places in the sample and their weights.
+        """
+        known, logits, _ = self._scored_logits(scores, validation_scores, validation_weights)
+        self._warn_if_equal(logits)
+        self.predictor = fit(known.nonzero().squeeze(1), logits.exp())
+        self.calibrated = True
+        self._uniform = False
+
+    def record(self, units: Tensor, weights: Tensor) -> None:
+        """Keep the predicted weights `[b]` of a stream's rows, for statistics and export."""
+        device = self.state.logits.device
+        core.assign_weights(self.state, units.to(device), weights.to(device))
+
+    def _scored_logits(
+        self, scores: Tensor, validation_scores: Tensor, validation_weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which rows have a score, their log weights (at most 0) and their standardised scores."""
+        scores = scores.to(self.state.logits.device)
+        known = ~torch.isnan(scores).any(-1)
+        row_scores = scores[known]
+        first, trusted = row_scores[:, 0], validation_scores[:, 0]
+        logits = calibrated_logits(first, trusted, validation_weights)
+        if row_scores.shape[1] > 1:
+            logits += ending_logits(row_scores[:, 1], validation_scores[:, 1], logits.exp(), validation_weights)
+        z = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
+        self._recent.append(torch.stack([first.mean(), first.std(unbiased=False)]))
+        return known, logits, z
+
+    def _warn_if_equal(self, logits: Tensor) -> bool:
+        equal = float(logits.max() - logits.min()) == 0
+        if equal:
+            logger.warning(
+                "The scores do not differ, or trusted rows score no better than training rows: there is nothing to "
+                "select by, and training goes on with equal weights. More validation rows or `pilot_steps` may help."
+            )
+        return equal
+
+    def _units_of_rows(self, rows: Tensor) -> Tensor | None:
+        """The groups of some rows (a mask); None if each row is a unit of its own."""
+        if self.table is not None:
+            units = self.table.sample.to(rows.device)
+            core.admit(self.state, units)
+            return units[rows]
+        return None if self.groups is None else self.groups.of_row[rows]
 
     def _for_activation(self, log_weights: Tensor) -> Tensor:
         """Logits that give weights in proportion to `log_weights.exp()`, of at most about 1."""
@@ -232,8 +317,16 @@ class Selection:
         passed = torch.where(logits < threshold, 0.0, weights)
         self.gate = (threshold, weights.mean() / passed.mean())
 
-    @cached_property
+    @property
     def _statistics_rows(self) -> Tensor:
+        """A sample of the rows trained on; of the units seen, for a stream."""
+        if self.table is None:
+            return self._kept_sample
+        seen = (~torch.isneginf(self.state.logits)).nonzero().squeeze(1)
+        return seen[evenly_spaced(len(seen), STATISTICS_ROWS).to(seen.device)]
+
+    @cached_property
+    def _kept_sample(self) -> Tensor:
         rows = self.kept.nonzero().squeeze(1) if not bool(self.kept.all()) else None
         count = len(self.kept) if rows is None else len(rows)
         index = evenly_spaced(count, STATISTICS_ROWS)
@@ -251,11 +344,23 @@ class Selection:
             mean, std = torch.stack(self._recent).mean(0).tolist()
             out |= {"selector/score_mean": mean, "selector/score_std": std}
             self._recent.clear()
-        if self.groups is not None:
+        if self.groups is not None or (self.table is not None and self.table.grouped):
             shares = sorted(self.group_shares().items(), key=lambda item: -item[1])
             out |= {f"selector/share/{name}": share for name, share in shares[:LOGGED_GROUPS]}
         self._watch_collapse(ess)
+        if self.table is not None:
+            self._watch_load(self.table.size)
         return out
+
+    def _watch_load(self, size: int) -> None:
+        """Warn once when so many keys have been seen that many of them share a unit."""
+        seen = int((~torch.isneginf(self.state.logits)).sum())
+        if seen > MAX_LOAD * size and not self._full:
+            self._full = True
+            logger.warning(
+                f"{seen} of the {size} places of the selector's table are taken: about one key in "
+                f"{1 / MAX_LOAD:.0f} shares its weight with another one by now. Raise `selector_table_size`."
+            )
 
     def _watch_collapse(self, ess: float) -> None:
         """Warn once when the effective sample size, as a share of the rows, falls below `ess_alarm`."""
@@ -274,8 +379,17 @@ class Selection:
         )
 
     def group_shares(self) -> dict[str, float]:
-        """Share of the total weight per group; the shares sum to one."""
-        assert self.groups is not None and self.state.rows is not None
+        """Share of the total weight per group; the shares sum to one.
+
+        Of a stream: of the groups in its sample, and of all others together (`"other"`).
+        """
+        assert self.state.rows is not None
+        if self.table is not None:
+            mass = torch.nan_to_num(core.sample_weights(self.state, slice(None)) * self.state.rows)
+            mass /= mass.sum()
+            named = {name: float(mass[unit]) for unit, name in self.table.names.items()}
+            return named | {"other": 1 - sum(named.values())}
+        assert self.groups is not None
         index = torch.arange(len(self.groups.names), device=self.state.logits.device)
         mass = core.sample_weights(self.state, index) * self.state.rows
         return dict(zip(self.groups.names, (mass / mass.sum()).tolist(), strict=True))
@@ -291,6 +405,7 @@ class Selection:
             "rows": len(self.kept),
             "rows_kept": int(self.kept.sum()),
             "train_fingerprint": self.fingerprint,
+            **({} if self.table is None else {"selector_key_column": config.selector_key_column}),
         }
 
     def save(self, folder: str | os.PathLike[str], estimator: Mapping[str, Tensor]) -> None:
@@ -300,6 +415,8 @@ class Selection:
         tensors = self.state.tensors() | {
             ESTIMATOR_PREFIX + k: v.detach().cpu().contiguous() for k, v in estimator.items()
         }
+        if self.predictor is not None:
+            tensors |= {PREDICTOR_PREFIX + k: v for k, v in self.predictor.tensors().items()}
         summary = {
             "format": FORMAT,
             "settings": self.settings(),
@@ -343,14 +460,22 @@ class Selection:
                 "Resume with the same data and settings, or set `ignore_selector_fingerprint=True` if you know that "
                 "the rows still mean the same."
             )
-        self.state.load_tensors({k: v for k, v in tensors.items() if not k.startswith(ESTIMATOR_PREFIX)})
+        parts = {prefix: _take(tensors, prefix) for prefix in (ESTIMATOR_PREFIX, PREDICTOR_PREFIX)}
+        self.state.load_tensors(tensors)
+        if parts[PREDICTOR_PREFIX]:
+            self.predictor = TabulatedPredictor(**parts[PREDICTOR_PREFIX])
         self.calibrated, self._uniform = summary["calibrated"], summary["uniform"]
         device = self.state.logits.device
         gate = summary["gate"]
         self.gate = (
             None if gate is None else (torch.tensor(gate[0], device=device), torch.tensor(gate[1], device=device))
         )
-        return {k[len(ESTIMATOR_PREFIX) :]: v for k, v in tensors.items() if k.startswith(ESTIMATOR_PREFIX)}
+        return parts[ESTIMATOR_PREFIX]
+
+
+def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the tensors whose names start with `prefix` out of `tensors`; without the prefix."""
+    return {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 def atomically(path: Path, write: Any) -> None:

@@ -14,17 +14,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..data.identity import RESERVED_COLUMNS, SAMPLE_ID, SAMPLE_LENGTHS, count_overlap, sample_ids
+from ..data.identity import (
+    RESERVED_COLUMNS,
+    SAMPLE_ID,
+    SAMPLE_LENGTHS,
+    add_sample_ids,
+    count_overlap,
+    fingerprint,
+    sample_ids,
+)
 from ..data.packing import SPLITTING, first_window, pack_rows
+from ..data.streams import as_dataset, columns, first_rows, hashed_unit, with_units
 from . import checks
-from .bilevel_sft_config import BilevelSFTConfig
+from .bilevel_sft_config import MIN_SCORED_ROWS, BilevelSFTConfig
 from .host import TrainerHost
-from .selection import Groups, make_groups
+from .selection import Groups, Table, make_groups
 from .validation import ValidationSets
 
 if TYPE_CHECKING:
@@ -57,6 +66,56 @@ def resolve_config(args: SFTConfig | None, model: Any) -> BilevelSFTConfig:
         return BilevelSFTConfig(f"{name.split('/')[-1]}-Bilevel-SFT")
     # Field by field: `to_dict` hides every token, `eos_token` and `pad_token` among them.
     return BilevelSFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
+
+
+def key_column(args: BilevelSFTConfig) -> str | None:
+    """The column whose values tell a stream's units apart; None for what the rows say."""
+    return args.selector_group_column if args.selector_granularity == "group" else args.selector_key_column
+
+
+def with_ids(args: BilevelSFTConfig, rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Rows with a `sample_id`: the caller's row number; in a stream, the place of the row's key in the table."""
+    if isinstance(rows, Dataset):
+        return add_sample_ids(rows)
+    return with_units(rows, key_column(args), args.selector_table_size)
+
+
+def read_sample(trainer: BilevelSFTTrainer) -> Table:
+    """Read the first prepared rows of a stream: the pilot runs on them. They become the trainer's `rows`.
+
+    Raises:
+        ValueError: if there are too few of them.
+    """
+    args = trainer.args
+    if not trainer._tracks_rows:
+        return Table(1, False, torch.zeros(0, dtype=torch.int64), {})
+    missing = {"input_ids", "labels"} - set(columns(trainer.train_dataset))
+    if missing:
+        raise ValueError(f"`skip_prepare_dataset=True` needs the columns input_ids and labels; missing: {missing}.")
+    trainer.train_dataset = with_scored_tokens(trainer.train_dataset)
+    rows = first_rows(trainer.train_dataset, args.stream_sample_rows)
+    needed = max(2 * MIN_SCORED_ROWS, args.train_batch_size * trainer.accelerator.num_processes)
+    if len(rows) < needed:
+        raise ValueError(
+            f"The stream `train_dataset` has {len(rows)} usable rows, fewer than {needed}. Is it empty, or are its "
+            "prompts longer than `max_length`? A small set need not be streamed: "
+            "`Dataset.from_list(list(stream))`."
+        )
+    trainer._unpacked, units = as_dataset(rows)
+    trainer.row_count = len(rows)
+    grouped = args.selector_granularity == "group"
+    names: dict[int, str] = {}
+    if grouped:
+        column = args.selector_group_column
+        for row in first_rows(trainer._caller_rows, len(rows)):
+            names[hashed_unit(str(row[column]), args.selector_table_size)] = str(row[column])
+    return Table(args.selector_table_size, grouped, units, names)
+
+
+def train_fingerprint(trainer: BilevelSFTTrainer) -> str:
+    """Of the caller's rows; of a stream, of its prepared sample. Empty if nobody will ask (plain SFT on a stream)."""
+    rows = trainer.rows if trainer.streams else trainer._caller_rows
+    return fingerprint(rows) if isinstance(rows, Dataset) else ""
 
 
 def padding_collator(trainer: BilevelSFTTrainer) -> Callable[[list[Any]], dict[str, Any]]:
@@ -100,8 +159,10 @@ def without_numbers(rows: Any) -> Any:
     return rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names])
 
 
-def with_scored_tokens(rows: Dataset) -> Dataset:
+def with_scored_tokens(rows: Any) -> Any:
     """Rows with at least one token that a causal model scores (a label after the first position)."""
+    if isinstance(rows, IterableDataset):
+        return rows.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
     if "labels" not in rows.column_names:
         return rows
     return rows.filter(
@@ -114,6 +175,8 @@ def with_scored_tokens(rows: Dataset) -> Dataset:
 
 def kept_rows(trainer: BilevelSFTTrainer) -> Tensor:
     """Which of the caller's rows preparation kept, bool `[row_count]`; refuses a set that cannot fill one batch."""
+    if trainer.streams:
+        return torch.ones(trainer.row_count, dtype=torch.bool)
     if SAMPLE_ID not in trainer.rows.column_names:
         # Plain SFT with packing: rows lose their identity, and nobody asks for it.
         return torch.ones(trainer.row_count, dtype=torch.bool)
@@ -141,9 +204,9 @@ def kept_rows(trainer: BilevelSFTTrainer) -> Tensor:
     return kept
 
 
-def make_row_groups(args: BilevelSFTConfig, train: Dataset) -> Groups | None:
-    """Groups of the caller's rows, or `None` for a weight per row."""
-    if args.selector_granularity != "group":
+def make_row_groups(args: BilevelSFTConfig, train: Dataset | IterableDataset) -> Groups | None:
+    """Groups of the caller's rows, or `None` for a weight per row; those of a stream are in its table."""
+    if args.selector_granularity != "group" or isinstance(train, IterableDataset):
         return None
     return make_groups(train.with_format(None)[args.selector_group_column])
 
@@ -237,6 +300,8 @@ def rows_per_step(trainer: BilevelSFTTrainer) -> int:
     """Training rows of one optimizer step, over all processes; the mean number of them with packing."""
     args = trainer.args
     batch_rows = args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    if trainer.streams:
+        return batch_rows
     return max(1, round(batch_rows * len(trainer.rows) / len(trainer.train_dataset)))
 
 

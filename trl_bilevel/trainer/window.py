@@ -13,6 +13,7 @@ from ..core.schedule import validation_loss_weight
 from ..data.identity import SEGMENTS
 from ..estimators.base import BackwardReader, number_of_rows
 from . import setup
+from .amortise import stream_weights
 
 if TYPE_CHECKING:
     from .bilevel_sft_trainer import BilevelSFTTrainer
@@ -40,6 +41,8 @@ class StepWindow:
         self.losses: list[Tensor] = []
         self.scores: list[Tensor] = []
         self.validation_losses: list[Tensor] = []
+        # Weights of a stream's rows, one tensor per micro-batch.
+        self.predicted: list[Tensor] = []
         self._reader: BackwardReader | None = None
 
     def next_inputs(self) -> dict[str, Any]:
@@ -58,6 +61,8 @@ class StepWindow:
             assert trainer.estimator is not None
             trainer.model.train()
             self.references = trainer.estimator.begin_step(self.batches)
+        if trainer.predicts:
+            self.predicted = [stream_weights(trainer, batch) for batch in self.batches]
         step, weight, drawn = trainer.state.global_step, 0.0, None
         if trainer.trains_validation:
             epoch = float(trainer.state.epoch or 0.0)
@@ -123,7 +128,8 @@ class StepWindow:
                 self.scores.append(trainer.estimator.score(losses[:count], reference))
         weights = torch.ones_like(losses)
         if trainer.weighs and not trainer.resamples:
-            weights[:count] = trainer.selection.weights(rows).to(losses.device)
+            known = self.predicted[micro] if self.predicted else trainer.selection.weights(rows)
+            weights[:count] = known.to(losses.device)
         return weights
 
     @property
@@ -137,8 +143,10 @@ class StepWindow:
         if self.validation_losses:
             trainer._metrics["train"]["validation_loss"].append(torch.cat(self.validation_losses).mean().item())
         parts = [torch.cat(self.ids), torch.cat(self.losses)]
-        ids, losses, *rest = self._gather_rows([*parts, torch.cat(self.scores)] if self.scores else parts)
-        scores = rest[0] if rest else losses
+        if self.scores or self.predicted:
+            parts.append(torch.cat(self.scores or self.predicted).to(parts[1].device))
+        ids, losses, *rest = self._gather_rows(parts)
+        scores = rest[0] if self.scores else losses
         # A score that is read off the backward is NaN for a row that the backward did not reach (weight 0).
         scored = ~torch.isnan(scores) if trainer.estimator is not None and trainer.estimator.reads_backward else None
         finite = torch.isfinite(losses) & (torch.isfinite(scores) if scored is None else ~torch.isinf(scores))
@@ -146,6 +154,8 @@ class StepWindow:
         (trusted,) = self._gather([torch.isfinite(own).all().reshape(1)])
         if not bool(finite.all() & trusted.all()):
             trainer.stop_on_non_finite(ids[~finite])
+        if self.predicted:
+            trainer.selection.record(ids, rest[0])
         if self.scores and trainer.state.global_step >= setup.warmup_steps(trainer):
             if scored is not None:
                 ids, scores = ids[scored], scores[scored]
