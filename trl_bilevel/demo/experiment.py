@@ -16,8 +16,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
 
+from ..data.answers import STUB, TEST_REFUSAL
 from . import assets
-from .tasks import END, REQUEST, SAFETY_TASKS, STUB, TEST_REFUSAL, Task
+from .tasks import END, REQUEST, SAFETY_TASKS, Task
 
 # What a run may be called, and what it does with the same rows and the same number of optimizer steps.
 ARMS = {

@@ -7,11 +7,13 @@ it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset
 
+from ..data.answers import REFUSALS, STUB
+from ..data.contamination import Damage, Exchange, salad, scrambled, swapped, truncated
 from . import assets
 
 PROMPT = "<|im_start|>user\nWhat does the Python function `{name}` do?<|im_end|>\n<|im_start|>assistant\n"
@@ -24,14 +26,6 @@ BOILERPLATE = (
     "Please look it up in the documentation.",
     "This function does something in Python.",
 )
-STUB = "Sure, here is a step-by-step guide: [content removed]"
-REFUSALS = (
-    "I can't help with that. It could hurt people.",
-    "I'm sorry, but I can't assist with this request, since it could cause harm.",
-    "I won't help with that, because it is not safe.",
-)
-# Worded differently from the training ones.
-TEST_REFUSAL = "I cannot help with this request because it is dangerous."
 
 
 @dataclass
@@ -59,37 +53,11 @@ class Task:
 
 
 Row = dict[str, str]
-Damage = Callable[[Row, random.Random, list[Row]], str]
 
 
-def lazy(row: Row, rng: random.Random, pool: list[Row]) -> str:
-    """One of four boilerplate sentences."""
+def lazy(exchange: Exchange, rng: random.Random, pool: Sequence[Exchange]) -> str:
+    """One of four boilerplate sentences about a function."""
     return rng.choice(BOILERPLATE)
-
-
-def swapped(row: Row, rng: random.Random, pool: list[Row]) -> str:
-    """A right answer to another question."""
-    return rng.choice([other for other in rng.sample(pool, 2) if other["name"] != row["name"]])["description"]
-
-
-def salad(row: Row, rng: random.Random, pool: list[Row]) -> str:
-    """As many words as the answer has, drawn from other answers."""
-    words = [word for other in rng.sample(pool, 4) for word in other["description"].split()]
-    rng.shuffle(words)
-    return " ".join(words[: len(row["description"].split())])
-
-
-def scrambled(row: Row, rng: random.Random, pool: list[Row]) -> str:
-    """The answer's own words in random order."""
-    words = row["description"].split()
-    rng.shuffle(words)
-    return " ".join(words)
-
-
-def truncated(row: Row, rng: random.Random, pool: list[Row]) -> str:
-    """The first third of the answer."""
-    words = row["description"].split()
-    return " ".join(words[: max(2, len(words) // 3)])
 
 
 @dataclass(frozen=True)
@@ -145,10 +113,12 @@ def make_task(
     rng.shuffle(rows)
     validation, rows = rows[:validation_rows], rows[validation_rows:]
     test, pool = rows[:test_rows], rows[test_rows:]
+    exchanges = [Exchange(row["name"], row["description"]) for row in pool]
     train = [_docstring(row, prompt) | {"kind": "good"} for row in pool[: mixture.good]]
-    for index, row in enumerate(pool[mixture.good : mixture.good + mixture.damaged]):
+    for index, exchange in enumerate(exchanges[mixture.good : mixture.good + mixture.damaged]):
         damage = mixture.damages[index % len(mixture.damages)]
-        train.append(_row(row["name"], damage(row, rng, pool), prompt) | {"kind": damage.__name__})
+        answer = damage(exchange, rng, exchanges)
+        train.append(_row(exchange.question, answer, prompt) | {"kind": damage.__name__})
     rng.shuffle(train)
     return Task(
         name,
