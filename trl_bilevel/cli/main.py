@@ -11,6 +11,11 @@ COMMANDS = {
     "sft": ("trl_bilevel.cli.sft", "fine-tune on mixed data, with a weight learned for every row"),
     "refine": ("trl_bilevel.cli.refine", "let the model answer anew what was answered badly, in guarded rounds"),
     "export": ("trl_bilevel.cli.export", "write a run's weighted rows, or the best of them, as parquet or JSON lines"),
+    "sanity": ("trl_bilevel.cli.sanity", "damage some of your clean rows, and see whether the weights find them"),
+    "prepare": (
+        "trl_bilevel.cli.prepare",
+        "make the data of the recipes from the hub, with a data card and a lock file",
+    ),
     "demo": (
         "trl_bilevel.cli.demo",
         "real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
@@ -40,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     module = import_module(COMMANDS[arguments[0]][0])
     try:
-        module.run(arguments[1:])
+        return module.run(arguments[1:]) or 0
     except Exception as error:
         import os
 
@@ -50,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
         what = error if speaks else f"{type(error).__name__}: {error}"
         print(f"trl-bilevel {arguments[0]}: {what}\n(TRL_BILEVEL_TRACEBACK=1 shows where.)", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

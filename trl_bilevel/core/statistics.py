@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,3 +29,16 @@ def evenly_spaced(count: int, limit: int) -> Tensor:
     cost.
     """
     return torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
+
+
+def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
+    """Standard error of an area under the ROC curve, from as many scores of either class (Hanley and McNeil, 1982).
+
+    Raises:
+        ValueError: if a class is empty.
+    """
+    if positives < 1 or negatives < 1:
+        raise ValueError(f"Both classes need scores, got {positives} and {negatives}.")
+    first, second = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (first - auc**2) + (negatives - 1) * (second - auc**2)
+    return math.sqrt(max(0.0, variance) / (positives * negatives))

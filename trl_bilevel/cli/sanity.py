@@ -1,0 +1,219 @@
+"""`trl-bilevel sanity`: damage a part of clean rows, and see whether the weights find the damage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+# Verdicts by the area under the ROC curve, from the best down.
+FOUND, MOSTLY = 0.9, 0.75
+# Tokens of a row from its characters: at least so many characters a token, for English and a common tokenizer.
+CHARACTERS_PER_TOKEN = 3
+# Of fewer rows, half of them damaged, an area under the curve says little.
+MIN_ROWS = 32
+KIND = "sanity_kind"
+NOTHING = "Nothing was trained, and your model and data are untouched."
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="trl-bilevel sanity",
+        description="Damages a part of your clean rows in known ways, learns weights by a pilot run as `trl-bilevel "
+        "sft` does, and tells how well they separate damaged from good rows. Exit code 1 if a kind of damage is "
+        "ranked below chance.",
+    )
+    parser.add_argument("--dataset", required=True, help="clean rows: hub name, .jsonl/.csv/.parquet file, or folder")
+    parser.add_argument("--validation", required=True, help="the trusted rows you mean to use, named in the same ways")
+    parser.add_argument("--split", default="train", help="split of both (default: train)")
+    parser.add_argument("--model", help="hub name or folder; default: the embedded SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--damage",
+        nargs="+",
+        default=["lazy", "swapped", "salad", "truncated"],
+        metavar="KIND",
+        help="lazy, swapped, salad, scrambled, truncated, stub (default: lazy swapped salad truncated)",
+    )
+    parser.add_argument("--rate", type=float, default=0.5, help="share of the rows to damage (default: 0.5)")
+    parser.add_argument("--rows", type=int, default=256, help="rows to use, drawn at random (default: 256)")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens; longer rows are left out (default: 256)")
+    parser.add_argument("--pilot-steps", type=int, default=24, help="steps of the pilot run (default: 24)")
+    parser.add_argument("--estimator", default="value_function", help="weight estimator (default: value_function)")
+    parser.add_argument("--seed", type=int, default=0, help="draws rows, damage and adapter (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Damage, weigh, tell; returns the exit code."""
+    options = make_parser().parse_args(arguments)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    from datasets import disable_progress_bars
+
+    from ..data.contamination import contaminate
+
+    disable_progress_bars()
+    clean, validation, left_out = _load(options)
+    rows = contaminate(clean, options.rate, options.damage, options.seed, column=KIND)
+    weights = learn_weights(rows.remove_columns(KIND), validation, options)
+    result = judge(weights, rows[KIND][:])
+    result["settings"] = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+    }
+    result["rows"] = {"clean": len(clean), "validation": len(validation), "left_out_as_too_long": left_out}
+    _tell(result)
+    if options.json:
+        from ..trainer.selection import atomically
+
+        atomically(options.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+    return 0 if result["passed"] else 1
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
+    """Rows to damage and trusted rows, as prompts and completions, and how many rows are too long."""
+    from ..data.contamination import exchange_of
+    from .data import load_rows
+
+    rows = load_rows(options.dataset, split=options.split)
+    validation = load_rows(options.validation, split=options.split)
+    limit = CHARACTERS_PER_TOKEN * options.max_length
+    trusted = {exchange_of(row).question for row in validation}
+    order = list(range(len(rows)))
+    random.Random(f"sanity-{options.seed}").shuffle(order)
+    kept: list[int] = []
+    left_out = 0
+    for place in order:
+        exchange = exchange_of(rows[place])
+        if len(exchange.question) + len(exchange.answer) > limit:
+            left_out += 1
+        elif exchange.question not in trusted and exchange.answer.strip():
+            kept.append(place)
+        if len(kept) == options.rows:
+            break
+    if len(kept) < MIN_ROWS:
+        raise ValueError(
+            f"{len(kept)} of the {len(rows)} rows of {options.dataset!r} can be used ({left_out} are longer than "
+            f"--max-length {options.max_length}, the others ask a question of the trusted rows or have no answer); at "
+            f"least {MIN_ROWS} are needed. Give more rows, or raise --max-length."
+        )
+    return _prompt_completion(rows.select(kept)), _prompt_completion(validation), left_out
+
+
+def _prompt_completion(rows: Any) -> Any:
+    """Prompt and completion only; the last turn of `messages` is the completion: what is scored is the answer."""
+    if "messages" not in rows.column_names:
+        return rows.select_columns(["prompt", "completion"])
+    split = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in rows["messages"][:]]
+    return type(rows).from_list(split)
+
+
+def learn_weights(rows: Any, validation: Any, options: argparse.Namespace) -> list[float]:
+    """Weights of the rows after a pilot run with LoRA; nothing is trained for good."""
+    import torch
+    from peft import LoraConfig
+
+    from .. import BilevelSFTConfig, BilevelSFTTrainer
+    from ..demo.assets import model_folder
+    from ..demo.experiment import model_dtype
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = BilevelSFTConfig(
+            output_dir=folder,
+            weight_estimator=options.estimator,
+            pilot_steps=options.pilot_steps,
+            pilot_scored_rows=0,
+            validation_loss_weight=0.5 if options.estimator == "loss" else 0.0,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=16,
+            max_length=options.max_length,
+            report_to="none",
+            save_strategy="no",
+            seed=options.seed,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            disable_tqdm=True,
+            model_init_kwargs={"dtype": model_dtype()},
+        )
+        trainer = BilevelSFTTrainer(
+            options.model or str(model_folder()),
+            args,
+            train_dataset=rows,
+            validation_dataset=validation,
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        trainer.start_selection()
+        return trainer.sample_weights().tolist()
+
+
+def judge(weights: list[float], kinds: list[str]) -> dict[str, Any]:
+    """Area under the ROC curve of the weights per kind of damage, with a standard error and a verdict.
+
+    Args:
+        weights: one per row; rows without a weight (NaN) do not count.
+        kinds: what was done to each row; `"good"`: nothing.
+
+    Returns:
+        `dict`: `kinds` (per kind and for `"all"`: `auc`, `standard_error`, `rows`, `verdict`, `advice`), `good_share`
+        (share of the weight on good rows), `good_rows`, and `passed`: no area below 0.5.
+    """
+    from ..core.statistics import auc_standard_error
+    from ..demo.comparison import good_share, ranking_quality
+
+    pairs = [(weight, kind) for weight, kind in zip(weights, kinds, strict=True) if weight == weight]
+    weights, kinds = [weight for weight, _ in pairs], [kind for _, kind in pairs]
+    good = kinds.count("good")
+    out: dict[str, Any] = {}
+    for kind, auc in ranking_quality(weights, kinds).items():
+        count = len(kinds) - good if kind == "all" else kinds.count(kind)
+        error = auc_standard_error(auc, good, count)
+        verdict, advice = verdict_of(auc, error)
+        out[kind] = {"auc": auc, "standard_error": error, "rows": count, "verdict": verdict, "advice": advice}
+    passed = all(entry["auc"] >= 0.5 for entry in out.values())
+    return {"kinds": out, "good_rows": good, "good_share": good_share(weights, kinds), "passed": passed}
+
+
+def verdict_of(auc: float, error: float) -> tuple[str, str]:
+    """What an area under the curve and its standard error mean, and what to do next."""
+    if auc >= FOUND:
+        return "found", "Weights can be trusted with this kind of damage."
+    if auc >= MOSTLY:
+        return "mostly found", "Usable. More trusted rows (64 and more), or a larger model, separate better."
+    if auc - 2 * error > 0.5:
+        return "weakly found", (
+            "Weights help little. Give more trusted rows that differ from such answers, or use a larger model."
+        )
+    if auc + 2 * error >= 0.5:
+        return "not told apart", (
+            "Weights are at chance: the model does not see this damage from these trusted rows. Give more of them, or "
+            "a larger model, or remove such rows by other means."
+        )
+    return "inverted", (
+        "Damaged rows get more weight than good ones. Do not use these weights. Look at the trusted rows: do some of "
+        "them look like this damage? Is --estimator value_function?"
+    )
+
+
+def _tell(result: dict[str, Any]) -> None:
+    for kind, entry in result["kinds"].items():
+        name = "all damage" if kind == "all" else kind
+        print(
+            f"{name:10} AUC {entry['auc']:.3f} (standard error {entry['standard_error']:.3f}, {entry['rows']} damaged "
+            f"against {result['good_rows']} good rows): {entry['verdict']}. {entry['advice']}"
+        )
+    print(f"Good rows are {_good_part(result):.0%} of the rows and have {result['good_share']:.0%} of the weight.")
+    if result["passed"]:
+        print("Next: trl-bilevel sft with the rows you do not trust, and these trusted rows.")
+    else:
+        print("A kind of damage is ranked below chance: do not trust the weights on data that may have it.")
+    print(NOTHING)
+
+
+def _good_part(result: dict[str, Any]) -> float:
+    return result["good_rows"] / (result["good_rows"] + result["kinds"]["all"]["rows"])

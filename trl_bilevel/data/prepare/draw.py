@@ -1,0 +1,208 @@
+"""Reading, cleaning and drawing of rows: by the hash of what they say, so not by the order in which they come."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .sources import Example, Loader, Raw, Resolver, Source
+
+# Above this share of unreadable rows, the set is not what it is taken for.
+MALFORMED_SHARE = 0.05
+# Rows after which that share is looked at for the first time.
+FIRST_LOOK = 200
+# Marks that a tokenizer turns into control tokens: such a row could end its turn and speak in another role.
+_CHAT_MARKS = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>")
+_SPACE = re.compile(r"\s+")
+
+
+class MalformedSourceError(ValueError):
+    """A source does not have the rows that it should have."""
+
+
+@dataclass
+class SourceRecord:
+    """What became of a source's rows.
+
+    Attributes:
+        source: the source.
+        requested, revision: the revision that was asked for, and the commit that it stood for.
+        read: rows read.
+        used: rows that went into the sets.
+        dropped: rows that did not, by reason.
+    """
+
+    source: Source
+    requested: str
+    revision: str
+    read: int = 0
+    used: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class Reader:
+    """Reads sources, and notes what it read.
+
+    Args:
+        loader: gives the rows of a source at a revision.
+        resolve: gives the commit of a revision.
+        revisions: by repository; `"main"` where there is none.
+        max_characters (`int`): longer rows are left out: cut at a trainer's `max_length` they would lose their end.
+    """
+
+    def __init__(self, loader: Loader, resolve: Resolver, revisions: dict[str, str], max_characters: int):
+        self.loader = loader
+        self.resolve = resolve
+        self.revisions = revisions
+        self.max_characters = max_characters
+        self.records: list[SourceRecord] = []
+
+    def open(self, source: Source) -> tuple[SourceRecord, Iterator[Example]]:
+        """A record, filled in while the readable examples are taken from the iterator."""
+        requested = self.revisions.get(source.repository, "main")
+        record = SourceRecord(source, requested, self.resolve(source.repository, requested))
+        self.records.append(record)
+        return record, self._examples(record)
+
+    def _examples(self, record: SourceRecord) -> Iterator[Example]:
+        rows = itertools.islice(self.loader(record.source, record.revision), record.source.scan)
+        for row in rows:
+            record.read += 1
+            if record.read == 1:
+                _check_columns(record.source, row)
+            if record.read == FIRST_LOOK:
+                _check_malformed(record)
+            example = self._example(record, row)
+            if example is not None:
+                yield example
+        if record.read == 0:
+            raise MalformedSourceError(f"{record.source.repository} (split {record.source.split!r}) has no rows.")
+        _check_malformed(record)
+
+    def _example(self, record: SourceRecord, row: Raw) -> Example | None:
+        try:
+            example = record.source.read(row)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            record.dropped["malformed"] += 1
+            return None
+        if example is None:
+            record.dropped["of another kind"] += 1
+            return None
+        reason = _unusable(example, self.max_characters)
+        if reason:
+            record.dropped[reason] += 1
+            return None
+        return example
+
+
+def _check_columns(source: Source, row: Raw) -> None:
+    missing = [name for name in source.columns if name not in row]
+    if missing:
+        raise MalformedSourceError(
+            f"{source.repository} has no column {', '.join(map(repr, missing))} (its first row has {sorted(row)}): it "
+            f"has changed, or the revision is another set. Give an older `--revision {source.repository}=COMMIT`."
+        )
+
+
+def _check_malformed(record: SourceRecord) -> None:
+    bad = record.dropped["malformed"] + record.dropped["not text"]
+    if bad > MALFORMED_SHARE * record.read:
+        raise MalformedSourceError(
+            f"{bad} of the first {record.read} rows of {record.source.repository} cannot be read as "
+            f"{', '.join(record.source.columns)}: it has changed. Give an older "
+            f"`--revision {record.source.repository}=COMMIT`."
+        )
+
+
+def _unusable(example: Example, max_characters: int) -> str | None:
+    """Why a row cannot be used; None if it can."""
+    parts = (example.system, example.question, example.answer)
+    if not all(isinstance(part, str) for part in parts):
+        return "not text"
+    if not example.question.strip() or not example.answer.strip():
+        return "empty"
+    if sum(map(len, parts)) > max_characters:
+        return "too long"
+    if any(_CHAT_MARKS.search(part) for part in parts):
+        return "has chat marks"
+    if any("\0" in part or not _encodable(part) for part in parts):
+        return "not text"
+    return None
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def question_key(question: str) -> bytes:
+    """What two questions that differ in case and white space only have in common."""
+    return hashlib.blake2b(_SPACE.sub(" ", question).strip().casefold().encode(), digest_size=16).digest()
+
+
+def draw(
+    record: SourceRecord,
+    examples: Iterable[Example],
+    count: int | None,
+    seed: int,
+    *,
+    taken: set[bytes],
+    one_per_question: bool,
+    accept: Callable[[Example], bool] | None = None,
+    same: Callable[[Example], Any] = lambda example: (example.question, example.answer),
+) -> list[Example]:
+    """Distinct rows at random: those of the smallest keyed hashes, in the order of these.
+
+    What is drawn depends on seed, `count` and the rows' contents: not on their order, nor on a library's shuffling.
+
+    Args:
+        record: notes what is dropped, and how many rows are used.
+        examples: readable rows.
+        count (`int`, *optional*): rows to draw; all if None.
+        seed (`int`): key of the hashes.
+        taken: keys of questions that must not occur; not changed.
+        one_per_question (`bool`): keep one row per question, else one per distinct row.
+        accept: rows of which it is False are left to others.
+        same: what makes two rows the same.
+
+    Raises:
+        ValueError: if fewer than `count` rows are left.
+    """
+    salt = str(seed).encode()
+    best: dict[Any, tuple[bytes, Example]] = {}
+    for example in examples:
+        key = question_key(example.question)
+        if key in taken:
+            record.dropped["question is in another set"] += 1
+            continue
+        if accept is not None and not accept(example):
+            record.dropped["of another kind"] += 1
+            continue
+        text = "\0".join((example.system, example.question, example.answer))
+        order = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()
+        identity = key if one_per_question else same(example)
+        known = best.get(identity)
+        if known is not None:
+            record.dropped["duplicate"] += 1
+        if known is None or order < known[0]:
+            best[identity] = (order, example)
+    if count is not None and len(best) < count:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in record.dropped.most_common())
+        raise ValueError(
+            f"{record.source.repository} gives {len(best)} usable rows of {record.read} read, and {count} are needed "
+            f"(dropped: {reasons or 'none'}). Lower `--train-rows`, `--validation-rows` or `--test-rows`, or raise "
+            "`--max-characters`."
+        )
+    chosen = heapq.nsmallest(len(best) if count is None else count, best.values(), key=lambda pair: pair[0])
+    record.used += len(chosen)
+    record.dropped["not drawn"] += len(best) - len(chosen)
+    return [example for _, example in chosen]
