@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import random
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,7 +19,6 @@ CHARACTERS_PER_TOKEN = 3
 # Of fewer rows, half of them damaged, an area under the curve says little.
 MIN_ROWS = 32
 KIND = "sanity_kind"
-NOTHING = "Nothing was trained, and your model and data are untouched."
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,6 +62,10 @@ def run(arguments: list[str]) -> int:
     disable_progress_bars()
     clean, validation, left_out = _load(options)
     rows = contaminate(clean, options.rate, options.damage, options.seed, column=KIND)
+    print(
+        f"{len(rows)} rows, {options.rate:.0%} of them damaged ({', '.join(options.damage)}); {len(validation)} "
+        f"trusted rows; a pilot run of {options.pilot_steps} steps."
+    )
     weights = learn_weights(rows.remove_columns(KIND), validation, options)
     result = judge(weights, rows[KIND][:])
     result["settings"] = {
@@ -138,7 +142,9 @@ def learn_weights(rows: Any, validation: Any, options: argparse.Namespace) -> li
             seed=options.seed,
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
-            disable_tqdm=True,
+            # Small enough to keep its activations; recomputing them takes a third more time.
+            gradient_checkpointing=torch.cuda.is_available(),
+            disable_tqdm=not sys.stderr.isatty(),
             model_init_kwargs={"dtype": model_dtype()},
         )
         trainer = BilevelSFTTrainer(
@@ -201,19 +207,19 @@ def verdict_of(auc: float, error: float) -> tuple[str, str]:
 
 
 def _tell(result: dict[str, Any]) -> None:
-    for kind, entry in result["kinds"].items():
+    entries = result["kinds"]
+    for kind, entry in entries.items():
         name = "all damage" if kind == "all" else kind
         print(
-            f"{name:10} AUC {entry['auc']:.3f} (standard error {entry['standard_error']:.3f}, {entry['rows']} damaged "
-            f"against {result['good_rows']} good rows): {entry['verdict']}. {entry['advice']}"
+            f"{name:10} AUC {entry['auc']:.3f} +- {entry['standard_error']:.3f}  {entry['verdict']} "
+            f"({entry['rows']} damaged against {result['good_rows']} good rows)"
         )
-    print(f"Good rows are {_good_part(result):.0%} of the rows and have {result['good_share']:.0%} of the weight.")
+    for verdict, advice in {entry["verdict"]: entry["advice"] for entry in entries.values()}.items():
+        print(f"{verdict.capitalize()}: {advice}")
+    good = result["good_rows"] / (result["good_rows"] + entries["all"]["rows"])
+    print(f"Good rows are {good:.0%} of the rows and have {result['good_share']:.0%} of the weight.")
     if result["passed"]:
         print("Next: trl-bilevel sft with the rows you do not trust, and these trusted rows.")
     else:
         print("A kind of damage is ranked below chance: do not trust the weights on data that may have it.")
-    print(NOTHING)
-
-
-def _good_part(result: dict[str, Any]) -> float:
-    return result["good_rows"] / (result["good_rows"] + result["kinds"]["all"]["rows"])
+    print("Nothing was trained; your model and data are untouched.")
