@@ -1,5 +1,6 @@
 """Every recipe parses, builds its trainer on a tiny model of its architecture, and runs on data in its format."""
 
+import itertools
 import json
 import re
 import shlex
@@ -70,8 +71,7 @@ REFINE = COMMON | {
 
 def header(recipe):
     """The comment at the top as text, without its marks."""
-    lines = (ROOT / recipe).read_text().split("\n\n", 1)[0].splitlines()
-    assert all(line.startswith("#") for line in lines)
+    lines = itertools.takewhile(lambda line: line.startswith("#"), (ROOT / recipe).read_text().splitlines())
     return "\n".join(line[1:].removeprefix(" ") for line in lines)
 
 
@@ -229,6 +229,34 @@ def test_accelerate_reads_its_files(name):
     text = (ROOT / name).read_text()
     assert sharded == text.startswith("# FOR FIXED WEIGHTS ONLY (weight_estimator: none)")
     assert "Not run" in text or config.use_cpu
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_the_commands_of_accelerate_files_can_be_copied(name):
+    for launch in commands(name):
+        assert launch[3] == name
+        if launch[4] == "--num_processes":
+            del launch[4:6]
+        arguments = [word.replace("RECIPE", OFFLINE[1]) for word in launch[6:]]
+        arguments[1] = str(ROOT / arguments[1])
+        _, training, *_ = parse(sft.make_parser(), [*arguments, "--use_cpu", "true", "--bf16", "false"])
+        assert (training.weight_estimator == "none") == ("FIXED WEIGHTS" in (ROOT / name).read_text())
+
+
+def test_a_recipe_trains_with_fixed_weights_as_the_sharded_files_say(world):
+    recipe = "recipes/safety/llama3-8b-80gb.yaml"
+    trained, data = run_offline(recipe, world)
+    (launch,) = commands("recipes/accelerate/zero2.yaml")
+    given = dict(zip(launch[8::2], launch[9::2], strict=True))
+    assert given.pop("--config") == "RECIPE"
+    changed = COMMON | {name.removeprefix("--"): value for name, value in given.items()}
+    changed |= {"dataset_name": trained / "weighted.parquet", "output_dir": world / "fixed", "max_steps": 2}
+    changed |= {"model_name_or_path": world / "llama3", "validation_dataset_name": data / "validation.parquet"}
+    changed["eval_dataset_name"] = data / "test.parquet"
+    sft.main(*parse(sft.make_parser(), arguments_of(recipe, changed)))
+    assert (world / "fixed" / "adapter_model.safetensors").is_file()
+    # Nothing is learned: there are no new weights to write.
+    assert not (world / "fixed" / "weighted.parquet").exists()
 
 
 def test_every_size_is_there():

@@ -153,7 +153,7 @@ def _sources_text(prepared: Prepared) -> str:
     for record in prepared.records:
         source = record.source
         dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(record.dropped.items()) if count)
-        known = "" if source.known_rows is None else f" The whole split had {source.known_rows} when this was written."
+        known = "" if source.known_rows is None else f" As far as known, the whole split has {source.known_rows}."
         scan = "" if source.scan is None else f" At most {source.scan} are read, from its start: not all of it."
         place = f"split `{source.split}`" + (f", folder `{source.data_dir}`" if source.data_dir else "")
         parts.append(
