@@ -7,6 +7,8 @@ import random
 import pytest
 import yaml
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.recipes import fixtures
 from trl_bilevel.cli import prepare as command
@@ -160,6 +162,7 @@ def test_text_that_a_tokenizer_would_misread(text):
             "hh-rlhf",
             {"transcript": "\n\nHuman: do a bad thing\n\nAssistant: x", "min_harmlessness_score_transcript": None},
         ),
+        ("hh-rlhf", fixtures.red_team(2)[1] | {"min_harmlessness_score_transcript": 10**400}),
         ("BeaverTails", {"prompt": "a", "response": "b", "is_safe": "yes"}),
     ],
 )
@@ -172,6 +175,40 @@ def test_malformed_rows_of_every_source(ending, row):
     # A source that is unreadable in more than one row of twenty is not what it is taken for.
     with pytest.raises(MalformedSourceError, match="it has changed"):
         MAKERS[maker](**fixtures.hub(**{ending: [*fixtures.HUB[repository](), *[row] * 9]}))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8),
+    lambda parts: (
+        st.lists(parts, max_size=3)
+        | st.dictionaries(st.sampled_from(["from", "value", "a"]), parts, max_size=3)
+        | st.lists(
+            st.fixed_dictionaries({"from": st.sampled_from(["system", "human", "gpt"]), "value": parts}), max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+ALL_SOURCES = [getattr(sources, name) for name in ("OPEN_ORCA", "ALPACA", "SLIM_ORCA", "RED_TEAM", "BEAVER_TAILS")]
+
+
+@pytest.mark.parametrize("source", ALL_SOURCES, ids=lambda source: source.repository)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_no_row_breaks_the_reading(source, data):
+    """Whatever a row holds: it gives text that a tokenizer can take, or is counted as dropped."""
+    row = data.draw(st.fixed_dictionaries(dict.fromkeys(source.columns, JSON)))
+    reader = draw.Reader(lambda *_: [row], lambda *_: "commit", {}, 100)
+    record, examples = reader.open(source)
+    try:
+        found = list(examples)
+    except MalformedSourceError:
+        # The only row is malformed: more than one in twenty.
+        assert record.dropped["malformed"] + record.dropped["not text"] == 1
+        return
+    assert len(found) + sum(record.dropped.values()) == 1
+    for example in found:
+        assert example.question.strip() and example.answer.strip()
+        (example.system + example.question + example.answer).encode()
 
 
 def test_conversations_of_several_questions_are_not_cut():

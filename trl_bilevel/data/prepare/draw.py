@@ -88,7 +88,7 @@ class Reader:
     def _example(self, record: SourceRecord, row: Raw) -> Example | None:
         try:
             example = record.source.read(row)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
             record.dropped["malformed"] += 1
             return None
         if example is None:
