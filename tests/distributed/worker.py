@@ -65,7 +65,7 @@ def main(folder: str, overrides: str) -> None:
     count = settings.pop("rows", 40)
     train: Any = Dataset.from_list(rows[:count])
     if settings.pop("stream", False):
-        train = train.to_iterable_dataset(num_shards=2)
+        train = train.to_iterable_dataset()
     tokenizer = make_tokenizer()
     trainer = BilevelSFTTrainer(
         make_tiny_model(tokenizer).double(),
