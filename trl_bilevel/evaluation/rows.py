@@ -49,9 +49,7 @@ def _row(row: Mapping[str, Any], number: int) -> Row:
     if "prompt" in row and "completion" in row:
         return Row(row["prompt"], row["completion"])
     if "messages" in row or "conversations" in row:
-        from trl.data_utils import maybe_convert_to_chatml
-
-        turns = maybe_convert_to_chatml(dict(row))["messages"]
+        turns = row["messages"] if "messages" in row else [_turn(turn) for turn in row["conversations"]]
         if not turns or turns[-1]["role"] != "assistant":
             raise ValueError(f"Row {number} does not end with a message of the assistant: there is nothing to score.")
         return Row(turns[:-1], turns[-1:])
@@ -64,6 +62,11 @@ def _row(row: Mapping[str, Any], number: int) -> Row:
     if "text" in row:
         return Row("", row["text"])
     raise ValueError(f"No known format has the columns {sorted(row)}; known: {FORMATS}. Rename the columns.")
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of a set that calls its columns `from` and `value`."""
+    return {"role": {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 def user(text: str) -> Turns:

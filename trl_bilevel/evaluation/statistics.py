@@ -152,11 +152,12 @@ def paired_difference(
     left, right = _rows(first, "first"), _rows(second, "second")
     _check_paired(left, right)
     found = mean(left - right, bounds=bounds, confidence=confidence, seed=seed, resamples=resamples)
-    p_value = 1.0
     # Rows without a difference are the same either way. Leaving them out keeps the test exact more often.
     differing = left != right
-    if differing.any():
-        count = int(differing.sum())
+    count = int(differing.sum())
+    # A single one is as large with either sign.
+    p_value = 1.0
+    if count > 1:
         test = stats.permutation_test(
             (left[differing], right[differing]),
             lambda x, y, axis: (x - y).mean(axis),
