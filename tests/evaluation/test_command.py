@@ -177,7 +177,7 @@ def test_lm_eval(folder, tmp_path, capsys):
         "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n"
     )
     options = {"lm_eval_tasks": "tiny_choice", "lm_eval_folder": tmp_path, "lm_eval_limit": 4}
-    assert evaluate(folder, "model", "--json", **options) == 0
+    assert evaluate(folder, "adapter", "--json", **options) == 0
     found = document(capsys)["lm_eval"][0]
     assert 0 <= found["results"]["tiny_choice"]["acc,none"] <= 1
     assert evaluate(folder, "model", **options) == 0
