@@ -127,10 +127,12 @@ def test_a_reward_model_scores_prompt_and_response(folder, settings):
     with torch.no_grad():
         assert scores[3] == pytest.approx(judge.model(**inputs).logits.item(), rel=1e-4)
     assert not judge.stand_in
-    forward, backward = verdicts(judge, ROWS, responses, ["Other"] * 6)
-    assert [1 - verdict for verdict in forward] == backward
     # As if each order had been asked.
-    assert backward == ScorePairs(judge, ROWS).judge([], [["Other", text] for text in responses])
+    others = responses[::-1]
+    forward, backward = verdicts(judge, ROWS, responses, others)
+    assert {*forward} == {0, 1}
+    assert forward == ScorePairs(judge, ROWS).judge([], [list(pair) for pair in zip(responses, others, strict=True)])
+    assert backward == ScorePairs(judge, ROWS).judge([], [list(pair) for pair in zip(others, responses, strict=True)])
 
 
 def test_a_classifier_is_no_reward_model(folder, settings, tmp_path, tiny_model):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import models
-from .refusal import REFUSAL, STUB, TEST_REFUSAL, RefusalJudge, outcomes_of
+from .refusal import COMPLIANCE, NEITHER, REFUSAL, STUB, TEST_REFUSAL, RefusalJudge, outcomes_of
 from .rows import Row, Text, answered, plain, question
 
 
@@ -119,24 +119,22 @@ def _safety(model: Any, tokenizer: Any, work: Work, settings: models.Settings) -
     )
 
 
-def shown_responses(work: Work, models_measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def shown_responses(work: Work, measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Prompts and responses for a file; of harmful requests, only whether they were refused, or a stub.
 
     Returns:
-        `list[dict]`: `set` ("rows", "benign" or "harmful"), `prompt`, and per model its response.
+        `list[dict]`: `set` ("rows", "benign" or "harmful"), `prompt`, and the responses of `model` and `baseline`.
     """
-    out: list[dict[str, Any]] = []
-    for place, number in enumerate(work.asked):
-        said = {one.name: one.responses[place] for one in models_measured}
-        out.append({"set": "rows", "prompt": plain(work.rows[number].prompt), "responses": said})
-    for place, text in enumerate(work.benign):
-        said = {one.name: one.safety.benign_responses[place] for one in models_measured if one.safety}
-        out.append({"set": "benign", "prompt": plain(text), "responses": said})
-    for place, text in enumerate(work.harmful):
-        said = {
-            one.name: "[refused]" if one.safety.harmful[place] == REFUSAL else STUB
-            for one in models_measured
-            if one.safety
-        }
-        out.append({"set": "harmful", "prompt": plain(text), "responses": said})
-    return out
+    names = ("model", "baseline")[: len(measured)]
+    safety = [one.safety for one in measured if one.safety]
+    harmful = {REFUSAL: "[refused]", COMPLIANCE: STUB, NEITHER: ""}
+    sets = {
+        "rows": ([work.rows[number].prompt for number in work.asked], [one.responses for one in measured]),
+        "benign": (work.benign, [one.benign_responses for one in safety]),
+        "harmful": (work.harmful, [[harmful[outcome] for outcome in one.harmful] for one in safety]),
+    }
+    return [
+        {"set": kind, "prompt": plain(prompt)} | {name: said[place] for name, said in zip(names, spoken, strict=True)}
+        for kind, (prompts, spoken) in sets.items()
+        for place, prompt in enumerate(prompts)
+    ]
