@@ -199,11 +199,15 @@ def test_lm_eval(folder, tmp_path, capsys):
         ),
         (["model", "--harmful", "a", "--benign", "b", "--lm_eval_tasks", "c"], "`dataset` go together"),
         (["model", "--dataset", "rows.jsonl", "--judge", "embedding"], "with a `baseline`'s: give both"),
-        (["model", "--dataset", "rows.jsonl", "--baseline", "model", "--judge", "gpt"], "Unknown judge 'gpt'"),
-        (["model", "--dataset", "rows.jsonl", "--baseline", "model", "--judge", "a.b:c"], "Could not import 'a.b:c'"),
+        # Before a model is loaded, which takes longer.
+        (["no/model", "--dataset", "rows.jsonl", "--baseline", "model", "--judge", "gpt"], "Unknown judge 'gpt'"),
         (
-            ["model", "--dataset", "rows.jsonl", "--baseline", "model", "--judge", "reward:no/model"],
-            "Could not load the reward model 'no/model'",
+            ["no/model", "--dataset", "rows.jsonl", "--baseline", "model", "--judge", "a.b:c"],
+            "Could not import 'a.b:c'",
+        ),
+        (
+            ["no/model", "--dataset", "rows.jsonl", "--baseline", "model", "--judge", "reward:no/reward"],
+            "Could not load the reward model 'no/reward'",
         ),
         (["model", "--dataset", "rows.jsonl", "--max_rows", "0"], "`max_rows` must be at least 1, got 0"),
         (["model", "--dataset", "rows.jsonl", "--confidence", "95"], "`confidence` must be between 0 and 1"),
