@@ -1,0 +1,189 @@
+"""The shape of a model that is not loaded: its config, laid out on the meta device with the adapters of the run."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .shapes import Linear, ModelShape
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PretrainedConfig
+
+# What the hub says of well-known models, for when it cannot be reached. Numbers of the models' own config.json.
+KNOWN: dict[str, dict[str, Any]] = {
+    "Llama-3-8B": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    },
+    "SmolLM2-1.7B": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "Qwen3-1.7B": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    },
+}
+# Families whose saved activations the formulas describe.
+DESCRIBED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
+@dataclass(frozen=True)
+class FoundConfig:
+    """A model's config, and where it is from.
+
+    Attributes:
+        config: of transformers.
+        source (`str`): `"folder"`, `"hub"` (or its cache) or `"table"`, the numbers built in here.
+    """
+
+    config: PretrainedConfig
+    source: str
+
+
+def known_name(name: str) -> str | None:
+    """The entry of `KNOWN` that a model's name means: `"meta-llama/Meta-Llama-3-8B-Instruct"` is `"Llama-3-8B"`."""
+    plain = name.rsplit("/", 1)[-1].lower().removeprefix("meta-").removesuffix("-instruct").removesuffix("-base")
+    return next((known for known in KNOWN if known.lower() == plain), None)
+
+
+def find_config(name: str, **kwargs: Any) -> FoundConfig:
+    """The config of a folder, of a hub model, or of a well-known model if the hub cannot be reached.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from transformers import AutoConfig
+
+    if Path(name).is_dir():
+        return FoundConfig(AutoConfig.from_pretrained(name, **kwargs), "folder")
+    known = known_name(name)
+    if known != name:
+        try:
+            return FoundConfig(AutoConfig.from_pretrained(name, **kwargs), "hub")
+        except (OSError, ValueError) as error:
+            if known is None:
+                raise ValueError(
+                    f"There is no config of the model {name!r} at hand: {str(error).splitlines()[0]} Give a folder with "
+                    f"a config.json by `model_config`, or one of {', '.join(KNOWN)}, which are built in."
+                ) from error
+    assert known is not None
+    numbers = dict(KNOWN[known])
+    return FoundConfig(AutoConfig.for_model(numbers.pop("model_type"), **numbers), "table")
+
+
+def model_shape(
+    config: PretrainedConfig, *, dtype: str = "float32", peft_config: PeftConfig | None = None, quantised: bool = False
+) -> ModelShape:
+    """The numbers of a model with the adapters of a run, counted on the meta device: no weight is loaded or made.
+
+    Args:
+        config: of the model.
+        dtype (`str`): that it is loaded in, `"float32"`, `"bfloat16"`, `"float16"` or `"auto"` (what the config says).
+        peft_config: adapters; full fine-tuning without.
+        quantised (`bool`): whether bitsandbytes quantises it; TRL then keeps the adapters in bf16.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    kind = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=kind)
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        parameters = sum(p.numel() for p in model.parameters())
+        # Names as they are before adapters wrap them.
+        modules = dict(model.named_modules())
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config, autocast_adapter_dtype=not quantised)
+    text = config.get_text_config()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = 2 if quantised else None
+    adapters = [p for n, p in model.named_parameters() if "lora_" in n]
+    heads = text.num_attention_heads
+    return ModelShape(
+        name=getattr(config, "_name_or_path", "") or config.model_type,
+        family=config.model_type,
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        linears=_linears(model, text.num_hidden_layers),
+        parameters=parameters,
+        trainable=sum(p.numel() for p in trained),
+        trainable_bytes=sum(p.numel() * (size or p.itemsize) for p in trained),
+        copied_bytes=sum(p.numel() * (size or p.itemsize) for n, p in model.named_parameters() if "modules_to_save" in n),
+        adapter_bytes=(size or adapters[0].itemsize) if adapters else 0,
+        weight_bytes=kind.itemsize,
+        tied=tied,
+        head_trained=_is_trained(model.get_output_embeddings()),
+        embedding_trained=_is_trained(model.get_input_embeddings()),
+        norms_trained=any(p.requires_grad for n, p in model.named_parameters() if "norm" in n),
+        head_norms=any(name.endswith("q_norm") for name in modules),
+    )
+
+
+def _is_trained(module: Any) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _linears(model: Any, layers: int) -> tuple[Linear, ...]:
+    """Linear layers inside the decoder's layers, by name; those of mixtures of experts count all experts."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    found: dict[tuple[str, int, int, int, bool], int] = {}
+    for path, module in model.named_modules():
+        if ".layers." not in f".{path}." or isinstance(module, LoraLayer) is isinstance(module, torch.nn.Linear):
+            continue
+        if any(part in path for part in ("lora_", "base_layer", "original_module")):
+            continue
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        rank = sum(module.r.values()) if isinstance(module, LoraLayer) else 0
+        name = next(part for part in reversed(path.split(".")) if part not in ("default", "modules_to_save"))
+        key = (name, base.in_features, base.out_features, rank, base.weight.requires_grad)
+        found[key] = found.get(key, 0) + 1
+    return tuple(
+        Linear(name, inputs, outputs, count, rank, trained)
+        for (name, inputs, outputs, rank, trained), count in found.items()
+    )
