@@ -10,8 +10,8 @@ from .shapes import Linear, ModelShape, RunShape
 
 # Layers that read one and the same tensor, so that it is saved once.
 READ_TOGETHER = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-# TRL's fused LM head works in tiles of so many tokens by so many entries of the vocabulary.
-TILE_TOKENS, TILE_WIDTH = 4096, 32768
+# Tokens of a tile of TRL's fused LM head.
+TILE_TOKENS = 4096
 # Bytes per entry of a tile that it holds beside the tile, without Triton: forward, backward.
 TILE_FORWARD, TILE_BACKWARD = 13, 29
 FLOAT = 4
@@ -156,8 +156,8 @@ def head_saved(model: ModelShape, run: RunShape, n: int) -> int:
 def head_forward(model: ModelShape, run: RunShape, n: int) -> int:
     """Working space of the fused LM head's forward: one tile, never the logits of all tokens."""
     k = 2 if run.autocast else model.weight_bytes
-    tokens, width = min(n, TILE_TOKENS), min(model.vocabulary, TILE_WIDTH)
-    space = tokens * TILE_WIDTH * k
+    tokens, width = min(n, TILE_TOKENS), min(model.vocabulary, run.tile_width)
+    space = tokens * run.tile_width * k
     if run.autocast and model.weight_bytes == FLOAT:
         space += width * model.hidden * k
     return space if run.device == "cuda" else space + tokens * width * TILE_FORWARD
@@ -166,8 +166,8 @@ def head_forward(model: ModelShape, run: RunShape, n: int) -> int:
 def head_backward(model: ModelShape, run: RunShape, n: int) -> int:
     """The same of its backward: a tile, the states' gradient in fp32, and the weight's if the head is trained."""
     k = 2 if run.autocast else model.weight_bytes
-    tokens, width = min(n, TILE_TOKENS), min(model.vocabulary, TILE_WIDTH)
-    space = tokens * TILE_WIDTH * k + n * model.hidden * FLOAT
+    tokens, width = min(n, TILE_TOKENS), min(model.vocabulary, run.tile_width)
+    space = tokens * run.tile_width * k + n * model.hidden * FLOAT
     if run.autocast and model.weight_bytes == FLOAT:
         space += width * model.hidden * k
     if head_is_trained(model):

@@ -86,6 +86,7 @@ class RunShape:
     Attributes:
         rows (`int`): training rows of a micro-batch (`per_device_train_batch_size`).
         tokens (`int`): tokens of its longest row, prompt included.
+        mean_tokens (`float`, *optional*): tokens of a row on average, for the work of a run; `tokens` by default.
         accumulation (`int`): micro-batches of an optimizer step.
         processes (`int`): with their own device each (DDP).
         autocast (`bool`): mixed precision (`bf16=True` or `fp16=True`).
@@ -108,10 +109,12 @@ class RunShape:
         pilot_steps (`int`, *optional*), pilot_batch, pulling_batch, scored_rows (`int`), feature_depth (`float`),
             lookahead_steps (`int`, *optional*): as the config has them, over all processes.
         estimator_every (`int`): steps between two of the estimator's own.
+        tile_width (`int`): entries of the vocabulary in a tile of TRL's fused LM head, a constant of TRL.
     """
 
     rows: int
     tokens: int
+    mean_tokens: float | None = None
     accumulation: int = 1
     processes: int = 1
     autocast: bool = False
@@ -139,6 +142,7 @@ class RunShape:
     feature_depth: float = 0.3
     lookahead_steps: int | None = None
     estimator_every: int = 1
+    tile_width: int = 32768
 
     def __post_init__(self) -> None:
         for name in ("rows", "tokens", "accumulation", "processes"):
