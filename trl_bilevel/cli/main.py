@@ -17,6 +17,8 @@ COMMANDS = {
         "trl_bilevel.cli.prepare",
         "make the data of the recipes from the hub, with a data card and a lock file",
     ),
+    "plan": ("trl_bilevel.cli.plan", "does a run fit your GPU? memory and work, computed without loading the model"),
+    "doctor": ("trl_bilevel.cli.doctor", "what will and will not work on this machine, and what to do about it"),
     "demo": (
         "trl_bilevel.cli.demo",
         "real model, real text, no hub, no GPU: uniform mixing against bilevel selection",

@@ -37,7 +37,7 @@ def run_shape(
         tokens (`int`, *optional*): of the longest row; `args.max_length` by default.
         processes (`int`): devices that share the work (DDP).
         training_rows (`int`, *optional*), validation_rows (`int`): sizes of the data sets.
-        model_settings: `quantisation`, `attention`, `dropout`, `mean_tokens`, `tile_width` of [`RunShape`].
+        model_settings: further fields of [`RunShape`]: `quantisation`, `attention`, `dropout`, `mean_tokens`, ...
 
     Raises:
         ValueError: if the length of rows is not known.
@@ -55,32 +55,32 @@ def run_shape(
     # As `trainer.pilot.default_pilot_batch_size`.
     pilot_batch = args.pilot_batch_size or min(per_step, max(8, processes))
     online = args.selector_update != "calibrated"
-    return RunShape(
-        rows=rows,
-        tokens=tokens,
-        accumulation=accumulation,
-        processes=processes,
-        autocast=bool(args.bf16 or args.fp16),
-        checkpointing=bool(args.gradient_checkpointing),
-        padded=not (args.padding_free or args.packing),
-        optimizer=str(getattr(args.optim, "value", args.optim)),
-        device=device,
-        training_rows=training_rows,
-        epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
-        validation_rows=validation_rows,
-        joined_rows=joined,
-        joined_every=args.validation_every,
-        evaluation_rows=args.per_device_eval_batch_size,
-        evaluates=str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
-        estimator=args.weight_estimator,
-        online=online,
-        pilot_steps=args.pilot_steps,
-        pilot_batch=pilot_batch,
-        pulling_batch=args.validation_batch_size or (per_step if online else pilot_batch),
-        scored_rows=args.pilot_scored_rows,
-        feature_depth=args.pilot_feature_depth,
-        lookahead_steps=args.lookahead_steps,
-        estimator_every=args.estimator_refresh_steps or REFRESH.get(args.weight_estimator, 1),
-        **model_settings,
-    )
+    known: dict[str, Any] = {
+        "rows": rows,
+        "tokens": tokens,
+        "accumulation": accumulation,
+        "processes": processes,
+        "autocast": bool(args.bf16 or args.fp16),
+        "checkpointing": bool(args.gradient_checkpointing),
+        "padded": not (args.padding_free or args.packing),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "device": device,
+        "training_rows": training_rows,
+        "epochs": args.num_train_epochs,
+        "max_steps": args.max_steps,
+        "validation_rows": validation_rows,
+        "joined_rows": joined,
+        "joined_every": args.validation_every,
+        "evaluation_rows": args.per_device_eval_batch_size,
+        "evaluates": str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
+        "estimator": args.weight_estimator,
+        "online": online,
+        "pilot_steps": args.pilot_steps,
+        "pilot_batch": pilot_batch,
+        "pulling_batch": args.validation_batch_size or (per_step if online else pilot_batch),
+        "scored_rows": args.pilot_scored_rows,
+        "feature_depth": args.pilot_feature_depth,
+        "lookahead_steps": args.lookahead_steps,
+        "estimator_every": args.estimator_refresh_steps or REFRESH.get(args.weight_estimator, 1),
+    }
+    return RunShape(**(known | model_settings))
