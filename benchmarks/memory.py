@@ -43,10 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA, checkpointing": LORA | CHECKPOINTING,
     "LoRA": LORA,
     "LoRA, dropout, mixed precision": LORA | {"bf16": True, "lora_dropout": 0.05},
-    "LoRA, bf16 weights": LORA | {"dtype": "bfloat16"},
     "LoRA, eager attention": LORA | {"attention": "eager"},
     "full, checkpointing": CHECKPOINTING,
-    "full, mixed precision": {"bf16": True},
     "full, 8-bit AdamW, checkpointing": CHECKPOINTING | {"optim": "adamw_bnb_8bit"},
     "NF4, LoRA, checkpointing": LORA | CHECKPOINTING | {"dtype": "bfloat16", "quantisation": "4bit_nested"},
     "LoRA, checkpointing, pilot run": LORA | CHECKPOINTING | PILOT,
@@ -55,7 +53,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | CHECKPOINTING
     | NARROW
     | {"dtype": "bfloat16", "quantisation": "4bit_nested"},
-    "full, checkpointing, narrow tiles": CHECKPOINTING | NARROW,
     "full, checkpointing, pilot run, narrow tiles": CHECKPOINTING | PILOT | NARROW,
 }
 
@@ -181,10 +178,21 @@ def measure(setting: dict[str, Any], config: LlamaConfig, tokenizer: Any, tokens
     return {"tensors": there + most, "process": process}
 
 
+def table(runs: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| run | measured, MiB | computed, MiB | ratio | peak at |", "|---|---|---|---|---|"]
+    for name in (name for name in SETTINGS if name in runs):
+        measured, computed = runs[name]["measured"]["tensors"], runs[name]["computed"]
+        sizes = f"{measured / 2**20:,.0f} | {computed / 2**20:,.0f} | {computed / measured:.3f}"
+        lines.append(f"| {name} | {sizes} | {runs[name]['peak_at']} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     parser.add_argument("--force", action="store_true", help="measure again what has been measured")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/planning.md")
     parser.add_argument("--one", help="one run in this process, printed as JSON")
     options = parser.parse_args()
     config = find_config("SmolLM2-135M").config
@@ -196,6 +204,9 @@ def main() -> None:
         return
     target = HERE / "results" / "memory.json"
     runs: dict[str, Any] = json.loads(target.read_text())["runs"] if target.exists() else {}
+    if options.table:
+        print(table(runs))
+        return
     for name in options.settings:
         if name not in runs or options.force:
             command = [sys.executable, "-m", "benchmarks.memory", "--one", name]

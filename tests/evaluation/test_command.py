@@ -9,7 +9,7 @@ import pytest
 
 from trl_bilevel.cli.main import main
 from trl_bilevel.evaluation import prompts
-from trl_bilevel.evaluation.refusal import STUB
+from trl_bilevel.data.answers import STUB
 
 SHORT = ["--max_new_tokens", "6", "--max_length", "128", "--resamples", "199"]
 

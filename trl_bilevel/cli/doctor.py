@@ -2,7 +2,8 @@
 
     trl-bilevel doctor [--json] [--timeout 3]
 
-Exit code 0 if a basic run works here, 1 if something that it needs is broken. Tokens are only reported as set or unset.
+Exit code 0 if a basic run works here, 1 if something that it needs is broken. Tokens are only reported as set or
+unset.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="trl-bilevel doctor",
-        description="Checks versions, devices, optional libraries, hub, disk and launchers. Nothing is changed, and no "
+        description="Checks versions, devices, optional libraries, hub, disk and launchers. Nothing is changed, no "
         "token is shown. Exit code 1 if something that a basic run needs is broken.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -318,7 +318,8 @@ def accelerate_config(gpus: int) -> Iterator[Finding]:
         yield Finding("processes", "accelerate", "ok", text, "" if gpus else f"Several processes on a CPU: {on_cpu}")
         return
     config = yaml.safe_load(path.read_text()) or {}
-    kind, wanted = str(config.get("distributed_type", "NO")).upper(), int(config.get("num_processes") or 1)
+    # An unquoted NO is YAML for false.
+    kind, wanted = str(config.get("distributed_type") or "NO").upper(), int(config.get("num_processes") or 1)
     cpu = bool(config.get("use_cpu"))
     text = f"{path}: {kind}, {wanted} process(es)"
     trainer = "is refused by our trainers (docs/scale.md)"

@@ -65,7 +65,7 @@ def make_parser(prog: str = "trl-bilevel plan") -> Any:
         """The run's config as the machine that runs it will see it: what this one lacks is no error."""
 
         def __post_init__(self) -> None:
-            self.wants_cpu = self.use_cpu
+            self.wants_cpu = bool(getattr(self, "use_cpu", False))
             self.use_cpu = True
             super().__post_init__()
 
@@ -84,7 +84,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     name = script_args.model_config or model_args.model_name_or_path
     if name is None:
-        raise ValueError("Give the model: `model_name_or_path`, or `model_config` (a folder, hub name or built-in name).")
+        raise ValueError("Give the model: `model_name_or_path`, or `model_config` (folder, hub or built-in name).")
     found = find_config(name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
     quantisation = quantisation_of(model_args)
     peft_config = get_peft_config(model_args)

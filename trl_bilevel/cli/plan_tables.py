@@ -114,9 +114,6 @@ def _work(work: dict[str, Any], run: RunShape) -> Any:
 
 
 def _flops(flops: float) -> str:
-    for size, prefix in ((1e18, "exa"), (1e15, "peta"), (1e12, "tera")):
-        if flops >= size:
-            break
-    else:
-        size, prefix = 1e9, "giga"
-    return f"{flops / size:,.2f} {prefix}"
+    sizes = {"exa": 1e18, "peta": 1e15, "tera": 1e12, "giga": 1e9}
+    prefix = next((name for name, size in sizes.items() if flops >= size), "giga")
+    return f"{flops / sizes[prefix]:,.2f} {prefix}"

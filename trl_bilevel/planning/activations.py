@@ -125,7 +125,7 @@ def layer_input(model: ModelShape, n: int) -> int:
 
 
 def layer_working(model: ModelShape, run: RunShape, n: int) -> int:
-    """Bytes that the backward of one layer needs beside what was saved: gradients on their way, dequantised weights."""
+    """Bytes that a layer's backward needs beside what was saved: gradients on their way, dequantised weights."""
     k = compute_bytes(model, run)
     largest = max((layer.inputs * layer.outputs for layer in model.linears), default=0)
     feed = 2 * n * model.hidden * model.weight_bytes + 2 * n * _intermediate(model) * k

@@ -131,7 +131,7 @@ def _half_rank(model: ModelShape) -> ModelShape:
     linears = tuple(layer._replace(rank=layer.rank // 2) for layer in model.linears)
 
     def adapter(layers: tuple) -> int:
-        return sum(layer.rank * (layer.inputs + layer.outputs) * layer.count for layer in layers)
+        return sum(layer.rank * (layer.inputs + layer.outputs) * layer.number for layer in layers)
 
     less = adapter(model.linears) - adapter(linears)
     size = model.trainable_bytes - less * model.adapter_bytes

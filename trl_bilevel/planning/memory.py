@@ -79,7 +79,7 @@ def weight_memory(model: ModelShape, run: RunShape) -> int:
         return rest + linear * model.weight_bytes
     if run.quantisation == "8bit":
         # One fp32 scale per output.
-        return rest + linear + sum(4 * layer.outputs * layer.count for layer in model.linears)
+        return rest + linear + sum(4 * layer.outputs * layer.number for layer in model.linears)
     blocks = linear / 64
     scales = blocks * (1 + 4 / 256) if run.quantisation == "4bit_nested" else blocks * 4
     return round(rest + linear / 2 + scales)
@@ -197,13 +197,13 @@ def _notes(model: ModelShape, run: RunShape) -> list[str]:
     notes = []
     if model.family not in DESCRIBED:
         notes.append(
-            f"Activations follow the formulas for {', '.join(DESCRIBED)}; {model.family!r} may save more or less. Weights, "
-            "gradients and optimizer states are counted exactly."
+            f"Activations follow the formulas for {', '.join(DESCRIBED)}; {model.family!r} may save more or less. "
+            "Weights, gradients and optimizer states are counted exactly."
         )
     if run.quantisation is not None and model.weight_bytes == 4:
         notes.append(
-            "The quantised layers compute in fp32 here, since `dtype` is float32: set `dtype: bfloat16` to halve what is "
-            "not quantised and the activations."
+            "The quantised layers compute in fp32 here, since `dtype` is float32: set `dtype: bfloat16` to halve "
+            "what is not quantised and the activations."
         )
     if run.device == "cuda":
         notes.append(

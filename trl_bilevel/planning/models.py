@@ -101,8 +101,8 @@ def find_config(name: str, **kwargs: Any) -> FoundConfig:
         except (OSError, ValueError) as error:
             if known is None:
                 raise ValueError(
-                    f"There is no config of the model {name!r} at hand: {str(error).splitlines()[0]} Give a folder with "
-                    f"a config.json by `model_config`, or one of {', '.join(KNOWN)}, which are built in."
+                    f"There is no config of the model {name!r} at hand: {str(error).splitlines()[0]} Give a folder "
+                    f"with a config.json by `model_config`, or one of {', '.join(KNOWN)}, which are built in."
                 ) from error
     assert known is not None
     numbers = dict(KNOWN[known])
@@ -138,6 +138,7 @@ def model_shape(
     trained = [p for p in model.parameters() if p.requires_grad]
     size = 2 if quantised else None
     adapters = [p for n, p in model.named_parameters() if "lora_" in n]
+    copies = [p for n, p in model.named_parameters() if "modules_to_save" in n]
     heads = text.num_attention_heads
     return ModelShape(
         name=getattr(config, "_name_or_path", "") or config.model_type,
@@ -152,7 +153,7 @@ def model_shape(
         parameters=parameters,
         trainable=sum(p.numel() for p in trained),
         trainable_bytes=sum(p.numel() * (size or p.itemsize) for p in trained),
-        copied_bytes=sum(p.numel() * (size or p.itemsize) for n, p in model.named_parameters() if "modules_to_save" in n),
+        copied_bytes=sum(p.numel() * (size or p.itemsize) for p in copies),
         adapter_bytes=(size or adapters[0].itemsize) if adapters else 0,
         weight_bytes=kind.itemsize,
         tied=tied,
@@ -184,6 +185,6 @@ def _linears(model: Any, layers: int) -> tuple[Linear, ...]:
         key = (name, base.in_features, base.out_features, rank, base.weight.requires_grad)
         found[key] = found.get(key, 0) + 1
     return tuple(
-        Linear(name, inputs, outputs, count, rank, trained)
-        for (name, inputs, outputs, rank, trained), count in found.items()
+        Linear(name, inputs, outputs, number, rank, trained)
+        for (name, inputs, outputs, rank, trained), number in found.items()
     )

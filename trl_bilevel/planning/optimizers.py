@@ -19,8 +19,8 @@ def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
     plain = name.removeprefix("paged_")
     if plain == "adafactor":
         # Row and column means in place of a full second moment.
-        size = 4 * sum((x.inputs + x.outputs) * x.count for x in model.linears if x.trained)
-        size += 4 * sum((x.inputs + x.outputs + 2 * x.rank) * x.count for x in model.linears if x.rank)
+        size = 4 * sum((x.inputs + x.outputs) * x.number for x in model.linears if x.trained)
+        size += 4 * sum((x.inputs + x.outputs + 2 * x.rank) * x.number for x in model.linears if x.rank)
         return size, 0
     states = STATES.get(plain.split("_")[0])
     if states is None:
@@ -29,7 +29,9 @@ def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
             f"{', '.join([*STATES, 'adafactor'])}. Plan with the one of them that is nearest."
         )
     if "8bit" in plain:
-        size = round(states * EIGHT_BIT * model.trainable)
+        # transformers keeps the states of embeddings in fp32.
+        exempt = model.vocabulary * model.hidden if model.embedding_trained else 0
+        size = round(states * (EIGHT_BIT * (model.trainable - exempt) + 4 * exempt))
     elif "bnb" in plain or plain.endswith("32bit") or name.startswith("paged_"):
         size = 4 * states * model.trainable
     else:

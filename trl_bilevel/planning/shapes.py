@@ -14,7 +14,7 @@ class Linear(NamedTuple):
     Attributes:
         name (`str`): as in the model, `"q_proj"` say.
         inputs, outputs (`int`): widths.
-        count (`int`): how many of them the model has (one per decoder layer).
+        number (`int`): how many of them the model has (one per decoder layer).
         rank (`int`): rank of its LoRA adapter, 0 without one.
         trained (`bool`): whether its own weight is trained.
     """
@@ -22,7 +22,7 @@ class Linear(NamedTuple):
     name: str
     inputs: int
     outputs: int
-    count: int
+    number: int
     rank: int = 0
     trained: bool = False
 
@@ -39,7 +39,7 @@ class ModelShape:
         parameters (`int`): of the base model, tied ones once, adapters not counted.
         trainable (`int`): trained parameters, adapters and modules to save counted.
         trainable_bytes (`int`): bytes of these.
-        copied_bytes (`int`): bytes of trained copies of the base model's modules (`modules_to_save`); part of the former.
+        copied_bytes (`int`): bytes of trained copies of the base model's modules (`modules_to_save`), part of it.
         adapter_bytes (`int`): bytes per value of the adapters, 0 without.
         weight_bytes (`int`): bytes per value of the base model where it is not quantised.
         tied (`bool`): whether the LM head is the embedding.
@@ -71,7 +71,7 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Weights of the decoder's linear layers, which quantisation makes smaller."""
-        return sum(layer.inputs * layer.outputs * layer.count for layer in self.linears)
+        return sum(layer.inputs * layer.outputs * layer.number for layer in self.linears)
 
     @property
     def adapted(self) -> bool:

@@ -43,7 +43,7 @@ def forward_parts(model: ModelShape, tokens: float, layers: int | None = None) -
     share = 1.0 if layers is None else layers / model.layers
     return {
         "linear layers": 2 * tokens * model.linear_parameters * share,
-        "adapters": 2 * tokens * sum(x.rank * (x.inputs + x.outputs) * x.count for x in model.linears) * share,
+        "adapters": 2 * tokens * sum(x.rank * (x.inputs + x.outputs) * x.number for x in model.linears) * share,
         # As if every token saw every other: kernels skip up to half of it.
         "attention": 4 * tokens**2 * model.heads * model.head_size * model.layers * share,
         "LM head": 0.0 if layers is not None else 2 * (tokens - 1) * model.hidden * model.vocabulary,
@@ -54,7 +54,7 @@ def training_parts(model: ModelShape, run: RunShape, tokens: float) -> dict[str,
     """FLOPs of one row's forward and backward, by part, with what checkpointing and the LM head compute again."""
     forward = forward_parts(model, tokens)
     again = 1 if run.checkpointing else 0
-    trained = sum(x.inputs * x.outputs * x.count for x in model.linears if x.trained)
+    trained = sum(x.inputs * x.outputs * x.number for x in model.linears if x.trained)
     # Flash kernels compute the scores again in the backward.
     attention = 2.0 if run.attention == "eager" else 2.5
     return {
