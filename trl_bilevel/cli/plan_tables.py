@@ -69,7 +69,7 @@ def _knobs(knobs: list[dict[str, Any]]) -> Any:
 
     table = Table(title="What saves memory, each alone")
     for name in ("saves, GiB", "knob", "settings", "price"):
-        table.add_column(name, justify="right" if name.startswith("saves") else "left")
+        table.add_column(name, justify="right" if name.startswith("saves") else "left", overflow="fold")
     for knob in knobs:
         saves = f"{knob['saves_bytes'] / GIB:.2f}"
         table.add_row(saves, knob["name"], _settings(knob["settings"]), knob["price"])

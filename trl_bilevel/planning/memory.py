@@ -112,13 +112,14 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
     if run.processes > 1:
         running["DDP buckets"] = model.trainable_bytes
     moments = _training(model, run, running, run.rows + run.joined_rows, "training")
-    moments.append(_optimizer_step(model, run, running))
+    moments.append(_optimizer_step(model, running, step_bytes(run.optimizer, model, run.device), "training"))
     if run.evaluates:
         moments.append(_without_gradient(model, run, running, "evaluation"))
     if run.estimator != "none" and not run.online:
         pilot = fixed | {"pilot run": pilot_bytes(model, run)}
         rows = max(min(run.rows, run.pilot_batch), -(-run.pulling_batch // (run.accumulation * run.processes)))
         moments += _training(model, run, pilot, rows, "pilot run")
+        moments.append(_optimizer_step(model, pilot, step_bytes("adamw_torch", model, run.device), "pilot run"))
         moments.append(_without_gradient(model, run, pilot, "scoring of rows"))
     reserve = 0
     if run.device == "cuda":
@@ -177,9 +178,8 @@ def _training(model: ModelShape, run: RunShape, held: dict[str, int], rows: int,
     ]
 
 
-def _optimizer_step(model: ModelShape, run: RunShape, held: dict[str, int]) -> Moment:
-    work = step_bytes(run.optimizer, model)
-    return Moment("optimizer step", held | {"gradients": model.trainable_bytes, "working space": work})
+def _optimizer_step(model: ModelShape, held: dict[str, int], work: int, name: str) -> Moment:
+    return Moment(f"{name}: optimizer step", held | {"gradients": model.trainable_bytes, "working space": work})
 
 
 def _without_gradient(model: ModelShape, run: RunShape, held: dict[str, int], name: str) -> Moment:

@@ -39,8 +39,12 @@ def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
     return (0, size) if name.startswith("paged_") else (size, 0)
 
 
-def step_bytes(name: str, model: ModelShape) -> int:
-    """Working space of an optimizer step: fused and bitsandbytes ones need none, the others a temporary per value."""
-    if "fused" in name or "bnb" in name or "bit" in name or name.startswith("sgd"):
+def step_bytes(name: str, model: ModelShape, device: str) -> int:
+    """Working space of an optimizer step.
+
+    Fused and bitsandbytes ones need none; the others a temporary per value on a GPU, where torch steps all parameters
+    at once.
+    """
+    if "fused" in name or "bit" in name or name.startswith("sgd") or device == "cpu":
         return 0
     return model.trainable_bytes
