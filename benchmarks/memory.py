@@ -9,6 +9,7 @@ stands beside it. Adds what is missing to `benchmarks/results/memory.json`.
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -163,6 +164,8 @@ def measure(setting: dict[str, Any], config: LlamaConfig, tokenizer: Any, tokens
         peft_config=adapters(setting),
     )
     trainer.remove_callback(PrinterCallback)
+    # What an earlier run left must not be released while this one is measured.
+    gc.collect()
     there = held(trainer.model)
     forget_peak()
     before = peak()

@@ -33,10 +33,11 @@ def tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_within_15_percent_of_what_is_measured(name, small_config, tokenizer):
+def test_near_what_is_measured(name, small_config, tokenizer):
     setting = SETTINGS[name]
     measured = benchmark.measure(setting, small_config, tokenizer, TOKENS)["tensors"]
-    assert benchmark.plan(setting, small_config, TOKENS).tensor_bytes == pytest.approx(measured, rel=0.15)
+    # 15% is what is promised; a term that is wrong or missing shows at less.
+    assert benchmark.plan(setting, small_config, TOKENS).tensor_bytes == pytest.approx(measured, rel=0.08)
 
 
 def test_quantised_weights_are_counted_to_the_byte(small_config):
