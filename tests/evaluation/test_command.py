@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from trl_bilevel.cli.main import main
-from trl_bilevel.evaluation import prompts
 from trl_bilevel.data.answers import STUB
+from trl_bilevel.evaluation import prompts
 
 SHORT = ["--max_new_tokens", "6", "--max_length", "128", "--resamples", "199"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from . import models
 from ..data.answers import STUB, TEST_REFUSAL
+from . import models
 from .refusal import COMPLIANCE, NEITHER, REFUSAL, RefusalJudge, outcomes_of
 from .rows import Row, Text, answered, plain, question
 

@@ -333,7 +333,7 @@ class Selection:
         return index if rows is None else rows[index]
 
     def metrics(self) -> dict[str, float]:
-        """Numbers to log, none before a stream's first scores. Costs O(65536) at most; called when the trainer logs."""
+        """Numbers to log, none before a stream's first scores. Costs O(65536) at most; called when logging."""
         if float(self.state.totals[3]) == 0:
             return {}
         ess = float(core.effective_sample_size(self.state) / self.state.totals[3])
