@@ -286,6 +286,20 @@ def test_the_validation_term_is_small_by_default(build):
     assert drawn == [8] * 4
 
 
+def test_a_lookahead_costs_nothing_while_its_pilot_learns(build):
+    """Its scores are of the end: one forward and backward of the training rows a step, then `lookahead_steps`."""
+    trainer = build(weight_estimator="lookahead", lookahead_steps=4, pilot_steps=6)
+    pilot = make_pilot(trainer)
+    losses_of = pilot.host.row_losses
+    calls = []
+    pilot.host.row_losses = lambda batch: (calls.append(torch.is_grad_enabled()), losses_of(batch))[1]
+    trainer.model.train()
+    pilot._train(pilot.host.trainable_parameters())
+    assert calls == [True] * 6
+    pilot.estimator.prepare_scoring()
+    assert calls == [True] * 10
+
+
 @pytest.mark.parametrize(("per_step", "expected"), [(4, 4), (8, 8), (16, 8)])
 def test_pilot_batches_do_not_grow_with_those_of_training(build, per_step, expected):
     trainer = build(per_device_train_batch_size=4, gradient_accumulation_steps=per_step // 4)

@@ -95,6 +95,8 @@ class Estimator(ABC):
     needs_validation_term: ClassVar[bool] = False
     #: True if the pilot run trains on validation rows too; False if the model must have learned the mixture alone.
     pilot_sees_validation: ClassVar[bool] = True
+    #: True if the estimator has to take part in the steps of a pilot run, whose scores are taken at its end only.
+    follows_training: ClassVar[bool] = True
     #: True if `score` needs reference losses (and takes no score on steps without them).
     needs_reference: ClassVar[bool] = True
     #: True if scores come from `watch`, after the backward, and not from `score`.

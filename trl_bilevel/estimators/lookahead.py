@@ -32,6 +32,7 @@ class LookaheadEstimator(Estimator):
 
     name: ClassVar[str] = "lookahead"
     pilot_sees_validation: ClassVar[bool] = False
+    follows_training: ClassVar[bool] = False
 
     def __init__(
         self, host: EstimatorHost, *, lookahead_steps: int = 4, refresh_steps: int = 32, max_grad_norm: float = 1.0

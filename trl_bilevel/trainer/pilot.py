@@ -145,7 +145,8 @@ class Pilot:
             rows = self.order[self.sampler.rows(step)][args.process_index :: args.world_size].tolist()
             size = args.per_device_train_batch_size
             train = [self.trainer.collate_rows(rows[start : start + size]) for start in range(0, len(rows), size)]
-            self.estimator.begin_step(train)
+            if self.estimator.follows_training:
+                self.estimator.begin_step(train)
             training = token_mean(self.host, train, args.device)
             pulling = self.host.validation_batches(step) if weight > 0 else []
             for share, batches in ((1 - weight, training), (weight, pulling)):
