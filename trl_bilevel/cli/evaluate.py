@@ -236,7 +236,7 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         about |= {"preference_stand_in": bool(getattr(judge, "stand_in", False))}
         about |= {"order_blind": isinstance(judge, SCORERS)}
     if args.responses:
-        from ..trainer.selection import atomically
+        from ..data.files import atomically
 
         lines = [json.dumps(row) + "\n" for row in shown_responses(work, measured)]
         atomically(Path(args.responses), lambda path: path.write_text("".join(lines)))
@@ -279,7 +279,7 @@ def run(arguments: list[str]) -> None:
     result = main(args, model_args, arguments)
     document = json.dumps(as_json(result), indent=1)
     if args.output:
-        from ..trainer.selection import atomically
+        from ..data.files import atomically
 
         atomically(Path(args.output), lambda path: path.write_text(document + "\n"))
     if args.json:

@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     result["rows"] = {"clean": len(clean), "validation": len(validation), "left_out_as_too_long": left_out}
     _tell(result)
     if options.json:
-        from ..trainer.selection import atomically
+        from ..data.files import atomically
 
         atomically(options.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
     return 0 if result["passed"] else 1

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core.implicit import Decision
+from ..data.files import atomically
 from ..estimators import Estimator
-from .selection import atomically
 
 LEDGER_FILE = "ledger.jsonl"
 RESPONSES_FOLDER = "responses"

@@ -20,6 +20,7 @@ from ..core import selector as core
 from ..core.amortised import TabulatedPredictor
 from ..core.calibration import calibrated_logits, ending_logits
 from ..core.statistics import evenly_spaced, weight_quantiles
+from ..data.files import atomically
 
 if TYPE_CHECKING:
     from .bilevel_sft_config import BilevelSFTConfig
@@ -478,13 +479,6 @@ class Selection:
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Take the tensors whose names start with `prefix` out of `tensors`; without the prefix."""
     return {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-
-
-def atomically(path: Path, write: Any) -> None:
-    """Write to a temporary file beside `path`, then move it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def make_groups(names: Sequence[Any]) -> Groups:

@@ -13,6 +13,7 @@ import datasets
 from datasets import Dataset
 
 from ..._version import __version__
+from ..files import atomically
 from .sets import SETS, Prepared
 
 LOCK_FILE = "prepare.lock.json"
@@ -87,8 +88,6 @@ def write_prepared(prepared: Prepared, folder: str | Path) -> dict[str, Any]:
 
     Every file is written whole or not at all; the lock file comes last.
     """
-    from ...trainer.selection import atomically
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_of(prepared)
