@@ -31,6 +31,7 @@ from .estimator import make_estimator
 from .host import TrainerHost
 from .pilot import make_pilot
 from .quantization import disable_bf16_repacking
+from .record import RecordCallback
 from .selection import STATE_FILE, SUMMARY_FILE, Selection
 from .window import ROW_FACTOR, StepWindow
 
@@ -152,6 +153,7 @@ class BilevelSFTTrainer(SFTTrainer):
         self.estimator: Estimator | None = None
         self._order: Tensor | None = None
         self._window: StepWindow | None = None
+        self.add_callback(RecordCallback(self))
         self.add_callback(setup.StartCallback(self))
 
     # What a user asks for

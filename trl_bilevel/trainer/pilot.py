@@ -9,6 +9,7 @@ weights, and never learns the bad rows in the first place.
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from .errors import NonFiniteScoreError, row_list
 from .estimator import make_estimator
 from .host import DetachedHost
 from .passes import progress, row_batches
+from .record import write_pilot
 from .validation import ValidationSets
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class Pilot:
             the row, or it is not among those scored); scores of the held-back validation rows `[c, F]`; their shares
             in the validation loss `[c]`.
         """
-        trainer = self.trainer
+        trainer, start = self.trainer, time.perf_counter()
         parameters = self.host.trainable_parameters()
         initial = ShadowParameters(parameters)
         was_training = trainer.model.training
@@ -109,6 +111,7 @@ class Pilot:
             trainer.model.train(was_training)
             self.estimator.release()
             self.host.optimizer = None
+        write_pilot(self, scores, validation, validation_weights, time.perf_counter() - start)
         return scores, validation, validation_weights
 
     def _score_held_back(self) -> tuple[Tensor, Tensor]:

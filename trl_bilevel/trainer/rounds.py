@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..core.implicit import Decision
 from ..data.files import atomically
 from ..estimators import Estimator
+from .record import finite
 
 LEDGER_FILE = "ledger.jsonl"
 RESPONSES_FOLDER = "responses"
@@ -185,7 +185,7 @@ class Rounds:
 
     def write_ledger(self, folder: str | os.PathLike[str]) -> None:
         """Write all entries as JSON lines, atomically."""
-        lines = "".join(json.dumps(_finite(entry)) + "\n" for entry in self.ledger)
+        lines = "".join(json.dumps(finite(entry)) + "\n" for entry in self.ledger)
         atomically(Path(folder) / LEDGER_FILE, lambda path: path.write_text(lines))
 
 
@@ -224,8 +224,3 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """NaN and infinity are no JSON."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}

@@ -21,6 +21,7 @@ from .checkpoints import resume_point
 from .host import DetachedHost
 from .offline import OfflinePart
 from .pilot import pilot_learning_rate
+from .record import RecordCallback
 from .round_callback import RoundCallback
 from .rounds import Rounds, Snapshot
 from .self_refine_config import SelfRefineConfig
@@ -131,6 +132,7 @@ class SelfRefineTrainer(GRPOTrainer):
         self.rounds = Rounds()
         self._window: list[Any] = []
         self._round_start = time.perf_counter()
+        self.add_callback(RecordCallback(self))
         self.add_callback(RoundCallback(self))
         if args.implicit_weight_scope == "round":
             # TRL takes the mean reward off each group: here that is the round.
