@@ -1,0 +1,216 @@
+"""`write_report`: a run's folder, or a trainer, into one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from .._version import __version__
+from .charts import charts
+from .compare import compare
+from .findings import cards, duration, findings, verdict
+from .rounds import rounds_of
+from .rows import SAMPLE, categories_of, row_table
+from .run import WEIGHTED_FILE, Run, load_run
+from .text import clean, script_json
+
+TEMPLATES = Path(__file__).parent / "templates"
+REPORT_FILE = "report.html"
+PNG_FOLDER = "report_png"
+# Trusted rows whose text explains scores, and its length.
+TRUSTED, TRUSTED_TEXT = 200, 300
+
+
+def write_report(
+    run: Any,
+    *,
+    baseline: str | Path | None = None,
+    output: str | Path | None = None,
+    png: bool = False,
+    rows_file: str | Path | None = None,
+) -> Path:
+    """Write the report of a run: one self-contained HTML file that needs no network.
+
+    Args:
+        run (`str`, `Path`, [`BilevelSFTTrainer`] or [`SelfRefineTrainer`]):
+            The run's `output_dir`, or its trainer; of a trainer, the record and (if it weights rows, and no
+            `rows_file` is given) `weighted.parquet` are written to its `output_dir` first. In a distributed run, call
+            it on all processes: the first one writes.
+        baseline (`str` or `Path`, *optional*):
+            Folder of a run with uniform weights (`weight_estimator="none"`), all else equal, to compare with.
+        output (`str` or `Path`, *optional*): file to write; default `report.html` in the run's folder.
+        png (`bool`, defaults to `False`): also write the charts as PNG into `report_png` beside the report.
+        rows_file (`str` or `Path`, *optional*): parquet file of the weighted rows, if not `weighted.parquet`.
+
+    Returns:
+        `Path`: of the report.
+
+    Raises:
+        FileNotFoundError: if a folder or file is not there.
+        ValueError: if a folder holds no run, or one that this version cannot read.
+        ImportError: if matplotlib is not installed.
+    """
+    folder = Path(run) if isinstance(run, str | Path) else _save(run, rows_file)
+    target = Path(output) if output is not None else folder / REPORT_FILE
+    if not isinstance(run, str | Path) and not run.args.should_save:
+        return target
+    found = load_run(folder, rows_file if rows_file is None or Path(rows_file).suffix == ".parquet" else None)
+    other = None if baseline is None else load_run(baseline)
+    if target.suffix not in (".html", ".htm"):
+        raise ValueError(f"The report is an HTML file: give a name that ends in .html, got {str(target)!r}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page, drawn = render_page(found, other)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(target)
+    if png:
+        pictures = target.parent / PNG_FOLDER
+        pictures.mkdir(exist_ok=True)
+        for chart in drawn:
+            chart.png(pictures)
+    return target
+
+
+def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
+    """The HTML of a report, and its charts."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    categories = categories_of(run)
+    comparisons = [] if baseline is None else compare(run, baseline)
+    drawn = charts(run, categories, baseline)
+    table = row_table(run, categories) if len(run.live) else None
+    page = environment.get_template("report.html.j2").render(
+        run=run,
+        title=clean(run.name, 80),
+        baseline=None if baseline is None else clean(baseline.name, 80),
+        verdict=verdict(run, comparisons, None if baseline is None else clean(baseline.name, 80)),
+        cards=cards(run),
+        findings=findings(run, categories, comparisons),
+        charts=drawn,
+        table=table,
+        sample=SAMPLE,
+        data=script_json({"rows": table, "trusted": _trusted(run), "why": _why(run)}) if table else None,
+        rounds=rounds_of(run),
+        costs=_costs(run),
+        settings=_settings(run),
+        facts=_facts(run),
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
+        version=__version__,
+    )
+    return page, drawn
+
+
+def _save(trainer: Any, rows_file: str | Path | None) -> Path:
+    """Have the trainer's record and weighted rows on disk; returns its folder."""
+    from ..trainer.record import callback_of
+    from ..trainer.selection import atomically
+
+    if not hasattr(trainer, "callback_handler"):
+        raise TypeError(
+            f"`run` must be a run's folder or one of our trainers, got `{type(trainer).__name__}`: give `output_dir`."
+        )
+    folder = Path(trainer.args.output_dir)
+    callback_of(trainer).save(None if rows_file is None else str(Path(rows_file).resolve()))
+    side = trainer.offline.trainer if hasattr(trainer, "offline") else trainer
+    if side.weighs and rows_file is None and trainer.args.should_save:
+        atomically(folder / WEIGHTED_FILE, lambda path: side.weighted_dataset().to_parquet(path))
+    return folder
+
+
+def _policy(style: str, script: str) -> str:
+    """Content-Security-Policy: nothing but the report's own style and script, told by their hashes."""
+    hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
+    return (
+        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _trusted(run: Run) -> list[dict[str, Any]]:
+    """The trusted rows with a score, by score."""
+    rows = [row for row in run.pilot.get("trusted", []) if isinstance(row.get("score"), int | float)]
+    rows.sort(key=lambda row: row["score"])
+    texts = [row for row in rows if "answer" in row][:TRUSTED]
+    keep = {id(row) for row in texts}
+    return [
+        {"score": row["score"], "set": row.get("set", "")}
+        | (
+            {
+                "question": clean(row.get("prompt", ""), TRUSTED_TEXT),
+                "answer": clean(row["answer"], TRUSTED_TEXT),
+            }
+            if id(row) in keep
+            else {}
+        )
+        for row in rows
+    ]
+
+
+def _why(run: Run) -> dict[str, Any]:
+    """How weights came about, for the explanation of a row."""
+    weights = run.record.get("weights", {})
+    group = run.settings.get("selector_group_column")
+    grouped = run.settings.get("selector_granularity") == "group"
+    return {
+        "known": bool(run.record),
+        "given": bool(weights.get("given")),
+        "online": bool(weights.get("online")),
+        "group": clean(group) if grouped and group else None,
+        "texts": run.rows_file is not None,
+    }
+
+
+def _costs(run: Run) -> list[tuple[str, str, str]]:
+    """Where the time went: label, time, share."""
+    seconds = run.record.get("seconds", {})
+    total = seconds.get("total") or 0.0
+    if not total:
+        return []
+    chosen, watched = seconds.get("selection", 0.0), seconds.get("validation", 0.0)
+    parts = [("Training", max(0.0, total - chosen - watched))]
+    if run.learned:
+        parts.insert(0, ("Choosing the weights (pilot run, scores, predictions)", chosen))
+    else:
+        parts = [("Training", max(0.0, total - watched))]
+    parts.append(("Watching the loss on trusted rows, for this report", watched))
+    rows = [(label, duration(value), f"{value / total:.1%}") for label, value in parts]
+    if run.learned and run.pilot.get("seconds"):
+        alone = run.pilot["seconds"]
+        rows.insert(1, ("of it the pilot run alone", duration(alone), f"{alone / total:.1%}"))
+    return [*rows, ("Total", duration(total), "100%")]
+
+
+def _settings(run: Run) -> list[tuple[str, str]]:
+    return [(clean(name), clean(value, 200)) for name, value in run.settings.items() if value is not None]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """What the run was."""
+    record = run.record
+    if not record:
+        return []
+    data = record["data"]
+    sets = ", ".join(f"{name}: {entry['rows']} rows" for name, entry in data["validation"].items())
+    facts = [
+        ("Model", record["model"]),
+        ("Training rows", f"{data['rows']:,}, trained on {data['rows_trained_on']:,}"),
+        ("Trusted rows", sets or "none"),
+        ("Steps", f"{record['steps']['done']} of {record['steps']['planned']}"),
+        ("Device", f"{record['device']}, {record['processes']} process(es)"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
+    ]
+    if run.pilot:
+        scored = f"{run.pilot['steps']} steps, {run.pilot['rows_scored']:,} rows scored"
+        facts.insert(3, ("Pilot run", f"{scored}, {len(run.pilot['trusted'])} trusted rows held back"))
+    return [(label, clean(value, 300)) for label, value in facts]

@@ -1,0 +1,338 @@
+"""The charts of a report: what is drawn, said in words, and listed as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from .findings import CARRIED, effective_sample_size, rows_carrying, signed, trusted_scores
+from .rows import Category
+from .run import Run
+from .svg import SIZE, Draw, data_table, render, save_png
+from .text import clean
+
+Points = Sequence[tuple[int, float]]
+# Points of a line and rows of a table of numbers; more are not told apart.
+LINE_POINTS, TABLE_ROWS = 400, 25
+BINS = 36
+
+
+@dataclass
+class Chart:
+    """A chart.
+
+    Attributes:
+        name (`str`): unique; the name of its PNG.
+        section (`str`): of the report.
+        title, text (`str`): heading, and what it says.
+        table (`Markup`): its numbers.
+        draw: into axes.
+        size: inches.
+    """
+
+    name: str
+    section: str
+    title: str
+    text: str
+    table: Markup
+    draw: Draw
+    size: tuple[float, float] = SIZE
+
+    @property
+    def svg(self) -> Markup:
+        """Inline SVG."""
+        return render(self.draw, self.name, f"{self.title}. {self.text}", self.size)
+
+    def png(self, folder: Path) -> Path:
+        """Write the chart as PNG into a folder."""
+        path = folder / f"{self.name}.png"
+        save_png(self.draw, path, self.size)
+        return path
+
+
+def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> list[Chart]:
+    """All charts that the run has numbers for."""
+    out = []
+    if len(run.live):
+        out += [weight_histogram(run.live), concentration(run.live)]
+        out += _evolution(run)
+    trusted = trusted_scores(run)
+    if run.scores is not None and np.isfinite(run.scores).any():
+        out.append(score_histogram(run.scores[np.isfinite(run.scores)], trusted))
+    out += [category_shares(n, category) for n, category in enumerate(categories)]
+    out += _losses(run, baseline)
+    if run.ledger:
+        out.append(rounds_chart(run.ledger))
+        evals = [(e["round"], e["eval_loss"]) for e in run.ledger if isinstance(e.get("eval_loss"), int | float)]
+        if len(evals) > 1:
+            text = f"After round {evals[0][0]}: {evals[0][1]:.4f}; after round {evals[-1][0]}: {evals[-1][1]:.4f}."
+            title, lines = "Eval loss after each round", {"eval loss": (evals, "main", "-")}
+            out.append(_lines("round_eval", "rounds", title, text, lines, "nats per token", "round"))
+    return out
+
+
+def weight_histogram(weights: np.ndarray) -> Chart:
+    """How many rows have which weight."""
+    counts, edges = np.histogram(weights, bins=BINS, range=(0.0, max(1.05, float(weights.max()))))
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        bars = axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours["main"])
+        for bar, count, low, high in zip(bars, counts, edges, edges[1:], strict=False):
+            bar.set(edgecolor=colours["surface"], linewidth=0.6)
+            bar.set_gid(f"tip:{count:,} rows of weight {low:.2f} to {high:.2f}")
+        axes.axvline(1.0, color=colours["other"], linestyle="--", linewidth=1.2)
+        axes.annotate(
+            "uniform", (1.0, 1.0), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
+            color=colours["muted"],
+        )  # fmt: skip
+        axes.set(xlabel="weight (the mean is 1)", ylabel="rows", xlim=(0, edges[-1]))
+
+    light, heavy = float((weights < 0.1).mean()), float((weights > 1).mean())
+    text = f"{light:.0%} of the rows weigh less than a tenth of the average, {heavy:.0%} more than the average."
+    rows = [[f"{a:.2f} to {b:.2f}", f"{c:,}"] for a, b, c in zip(edges, edges[1:], counts, strict=False) if c]
+    table = data_table("Rows by weight", ["Weight", "Rows"], rows)
+    return Chart("weights", "weights", "How the weights are spread", text, table, draw)
+
+
+def concentration(weights: np.ndarray) -> Chart:
+    """Share of the weight that the heaviest rows hold."""
+    held = np.concatenate([[0.0], np.cumsum(np.sort(weights)[::-1])])
+    held = held / held[-1] if held[-1] > 0 else held
+    count = len(weights)
+    index = np.unique(np.linspace(0, count, 201).round().astype(int))
+    carrying = rows_carrying(weights)
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        axes.plot([0, 100], [0, 100], color=colours["other"], linestyle="--", linewidth=1.2, label="uniform")
+        axes.fill_between(100 * index / count, 100 * held[index], color=colours["main"], alpha=0.15, linewidth=0)
+        axes.plot(100 * index / count, 100 * held[index], color=colours["main"], label="this run")
+        x = 100 * carrying / count
+        axes.plot([x, x, 0], [0, 100 * CARRIED, 100 * CARRIED], color=colours["muted"], linewidth=0.9, linestyle=":")
+        axes.plot([x], [100 * CARRIED], "o", color=colours["main"])
+        axes.set(xlabel="rows, heaviest first (%)", ylabel="share of the weight (%)", xlim=(0, 100), ylim=(0, 102))
+        axes.legend(loc="lower right")
+
+    text = (
+        f"{carrying:,} of {count:,} rows ({carrying / count:.0%}) carry {CARRIED:.0%} of the weight. Effective sample "
+        f"size: {effective_sample_size(weights):.0%} of the rows."
+    )
+    rows = [[f"{s:.0%}", f"{held[round(s * count)]:.1%}"] for s in (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1)]
+    table = data_table("Share of the weight held by the heaviest rows", ["Rows", "Share of the weight"], rows)
+    return Chart("concentration", "weights", "How many rows carry the weight", text, table, draw)
+
+
+def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
+    """Scores of training rows, and of the trusted rows that were held back."""
+    low, high = np.quantile(scores, [0.005, 0.995])
+    if len(trusted):
+        low, high = min(low, trusted.min()), max(high, trusted.max())
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, BINS + 1)
+    inside = np.clip(scores, low, high)
+    counts, _ = np.histogram(inside, edges)
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        bars = axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours["main"], label="training rows")
+        for bar, count, a, b in zip(bars, counts, edges, edges[1:], strict=False):
+            bar.set(edgecolor=colours["surface"], linewidth=0.6)
+            bar.set_gid(f"tip:{count:,} training rows score {a:.3f} to {b:.3f}")
+        if len(trusted):
+            axes.plot(
+                trusted, np.full(len(trusted), -0.05 * max(1, counts.max())), "|", color=colours["trusted"],
+                markersize=11, markeredgewidth=1.8, label="trusted rows, held back", clip_on=False,
+            )  # fmt: skip
+            axes.axvline(float(np.median(trusted)), color=colours["trusted"], linewidth=1.2, linestyle="--")
+        axes.set(xlabel="score (higher: training on the row helps the trusted rows more)", ylabel="rows")
+        axes.set_ylim(bottom=-0.1 * max(1, counts.max()) if len(trusted) else 0)
+        axes.legend(loc="upper left")
+
+    text = f"{len(scores):,} training rows have a score, {signed(np.median(scores), 3)} in the middle."
+    if len(trusted):
+        share = float((scores >= np.median(trusted)).mean())
+        text += (
+            f" The {len(trusted)} trusted rows that the pilot had not seen: {signed(np.median(trusted), 3)}; {share:.0%} of "
+            "the training rows reach that. Rows that score like trusted rows weigh most."
+        )
+    rows = [[f"{a:.3f} to {b:.3f}", f"{c:,}"] for a, b, c in zip(edges, edges[1:], counts, strict=False) if c]
+    table = data_table("Training rows by score", ["Score", "Rows"], rows)
+    return Chart("scores", "scores", "Where the scores lie", text, table, draw)
+
+
+def category_shares(number: int, category: Category) -> Chart:
+    """Share of the rows and of the weight, by the values of a column."""
+    values = [label if len(label) <= 28 else f"{label[:27]}…" for label in category.values]
+    places = np.arange(len(values))
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        for offset, shares, role, label in (
+            (-0.19, category.row_share, "other", "share of the rows"),
+            (0.19, category.weight_share, "main", "share of the weight"),
+        ):
+            bars = axes.barh(places + offset, 100 * np.array(shares), 0.36, color=colours[role], label=label)
+            for bar, share, value in zip(bars, shares, category.values, strict=True):
+                bar.set_gid(f"tip:{value}: {share:.1%} {label.removeprefix('share ')}")
+        axes.set_yticks(places, values)
+        axes.tick_params(axis="y", length=0, labelcolor=colours["ink"])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x")
+        axes.set(xlabel="%")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    most = max(range(len(values)), key=category.mean.__getitem__)
+    least = min(range(len(values)), key=category.mean.__getitem__)
+    text = (
+        f"Mean weight of {category.values[most]}: {category.mean[most]:.2f}; of {category.values[least]}: "
+        f"{category.mean[least]:.2f}."
+    )
+    columns = (category.values, category.rows, category.row_share, category.weight_share, category.mean)
+    rows = [[v, f"{n:,}", f"{r:.1%}", f"{w:.1%}", f"{m:.3f}"] for v, n, r, w, m in zip(*columns, strict=True)]
+    header = [category.column, "Rows", "Share of the rows", "Share of the weight", "Mean weight"]
+    return Chart(
+        f"category_{number}", "categories", f"Weight by {category.column}", text,
+        data_table(f"Weight by {category.column}", header, rows), draw, (6.4, 1.5 + 0.36 * len(values)),
+    )  # fmt: skip
+
+
+def _evolution(run: Run) -> list[Chart]:
+    """Weights over the steps, if they moved."""
+    quantiles = [run.points(f"selector/weight_q{level:02d}") for level in (5, 25, 50, 75, 95)]
+    ess = run.points("selector/ess")
+    moved = len(ess) > 2 and max(v for _, v in ess) - min(v for _, v in ess) > 1e-3
+    if not moved:
+        return []
+    out = []
+    if all(len(q) == len(quantiles[0]) for q in quantiles) and quantiles[0]:
+        steps = [step for step, _ in quantiles[0]]
+        low, lower, middle, upper, high = ([value for _, value in q] for q in quantiles)
+
+        def draw(axes: Any, colours: dict[str, str]) -> None:
+            axes.fill_between(steps, low, high, color=colours["main"], alpha=0.15, linewidth=0, label="5% to 95%")
+            axes.fill_between(steps, lower, upper, color=colours["main"], alpha=0.3, linewidth=0, label="25% to 75%")
+            axes.plot(steps, middle, color=colours["main"], label="median")
+            axes.axhline(1.0, color=colours["other"], linestyle="--", linewidth=1)
+            axes.set(xlabel="optimizer step", ylabel="weight")
+            axes.legend(loc="upper left")
+
+        text = f"At the end half of the rows weigh between {lower[-1]:.2f} and {upper[-1]:.2f}."
+        names = ["Step", "5%", "25%", "Median", "75%", "95%"]
+        rows = [
+            [str(step), *(f"{value:.3f}" for value in values)]
+            for step, *values in _few(list(zip(steps, low, lower, middle, upper, high, strict=True)))
+        ]
+        table = data_table("Quantiles of the weights by step", names, rows)
+        out.append(Chart("evolution", "weights", "How the weights moved", text, table, draw))
+    text = f"From {ess[0][1]:.0%} at step {ess[0][0]} to {ess[-1][1]:.0%} at step {ess[-1][0]}; 100% is uniform."
+    share = [(step, 100 * value) for step, value in ess]
+    out.append(_lines("ess", "weights", "Effective sample size", text, {"ESS": (share, "main", "-")}, "% of the rows"))
+    return out
+
+
+def _losses(run: Run, baseline: Run | None) -> list[Chart]:
+    out = []
+    for name, title, points in (
+        ("eval_loss", "Eval loss", lambda r: r.points("eval_loss")),
+        ("validation_loss", "Loss on trusted rows", lambda r: r.validation_points()),
+        ("loss", "Training loss", lambda r: r.points("loss")),
+    ):
+        mine = points(run)
+        if not mine:
+            continue
+        lines = {"this run": (mine, "main", "-")}
+        text = f"From {mine[0][1]:.3f} at step {mine[0][0]} to {mine[-1][1]:.3f} at step {mine[-1][0]}."
+        if baseline is not None and (other := points(baseline)):
+            lines["uniform"] = (other, "other", "--")
+            text += f" With uniform weights {other[-1][1]:.3f} at step {other[-1][0]}."
+        if name == "loss":
+            text += " Runs with other weights train on other rows: it says nothing of which is better."
+        out.append(_lines(name, "losses", title, text, lines, "nats per token"))
+    names = list(run.record.get("data", {}).get("validation", {}))
+    if len(names) > 1 and len(run.validation_points()) > 1:
+        roles = ("main", "trusted", "warn", "other")
+        sets = {
+            clean(name, 40): (run.validation_points(name), roles[n % 4], ("-", "--", ":", "-.")[n // 4 % 4])
+            for n, name in enumerate(names)
+        }
+        text = "; ".join(f"{name}: {points[0][1]:.3f} to {points[-1][1]:.3f}" for name, (points, _, _) in sets.items())
+        title = "Loss on each set of trusted rows"
+        out.append(_lines("validation_sets", "losses", title, text + ".", sets, "nats per token"))
+    return out
+
+
+def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
+    """Selection loss of both candidates of each round."""
+    entries = [e for e in ledger if e.get("incoming_loss") is not None and e.get("trained_loss") is not None]
+    places = [e["round"] for e in entries]
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        for entry in entries:
+            kept = bool(entry.get("kept"))
+            role = "trusted" if kept else "warn"
+            x, before, after = entry["round"], entry["incoming_loss"], entry["trained_loss"]
+            axes.plot([x, x], [before, after], color=colours[role], linewidth=1.5, linestyle="-" if kept else ":")
+            axes.plot([x], [before], "o", color=colours["other"], markersize=6)
+            axes.plot([x], [after], "^" if kept else "x", color=colours[role], markersize=8)
+        for marker, role, label in (
+            ("o", "other", "before"), ("^", "trusted", "after, kept"), ("x", "warn", "after, rolled back"),
+        ):  # fmt: skip
+            axes.plot([], [], marker, color=colours[role], label=label)
+        axes.set_xticks(places[:: max(1, len(places) // 12)])
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.set(xlabel="round", ylabel="selection loss, nats per token")
+        axes.margins(x=0.1, y=0.2)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    kept = sum(bool(e.get("kept")) for e in ledger)
+    text = f"{kept} of {len(ledger)} rounds lowered the loss on the selection rows, or left it, and were kept."
+    rows = [
+        [
+            str(e["round"]), f"{e['incoming_loss']:.4f}", f"{e['trained_loss']:.4f}",
+            "kept" if e.get("kept") else "rolled back",
+        ]
+        for e in entries
+    ]  # fmt: skip
+    table = data_table("Selection loss by round", ["Round", "Before", "After", "Decision"], rows)
+    return Chart("rounds", "rounds", "Selection loss of each round", text, table, draw)
+
+
+def _lines(
+    name: str,
+    section: str,
+    title: str,
+    text: str,
+    lines: Mapping[str, tuple[Points, str, str]],
+    unit: str,
+    along: str = "optimizer step",
+) -> Chart:
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        for label, (points, role, style) in lines.items():
+            kept = _few(list(points), LINE_POINTS)
+            x, y = [step for step, _ in kept], [value for _, value in kept]
+            marker = "o" if len(kept) < 15 else ""
+            axes.plot(x, y, style, color=colours[role], label=label, marker=marker, markersize=4)
+        axes.set(xlabel=along, ylabel=unit)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(lines) > 1:
+            axes.legend(loc="upper right")
+
+    values = {label: dict(points) for label, (points, _, _) in lines.items()}
+    steps = sorted({step for points in values.values() for step in points})
+    rows = [
+        [str(step), *(f"{found[step]:.4f}" if step in found else "" for found in values.values())]
+        for step in _few(steps, TABLE_ROWS)
+    ]
+    return Chart(name, section, title, text, data_table(f"{title}, {unit}", [along.capitalize(), *lines], rows), draw)
+
+
+def _few(values: list[Any], limit: int = TABLE_ROWS) -> list[Any]:
+    """At most `limit` of the values, evenly spaced, both ends included."""
+    if len(values) <= limit:
+        return values
+    return [values[n] for n in np.linspace(0, len(values) - 1, limit).round().astype(int)]

@@ -1,0 +1,106 @@
+"""The rounds of a self-refining run: decisions, and responses beside the offline answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from .rows import read_rows
+from .run import Run
+from .text import clean, question_and_answer
+
+# Questions that are shown of a round, and of all rounds; characters of a response.
+PER_ROUND, IN_ALL = 6, 48
+QUESTION, RESPONSE = 500, 500
+
+
+def rounds_of(run: Run) -> list[dict[str, Any]]:
+    """For each round its ledger entry, its facts in words, and the questions that its responses answer."""
+    out: list[dict[str, Any]] = []
+    share = min(PER_ROUND, max(1, IN_ALL // max(1, len(run.ledger))))
+    for entry in run.ledger:
+        number = entry.get("round", len(out))
+        path = run.folder / "responses" / f"round-{number:04d}.parquet" if isinstance(number, int) else run.folder
+        questions, count = _questions(run, path, share)
+        facts = {"number": clean(number), "facts": _facts(entry), "questions": questions, "all_questions": count}
+        out.append({"entry": entry} | facts)
+    return out
+
+
+def _facts(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = {
+        "questions": "questions asked",
+        "responses": "responses",
+        "responses_cut": "cut at the length limit",
+        "responses_empty": "empty",
+        "score_mean": "mean score",
+        "score_std_within_group": "spread of the scores of a question",
+        "weight_std_within_group": "spread of the weights of a question",
+        "eval_loss": "eval loss after the round",
+        "seconds": "seconds",
+    }
+    shown = [(label, entry.get(name)) for name, label in names.items()]
+    return [
+        (label, f"{value:.4g}" if isinstance(value, float) else clean(value))
+        for label, value in shown
+        if value is not None
+    ]
+
+
+def _questions(run: Run, path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
+    """The questions of a round whose responses differ most in weight."""
+    if not path.is_file():
+        return [], 0
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, ValueError):
+        return [], 0
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row.get("sample_id"), []).append(row)
+    chosen = sorted(groups, key=lambda key: -_spread(groups[key]))[:limit]
+    offline: dict[int, dict[str, Any]] = {}
+    own = run.record.get("weights", {}).get("asks_own_rows", True)
+    if own and run.rows_file is not None:
+        offline = read_rows(run.rows_file, [key for key in chosen if isinstance(key, int)])
+    out = []
+    for key in chosen:
+        group = sorted(groups[key], key=lambda row: -_number(row.get("weight"), -1.0))
+        row = offline.get(key)
+        responses = [
+            {
+                "text": clean(r.get("response", ""), RESPONSE),
+                "weight": _shown(r.get("weight")),
+                "score": _shown(r.get("score")),
+                "cut": bool(r.get("cut")),
+                "share": _number(r.get("weight"), 0.0),
+            }
+            for r in group
+        ]
+        out.append(
+            {
+                "number": clean(key),
+                "question": clean(group[0].get("prompt", ""), QUESTION),
+                "weight": _shown(group[0].get("question_weight")),
+                "offline": None if row is None else clean(question_and_answer(row)[1], RESPONSE),
+                "responses": responses,
+            }
+        )
+    return out, len(groups)
+
+
+def _number(value: Any, otherwise: float) -> float:
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else otherwise
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) and np.isfinite(value) else "none"
+
+
+def _spread(group: list[dict[str, Any]]) -> float:
+    weights = [_number(row.get("weight"), 0.0) for row in group]
+    return float(np.std(weights))

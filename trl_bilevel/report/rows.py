@@ -1,0 +1,141 @@
+"""The rows that a report shows: those of most and of least weight, and a random sample; and where the weight went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .run import Run
+from .text import CONVERSATIONS, clean, question_and_answer
+
+# Rows of each kind that are embedded; up to three times as many are all embedded.
+SAMPLE = 500
+# Characters of a question and of an answer that are embedded.
+QUESTION, ANSWER = 400, 600
+# A column is categorical if it has at most so many values in the rows looked at first.
+CATEGORIES, LOOKED_AT = 40, 2000
+SHOWN_CATEGORIES = 12
+CATEGORY_COLUMNS = 4
+OWN_COLUMNS = ("sample_id", "data_weight", "data_rank")
+
+
+@dataclass
+class Category:
+    """Where the weight went, by the values of a column.
+
+    Attributes:
+        column (`str`): its name.
+        values (`list[str]`), rows (`list[int]`), row_share, weight_share, mean (`list[float]`): per value, those of
+            most rows first; what is beyond `SHOWN_CATEGORIES` is one entry, "(N others)".
+    """
+
+    column: str
+    values: list[str]
+    rows: list[int]
+    row_share: list[float]
+    weight_share: list[float]
+    mean: list[float]
+
+
+def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows to embed, by rank, int64, and which of them make up the random sample (bool)."""
+    ranks = run.ranks
+    order = np.argsort(ranks)
+    live = order[~np.isnan(run.weights[order])]  # type: ignore[index]
+    if len(order) <= 3 * SAMPLE:
+        return order, np.ones(len(order), dtype=bool)
+    random = np.random.default_rng(0).choice(order, SAMPLE, replace=False)
+    chosen = np.unique(np.concatenate([live[:SAMPLE], live[-SAMPLE:], random]))
+    chosen = chosen[np.argsort(ranks[chosen])]
+    return chosen, np.isin(chosen, random)
+
+
+def read_rows(path: Path, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Some rows of a parquet file by number, as dicts; the file is read a batch at a time."""
+    wanted = np.sort(np.asarray(numbers, dtype=np.int64))
+    found: dict[int, dict[str, Any]] = {}
+    start = 0
+    with pq.ParquetFile(path) as file:
+        names = [n for n in file.schema_arrow.names if n not in ("input_ids", "labels", "attention_mask")]
+        for batch in file.iter_batches(batch_size=4096, columns=names):
+            inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
+            if len(inside):
+                rows = batch.take(pa.array(inside - start)).to_pylist()
+                found |= dict(zip(inside.tolist(), rows, strict=True))
+            start += batch.num_rows
+    return found
+
+
+def row_table(run: Run, categories: Sequence[Category]) -> dict[str, Any]:
+    """What the table of rows shows, as columns of equal length, for `script_json`."""
+    assert run.weights is not None
+    numbers, sampled = chosen_rows(run)
+    rows = {} if run.rows_file is None else read_rows(run.rows_file, numbers.tolist())
+    scores = np.full(len(numbers), np.nan) if run.scores is None else run.scores[numbers]
+    texts = [question_and_answer(rows[n]) if n in rows else ("", "") for n in numbers.tolist()]
+    labels = [c.column for c in categories]
+    return {
+        "row": numbers.tolist(),
+        "weight": run.weights[numbers].tolist(),
+        "rank": (run.ranks[numbers] + 1).tolist(),
+        "score": scores.tolist(),
+        "random": sampled.astype(int).tolist(),
+        "question": [clean(question, QUESTION) for question, _ in texts],
+        "answer": [clean(answer, ANSWER) for _, answer in texts],
+        "labels": {name: [clean(rows.get(n, {}).get(name, ""), 60) for n in numbers.tolist()] for name in labels},
+    }
+
+
+def categories_of(run: Run) -> list[Category]:
+    """The categorical columns of the rows; that of a group selector first, however many values it has."""
+    if run.rows_file is None or run.weights is None or not len(run.live):
+        return []
+    group = run.settings.get("selector_group_column")
+    with pq.ParquetFile(run.rows_file) as file:
+        names = [field.name for field in file.schema_arrow if _may_be_categorical(field)]
+        first = next(file.iter_batches(batch_size=LOOKED_AT, columns=names), None) if names else None
+        if first is None:
+            return []
+        names = [n for n in names if n == group or 2 <= len(first[n].unique()) <= min(CATEGORIES, first.num_rows // 2)]
+        names.sort(key=lambda name: (name != group, name != "source"))
+        found = [_category(name, file.read([name])[name], run.weights) for name in names[:CATEGORY_COLUMNS]]
+    return [category for category in found if len(category.values) > 1]
+
+
+def _may_be_categorical(field: pa.Field) -> bool:
+    kind = field.type
+    plain = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
+    plain = plain or pa.types.is_boolean(kind) or pa.types.is_integer(kind)
+    return plain and field.name not in (*OWN_COLUMNS, "prompt", "completion", "text", *CONVERSATIONS)
+
+
+def _category(name: str, values: pa.ChunkedArray, weights: np.ndarray) -> Category:
+    texts = [clean("(missing)" if value is None else value, 60) for value in values.to_pylist()]
+    kinds, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
+    live = ~np.isnan(weights)
+    counts = np.bincount(codes[live], minlength=len(kinds))
+    sums = np.bincount(codes[live], weights=weights[live], minlength=len(kinds))
+    order = np.argsort(-counts, kind="stable")
+    groups = [[kind] for kind in order[:SHOWN_CATEGORIES] if counts[kind]]
+    labels = [str(kinds[kind[0]]) for kind in groups]
+    others = [kind for kind in order[SHOWN_CATEGORIES:] if counts[kind]]
+    if others:
+        groups.append(others)
+        labels.append(f"({len(others)} others)")
+    rows = [int(counts[group].sum()) for group in groups]
+    mass = [float(sums[group].sum()) for group in groups]
+    total = sum(mass) or 1.0
+    return Category(
+        column=name,
+        values=labels,
+        rows=rows,
+        row_share=[count / sum(rows) for count in rows],
+        weight_share=[part / total for part in mass],
+        mean=[part / count for part, count in zip(mass, rows, strict=True)],
+    )

@@ -1,0 +1,238 @@
+"""What a run left on disk, read back. No torch in here: a report is made in seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+RECORD = "_record"
+FORMAT = 1
+WEIGHTED_FILE = "weighted.parquet"
+TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass
+class Run:
+    """A run's folder, as far as it could be read.
+
+    Attributes:
+        folder (`Path`): of the run.
+        record (`dict`): `_record/run.json`; empty if there is none.
+        pilot (`dict`): `_record/pilot.json`; empty if there is none.
+        history (`list[dict]`): the trainer's log.
+        weights (`ndarray` float64 `[N]`, *optional*): of the training rows, mean one; NaN for rows not trained on.
+        scores (`ndarray` float64 `[N]`, *optional*): NaN for rows without a score.
+        rows_file (`Path`, *optional*): parquet file with the rows' texts.
+        ledger (`list[dict]`): rounds of a self-refining run.
+        missing (`list[str]`): sentences that say what the report lacks, and why.
+    """
+
+    folder: Path
+    record: dict[str, Any] = field(default_factory=dict)
+    pilot: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    weights: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    rows_file: Path | None = None
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name or "run"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the record holds."""
+        return self.record.get("settings", {})
+
+    @property
+    def finished(self) -> bool:
+        """True if training came to its end."""
+        return bool(self.record.get("finished", not self.record and self.rows_file is not None))
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """Weights of the rows that are trained on, float64 `[n]`; empty without weights."""
+        return np.empty(0) if self.weights is None else self.weights[~np.isnan(self.weights)]
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """Rank of each row, int64 `[N]`: 0 is the highest weight, ties in row order."""
+        assert self.weights is not None
+        order = np.argsort(-np.nan_to_num(self.weights, nan=-1.0), kind="stable")
+        ranks = np.empty(len(order), dtype=np.int64)
+        ranks[order] = np.arange(len(order))
+        return ranks
+
+    @property
+    def learned(self) -> bool:
+        """True if the weights were learned in this run (else they were given, or there are none)."""
+        return bool(self.record.get("weights", {}).get("learned", self.weights is not None))
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """The logged values of a quantity, by step."""
+        found = {e["step"]: e[name] for e in self.history if isinstance(e.get(name), int | float) and "step" in e}
+        return [(step, float(value)) for step, value in sorted(found.items()) if np.isfinite(value)]
+
+    def validation_points(self, of: str | None = None) -> list[tuple[int, float]]:
+        """Validation loss by step: of one set, or the weighted total."""
+        entries = self.record.get("validation", [])
+        values = [(e["step"], e["total"] if of is None else e["sets"].get(of)) for e in entries]
+        return [(step, float(value)) for step, value in values if value is not None]
+
+
+def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
+    """Read a run's folder.
+
+    Args:
+        folder: the `output_dir` of a run.
+        rows_file: parquet file with the rows and their weights, if it is not `weighted.parquet` in the folder.
+
+    Raises:
+        FileNotFoundError: if the folder is not there, or `rows_file`.
+        ValueError: if it holds no run of ours, or the record has another format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        hint = " It is a file: give the folder that holds it." if folder.is_file() else ""
+        raise FileNotFoundError(f"There is no run folder {folder}.{hint} Give the `output_dir` of a run.")
+    run = Run(folder)
+    run.record = _read(folder / RECORD / "run.json")
+    run.pilot = _read(folder / RECORD / "pilot.json")
+    for part in (run.record, run.pilot):
+        if part and part.get("format") != FORMAT:
+            raise ValueError(
+                f"The run record in {folder} has format {part.get('format')!r}, this version reads {FORMAT}. Make the "
+                "report with the version of trl-bilevel that wrote it."
+            )
+    run.rows_file = _rows_file(run, rows_file)
+    run.history = _history(run)
+    run.ledger = [entry for entry in _lines(folder / "ledger.jsonl") if isinstance(entry, dict)]
+    run.weights = _weights(run)
+    run.scores = _scores(run)
+    if not (run.record or run.history or run.ledger or run.weights is not None):
+        raise ValueError(
+            f"{folder} holds no run: no {RECORD}/run.json, no checkpoint, no {WEIGHTED_FILE}, no ledger.jsonl. Give "
+            "the `output_dir` of `trl-bilevel sft` or `refine`, or of one of their trainers."
+        )
+    _note_missing(run)
+    return run
+
+
+def _rows_file(run: Run, given: str | Path | None) -> Path | None:
+    if given is not None:
+        path = Path(given)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path} with the weighted rows.")
+        if path.suffix != ".parquet":
+            raise ValueError(f"Rows are read from .parquet files, got {str(path)!r}.")
+        return path
+    noted = run.record.get("rows_file")
+    for path in [run.folder / WEIGHTED_FILE, *([Path(noted)] if noted else [])]:
+        if path.is_file() and path.suffix == ".parquet":
+            return path
+    return None
+
+
+def _history(run: Run) -> list[dict[str, Any]]:
+    """The log that reaches furthest: of the record, or of the newest checkpoint that can be read."""
+    found = [run.record.get("log_history") or []]
+    for path in run.folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            found.append(_read(path / TRAINER_STATE).get("log_history") or [])
+    entries = [[e for e in log if isinstance(e, dict) and isinstance(e.get("step"), int)] for log in found]
+    return max(entries, key=lambda log: max((e["step"] for e in log), default=-1))
+
+
+def _weights(run: Run) -> np.ndarray | None:
+    for path in (run.folder / RECORD / "weights.parquet", run.rows_file):
+        values = _numbers(path, "data_weight")
+        if values is not None and len(values):
+            return values
+    return None
+
+
+def _scores(run: Run) -> np.ndarray | None:
+    """Scores of the pilot, or the running mean of those of an online selector."""
+    if run.weights is None:
+        return None
+    record = run.folder / RECORD
+    ids, values = _numbers(record / "scores.parquet", "sample_id"), _numbers(record / "scores.parquet", "score")
+    if ids is None or values is None:
+        return _numbers(record / "weights.parquet", "mean_score")
+    places = ids.astype(np.int64)
+    if len(places) == 0 or places.max() >= len(run.weights):
+        return None
+    scores = np.full(len(run.weights), np.nan)
+    scores[places] = values
+    return scores
+
+
+def _numbers(path: Path | None, column: str) -> np.ndarray | None:
+    """A column of a parquet file as float64, NaN where missing; None if it cannot be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                return None
+            return file.read([column])[column].to_numpy().astype(np.float64)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _row_count(path: Path) -> int | None:
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.metadata.num_rows
+    except (OSError, ValueError):
+        return None
+
+
+def _note_missing(run: Run) -> None:
+    if not run.record:
+        run.missing.append(
+            "This run has no record (it was made by an older version or another trainer, or stopped before its first "
+            "checkpoint): settings, scores, validation losses and times are not known."
+        )
+    if run.weights is not None and run.rows_file is None:
+        run.missing.append(
+            f"The texts of the rows are not in this folder: there is no {WEIGHTED_FILE}. "
+            "`trl-bilevel report RUN_DIR --rows FILE.parquet` reads them from elsewhere."
+        )
+    elif run.rows_file is not None and run.weights is not None:
+        count = _row_count(run.rows_file)
+        if count != len(run.weights):
+            says = "cannot be read" if count is None else f"has {count} rows, the run had {len(run.weights)}"
+            run.missing.append(f"{run.rows_file.name} {says}: the texts of the rows are left out.")
+            run.rows_file = None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            continue
