@@ -32,6 +32,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     from ..trainer.self_refine_trainer import SelfRefineTrainer
     from .data import is_adapter, load_adapter, load_named, load_sets, set_model_arguments
+    from .report import report_lines
 
     train, validation, evaluation = load_sets(script_args, dataset_args)
     quantization = get_quantization_config(model_args)
@@ -66,6 +67,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     lines.append(f"{kept} of {len(trainer.ledger)} rounds kept. Books: {folder}/ledger.jsonl, {folder}/responses/.")
     if kept == 0:
         lines.append("No round helped: lower the learning rate, or raise `num_generations` or `steps_per_round`.")
+    # Last: the report holds text of the rows, and is not pushed with the model.
+    lines += report_lines(trainer)
     trainer.accelerator.print("\n".join(lines))
     trainer.end()
 

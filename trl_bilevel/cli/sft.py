@@ -30,6 +30,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     from ..trainer.bilevel_sft_trainer import BilevelSFTTrainer
     from .data import check_writable, load_sets, set_model_arguments, write_rows
+    from .report import report_lines
 
     path = script_args.weighted_dataset_path or f"{training_args.output_dir}/weighted.parquet"
     check_writable(path)
@@ -59,6 +60,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
             lines.append(f"Next: trl-bilevel export {path} --top-k 1000 --output best.jsonl")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    # Last: the report holds text of the rows, and is not pushed with the model.
+    lines += report_lines(trainer, path if trainer.selects else None)
     trainer.accelerator.print("\n".join(lines))
     trainer.end()
 

@@ -1,0 +1,58 @@
+"""`trl-bilevel report`: what came of a run, as one HTML file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="trl-bilevel report",
+        description="Write the report of a run: one HTML file that opens from disk, without a network.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a run, finished or not")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="RUN_DIR",
+        help="a run with weight_estimator none, all else equal: did selection help?",
+    )
+    parser.add_argument("--output", type=Path, help="file to write; default: RUN_DIR/report.html")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="the weighted rows; default: RUN_DIR/weighted.parquet"
+    )
+    parser.add_argument("--png", action="store_true", help="write the charts as PNG too, for papers")
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Read the run and write the report."""
+    options = make_parser().parse_args(arguments)
+    from ..report import write_report
+
+    target = write_report(
+        options.run, baseline=options.baseline, output=options.output, png=options.png, rows_file=options.rows
+    )
+    print(f"Report written to {target}. Open it in a browser.")
+    if options.png:
+        print(f"Charts written to {target.parent / 'report_png'}.")
+
+
+def report_lines(trainer: Any, rows_file: str | None = None) -> list[str]:
+    """Write the report of a run that has just ended; what to tell the user of it.
+
+    A report that fails is told, and takes nothing from the run: its model and weights are saved by now.
+    """
+    from ..report import write_report
+
+    try:
+        target = write_report(trainer, rows_file=rows_file)
+    except ImportError:
+        then = f"trl-bilevel report {trainer.args.output_dir}"
+        return [f"No report: it needs matplotlib. pip install 'trl-bilevel[report]', then: {then}"]
+    except Exception as error:
+        return [f"The report could not be written: {type(error).__name__}: {error}"]
+    return [f"Report: {target}"]
