@@ -155,9 +155,10 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
     text = f"{len(scores):,} training rows have a score, {signed(np.median(scores), 3)} in the middle."
     if len(trusted):
         share = float((scores >= np.median(trusted)).mean())
+        middle = signed(float(np.median(trusted)), 3)
         text += (
-            f" The {len(trusted)} trusted rows that the pilot had not seen: {signed(np.median(trusted), 3)}; {share:.0%} of "
-            "the training rows reach that. Rows that score like trusted rows weigh most."
+            f" The {len(trusted)} trusted rows that the pilot had not seen: {middle}; {share:.0%} of the training "
+            "rows reach that. Rows that score like trusted rows weigh most."
         )
     rows = [[f"{a:.3f} to {b:.3f}", f"{c:,}"] for a, b, c in zip(edges, edges[1:], counts, strict=False) if c]
     table = data_table("Training rows by score", ["Score", "Rows"], rows)

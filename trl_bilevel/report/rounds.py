@@ -64,7 +64,7 @@ def _questions(run: Run, path: Path, limit: int) -> tuple[list[dict[str, Any]], 
         groups.setdefault(row.get("sample_id"), []).append(row)
     chosen = sorted(groups, key=lambda key: -_spread(groups[key]))[:limit]
     offline: dict[int, dict[str, Any]] = {}
-    own = run.record.get("weights", {}).get("asks_own_rows", True)
+    own = run.record.get("weights", {}).get("asks_own_rows") is not False
     if own and run.rows_file is not None:
         offline = read_rows(run.rows_file, [key for key in chosen if isinstance(key, int)])
     out = []

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -81,8 +82,10 @@ class RecordCallback(TrainerCallback):
         self.finished = False
         if state.global_step == 0:
             if args.should_save:
-                for name in (RUN_FILE, PILOT_FILE, SCORES_FILE, WEIGHTS_FILE):
-                    (folder / name).unlink(missing_ok=True)
+                # Where this fails, writing will fail too, and tell.
+                with suppress(OSError):
+                    for name in (RUN_FILE, PILOT_FILE, SCORES_FILE, WEIGHTS_FILE):
+                        (folder / name).unlink(missing_ok=True)
         else:
             earlier = _read(folder / RUN_FILE)
             self.seconds |= earlier.get("seconds", {})

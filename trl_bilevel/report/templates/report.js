@@ -230,6 +230,7 @@
   find("size").addEventListener("change", (event) => { state.size = Number(event.target.value); state.page = 0; fill(); });
   find("previous").addEventListener("click", () => { state.page -= 1; fill(); });
   find("next").addEventListener("click", () => { state.page += 1; fill(); });
+  find("scriptless").remove();
   find("explorer").hidden = false;
   fill();
 })();

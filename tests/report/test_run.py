@@ -1,0 +1,95 @@
+"""Reading of runs: whole ones, what is left of others, and folders that hold none."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.report.conftest import write_json
+from trl_bilevel.report import write_report
+from trl_bilevel.report.run import load_run
+
+
+def test_a_whole_run(make_run):
+    run = load_run(make_run())
+    assert run.finished and run.learned and not run.missing
+    assert len(run.weights) == 60 and run.weights.mean() == pytest.approx(1, abs=1e-5)
+    assert np.isfinite(run.scores[::2]).all() and np.isnan(run.scores[1::2]).all()
+    assert run.ranks[np.nanargmax(run.weights)] == 0
+    assert run.points("eval_loss")[-1] == (40, pytest.approx(3.5))
+    assert run.validation_points() == [(0, 4.0), (40, 3.5)]
+
+
+def test_rows_that_were_dropped_rank_last(make_run):
+    folder = make_run(rows=4, pilot=False)
+    values = pa.array([1.0, None, 2.0, 0.0], pa.float32())
+    pq.write_table(pa.table({"data_weight": values}), folder / "_record" / "weights.parquet")
+    run = load_run(folder)
+    assert run.ranks.tolist() == [1, 3, 0, 2] and run.live.tolist() == [1.0, 2.0, 0.0]
+
+
+def test_without_a_record_the_weighted_rows_and_a_checkpoint_are_read(make_run):
+    folder = make_run(record=False, pilot=False)
+    for step in (5, 20):
+        log = [{"step": s, "loss": 1.0} for s in range(1, step + 1)]
+        write_json(folder / f"checkpoint-{step}" / "trainer_state.json", {"log_history": log})
+    (folder / "checkpoint-30").mkdir()
+    (folder / "checkpoint-30" / "trainer_state.json").write_text('{"log_hist')
+    run = load_run(folder)
+    assert len(run.weights) == 60 and run.points("loss")[-1] == (20, 1.0)
+    assert "no record" in run.missing[0]
+
+
+def test_an_interrupted_run(make_run):
+    run = load_run(make_run(weighted=False, finished=False))
+    assert not run.finished and run.rows_file is None and "weighted.parquet" in run.missing[0]
+
+
+def test_rows_of_another_run_are_not_shown_as_this_ones(make_run):
+    folder, other = make_run(), make_run("other", rows=10)
+    run = load_run(folder, other / "weighted.parquet")
+    assert run.rows_file is None and "has 10 rows, the run had 60" in run.missing[0]
+    (folder / "weighted.parquet").write_bytes(b"PAR1 cut off")
+    assert "cannot be read" in load_run(folder).missing[0]
+
+
+def test_a_damaged_record_is_as_good_as_none(make_run):
+    folder = make_run()
+    (folder / "_record" / "run.json").write_text('{"format": 1, "log')
+    run = load_run(folder)
+    assert run.record == {} and run.weights is not None
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "message"),
+    [
+        (lambda path: None, FileNotFoundError, "There is no run folder"),
+        (lambda path: path.write_text("x"), FileNotFoundError, "It is a file: give the folder"),
+        (lambda path: path.mkdir(), ValueError, "holds no run"),
+        (lambda path: write_json(path / "_record" / "run.json", {"format": 99}), ValueError, "has format 99"),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path, prepare, error, message):
+    prepare(tmp_path / "x")
+    with pytest.raises(error, match=message):
+        write_report(tmp_path / "x")
+
+
+def test_mistakes_in_arguments(make_run, tmp_path):
+    folder = make_run()
+    with pytest.raises(FileNotFoundError, match="nowhere.parquet"):
+        write_report(folder, rows_file=tmp_path / "nowhere.parquet")
+    with pytest.raises(FileNotFoundError, match="There is no run folder"):
+        write_report(folder, baseline=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="ends in .html"):
+        write_report(folder, output=tmp_path / "report.pdf")
+    with pytest.raises(TypeError, match="got `int`"):
+        write_report(3)
+
+
+def test_a_ledger_with_a_cut_off_line(make_run):
+    folder = make_run()
+    (folder / "ledger.jsonl").write_text(json.dumps({"round": 0, "kept": True}) + '\n{"round": 1, "ke')
+    assert load_run(folder).ledger == [{"round": 0, "kept": True}]
