@@ -197,7 +197,7 @@ def category_shares(number: int, category: Category) -> Chart:
     header = [category.column, "Rows", "Share of the rows", "Share of the weight", "Mean weight"]
     return Chart(
         f"category_{number}", "categories", f"Weight by {category.column}", text,
-        data_table(f"Weight by {category.column}", header, rows), draw, (6.4, 1.5 + 0.36 * len(values)),
+        data_table(f"Weight by {category.column}", header, rows), draw, (SIZE[0], 1.2 + 0.32 * len(values)),
     )  # fmt: skip
 
 

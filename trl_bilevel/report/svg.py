@@ -31,8 +31,8 @@ _PAPER = dict(
 )
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
-# Inches; at 100 points per inch of the page the text is 12 to 13 pixels.
-SIZE = (6.4, 3.2)
+# Inches: small, so that the text stays readable where the chart is as narrow as a telephone.
+SIZE = (5.2, 2.7)
 
 Colours = dict[str, str]
 Draw = Callable[["Axes", Colours], None]
@@ -81,7 +81,7 @@ def _figure(draw: Draw, colours: Colours, size: tuple[float, float]) -> Figure:
     from matplotlib.figure import Figure
 
     settings = {
-        "font.size": 9.5,
+        "font.size": 9.0,
         "axes.edgecolor": colours["grid"],
         "axes.labelcolor": colours["muted"],
         "xtick.color": colours["grid"],

@@ -134,7 +134,7 @@
       const middle = scores[Math.floor(scores.length / 2)];
       said.push(`It scores ${signed(score)}, higher than ${below} of the ${scores.length} trusted rows that the pilot had not seen (in the middle: ${signed(middle)}).`);
       if (below === 0) said.push("No trusted row scores as low.");
-      else if (score >= middle) said.push("Rows from the middle on have the full weight.");
+      else if (score >= middle) said.push("Rows from the middle on weigh most.");
     }
     return said.join(" ");
   }
