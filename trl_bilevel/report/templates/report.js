@@ -152,7 +152,7 @@
   }
   function details(i) {
     const box = make("div", {});
-    const explained = make("div", {}, make("h4", { text: "Why this weight" }), make("p", { text: reason(i) }));
+    const explained = make("div", {}, make("h3", { text: "Why this weight" }), make("p", { text: reason(i) }));
     const score = rows.score[i];
     if (score !== null && scores.length && !why.online) explained.append(strip(score));
     box.append(explained);
@@ -166,10 +166,10 @@
             make("div", { class: "text asked", dir: "auto", text: row.question }),
             make("div", { class: "text", dir: "auto", text: row.answer })));
         }
-        box.append(make("div", {}, make("h4", { text: "Trusted rows with the nearest scores" }), list));
+        box.append(make("div", {}, make("h3", { text: "Trusted rows with the nearest scores" }), list));
       }
     }
-    const whole = make("div", {}, make("h4", { text: "Text" }));
+    const whole = make("div", {}, make("h3", { text: "Text" }));
     if (rows.question[i]) whole.append(make("div", { class: "text asked", dir: "auto", text: rows.question[i] }));
     whole.append(make("div", { class: "text", dir: "auto", text: rows.answer[i] || "(none)" }));
     const facts = [`row ${rows.row[i]}`, `weight ${number(rows.weight[i], 4)}`, `rank ${rows.rank[i]}`, `score ${signed(score)}`,
