@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import sys
 
 import pytest
 
@@ -221,9 +220,3 @@ def test_mistakes_are_told_without_traceback(options, message, folder, capsys):
     assert evaluate(folder, *options) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
-
-
-def test_tables_need_rich(folder, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert evaluate(folder, "model", "--dataset", "rows.jsonl") == 1
-    assert "pip install 'trl-bilevel[evaluation]', or give `--json`" in capsys.readouterr().err

@@ -4,12 +4,11 @@ import csv
 
 import pytest
 
+from trl_bilevel.data.answers import STUB, TEST_REFUSAL
 from trl_bilevel.demo import assets, experiment
 from trl_bilevel.demo.tasks import REFUSALS
 from trl_bilevel.evaluation.prompts import LABELLED_REFUSALS
 from trl_bilevel.evaluation.refusal import (
-    STUB,
-    TEST_REFUSAL,
     KeywordRefusals,
     is_refusal,
     load_object,
@@ -74,7 +73,7 @@ def test_objects_by_name():
     with pytest.raises(ValueError, match="Could not import 'no.such:thing', given for `judge`"):
         load_object("no.such:thing", "judge")
     with pytest.raises(ValueError, match="has no method `judge`"):
-        load_object("trl_bilevel.evaluation.refusal:STUB", "refusal_judge")
+        load_object("trl_bilevel.data.answers:STUB", "refusal_judge")
 
 
 def test_the_demo_judges_by_the_same_function():

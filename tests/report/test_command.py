@@ -31,12 +31,6 @@ def test_a_report_that_fails_does_not_fail_the_run(monkeypatch):
     monkeypatch.setattr("trl_bilevel.report.write_report", lambda *a, **k: 1 / 0)
     assert "ZeroDivisionError" in report_lines(trainer)[0]
 
-    def missing(*args, **kwargs):
-        raise ImportError
-
-    monkeypatch.setattr("trl_bilevel.report.write_report", missing)
-    assert "trl-bilevel[report]" in report_lines(trainer)[0] and "trl-bilevel report out" in report_lines(trainer)[0]
-
 
 def test_a_report_needs_no_torch(make_run):
     code = (

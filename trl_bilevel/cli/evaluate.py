@@ -265,13 +265,8 @@ def run(arguments: list[str]) -> None:
         words = ["--model_name_or_path", *words]
     args, model_args = parse(make_parser(), words)
     check(args, model_args)
-    if not args.json:
-        try:
-            from rich.console import Console
-        except ImportError as error:
-            raise RuntimeError(
-                "The tables need the package rich: pip install 'trl-bilevel[evaluation]', or give `--json`."
-            ) from error
+    from rich.console import Console
+
     from ..evaluation.report import as_json, show
 
     # Judges of the user's own lie where the command is given, as with `python -m`.

@@ -50,9 +50,6 @@ def report_lines(trainer: Any, rows_file: str | None = None) -> list[str]:
 
     try:
         target = write_report(trainer, rows_file=rows_file)
-    except ImportError:
-        then = f"trl-bilevel report {trainer.args.output_dir}"
-        return [f"No report: it needs matplotlib. pip install 'trl-bilevel[report]', then: {then}"]
     except Exception as error:
         return [f"The report could not be written: {type(error).__name__}: {error}"]
     return [f"Report: {target}"]

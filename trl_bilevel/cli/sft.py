@@ -50,18 +50,20 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     lines = [f"Model saved to {training_args.output_dir}."]
     if trainer.validation is not None:
         lines.append(f"Validation loss: {trainer.validation_loss()['total']:.4f} nats per token.")
+    # A stream is copied only if that was asked for.
+    writes = trainer.selects and bool(not trainer.streams or script_args.weighted_dataset_path)
     if trainer.selects and trainer.is_world_process_zero():
-        ess = trainer.selection.metrics()["selector/ess"]
-        lines.append(f"Effective sample size {ess:.0%} of the rows.")
-        # A stream is copied only if that was asked for.
-        if not trainer.streams or script_args.weighted_dataset_path:
+        ess = trainer.selection.metrics().get("selector/ess")
+        if ess is not None:
+            lines.append(f"Effective sample size {ess:.0%} of the rows.")
+        if writes:
             write_rows(trainer.weighted_dataset(), path)
             lines.append(f"Weighted rows saved to {path}.")
             lines.append(f"Next: trl-bilevel export {path} --top-k 1000 --output best.jsonl")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     # Last: the report holds text of the rows, and is not pushed with the model.
-    lines += report_lines(trainer, path if trainer.selects else None)
+    lines += report_lines(trainer, path if writes else None)
     trainer.accelerator.print("\n".join(lines))
     trainer.end()
 

@@ -113,8 +113,8 @@ def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
 
 def _save(trainer: Any, rows_file: str | Path | None) -> Path:
     """Have the trainer's record and weighted rows on disk; returns its folder."""
+    from ..data.files import atomically
     from ..trainer.record import callback_of
-    from ..trainer.selection import atomically
 
     if not hasattr(trainer, "callback_handler"):
         raise TypeError(
@@ -123,7 +123,7 @@ def _save(trainer: Any, rows_file: str | Path | None) -> Path:
     folder = Path(trainer.args.output_dir)
     callback_of(trainer).save(None if rows_file is None else str(Path(rows_file).resolve()))
     side = trainer.offline.trainer if hasattr(trainer, "offline") else trainer
-    if side.weighs and rows_file is None and trainer.args.should_save:
+    if side.weighs and not side.streams and rows_file is None and trainer.args.should_save:
         atomically(folder / WEIGHTED_FILE, lambda path: side.weighted_dataset().to_parquet(path))
     return folder
 

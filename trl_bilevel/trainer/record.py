@@ -27,9 +27,9 @@ from trl import GRPOConfig, SFTConfig
 from .._version import __version__
 from ..core.statistics import evenly_spaced
 from ..data.export import data_ranks
+from ..data.files import atomically
 from ..data.identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID, fingerprint
 from .bilevel_sft_config import BilevelSFTConfig
-from .selection import atomically
 from .self_refine_config import SelfRefineConfig
 
 if TYPE_CHECKING:
@@ -189,9 +189,11 @@ class RecordCallback(TrainerCallback):
             _write_json(folder / RUN_FILE, facts)
             side = _offline(trainer)
             if side.weighs:
-                weights = side.sample_weights()
+                # Of a stream, the rows of its sample: nobody can list the others.
+                table_of = side.selection.table
+                weights = side.sample_weights() if table_of is None else side.selection.seen_weights(table_of.sample)
                 table = {DATA_WEIGHT: _column(weights), DATA_RANK: pa.array(data_ranks(weights).numpy())}
-                if side.updates_online:
+                if side.updates_online and table_of is None:
                     table["mean_score"] = _column(side.selection.state.score_mean[side.selection.units(_all(side))])
                 _write_table(folder / WEIGHTS_FILE, table)
         except OSError as error:
