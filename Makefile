@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # More threads per process only slow small models down; the demo has the machine to itself.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-refine test test-fast test-slow test-lowest lint benchmarks clean
+.PHONY: demo demo-refine test test-fast test-slow test-lowest test-newest errors-table lint audit benchmarks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,10 +29,21 @@ test-fast: $(STAMP)
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
+# Torch as in constraints.txt in both: the one CPU build that everything is tried with.
+TORCH := $(shell grep ^torch== constraints.txt)
+
 test-lowest:  ## what rests on TRL, transformers and PEFT, with the lowest versions allowed
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 -m "not slow" tests/trainer tests/invariant tests/data
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m compat
+
+test-newest:  ## the same, with the newest versions allowed that are published today
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[test]" $(TORCH)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal -m compat
+
+errors-table: $(STAMP)  ## docs/errors.md, from the tests of bad input
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m bad_input --errors-table docs/errors.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -44,4 +55,4 @@ benchmarks: $(STAMP)  ## regenerate benchmarks/results and docs/results.md (hour
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) .venv-lowest demo_out demo_refine_out
+	rm -rf $(VENV) .venv-lowest .venv-newest demo_out demo_refine_out

@@ -76,7 +76,9 @@ def train(folder, processes, overrides, worker="worker"):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.compat if n == "default" else ()) for n in METHODS]
+)
 def test_two_processes_equal_one(name, tmp_path):
     one, two = (train(tmp_path / str(n), n, METHODS[name] | {"max_steps": 20}) for n in (1, 2))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)

@@ -123,7 +123,9 @@ UNPACKED = {"filter_rate", "alignment_normalise"}
 PACKABLE = {name: {k: v for k, v in method.items() if k not in UNPACKED} for name, method in METHODS.items()}
 
 
-@pytest.mark.parametrize("name", PACKABLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.compat if n == "default" else ()) for n in PACKABLE]
+)
 def test_packed_training_equals_unpacked_training(name, train, equal_rows):
     settings = {"selector_weighting": "loss", "train_sampling_strategy": "sequential", **PACKABLE[name]}
     padded = train(equal_rows, per_device_train_batch_size=8, **settings)
@@ -163,6 +165,7 @@ def test_row_losses_of_a_packed_batch_are_those_of_the_rows(attention, train, ti
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.compat
 def test_uniform_weights_of_packed_rows_are_trls_packing(config, tiny_model, train_rows, tokenizer, tmp_path):
     """Row numbers change neither the packed rows nor their order."""
     for strategy in STRATEGIES:

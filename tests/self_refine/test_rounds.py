@@ -14,7 +14,9 @@ from trl_bilevel import BilevelSFTTrainer, SelfRefineTrainer
 from trl_bilevel.trainer.rounds import Snapshot
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(True, id="lora", marks=pytest.mark.compat), pytest.param(False, id="full")]
+)
 def test_rounds_train_and_keep_their_books(build, adapter, tmp_path):
     trainer = build(adapter=adapter, eval_dataset=Dataset.from_list([{"prompt": "a", "completion": "b c"}]))
     before = parameters(trainer)

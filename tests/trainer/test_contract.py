@@ -1,107 +1,199 @@
-"""What we rely on in TRL, transformers and PEFT. A failure here says which release changed it."""
+"""The names that we rely on in TRL, transformers, PEFT and accelerate. A failure says what is missing, and where used.
 
+What they do: `test_contract_behaviour.py`.
+"""
+
+import ast
+import functools
+import importlib
+import importlib.metadata
 import inspect
+from pathlib import Path
 
 import pytest
-import torch
 import transformers
 import trl
-from datasets import Dataset
-from packaging.version import Version
+from packaging.requirements import Requirement
+from peft import LoraConfig
 from transformers import Trainer
-from trl import SFTTrainer, pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl import GRPOTrainer, ModelConfig, SFTTrainer, TrlParser
 
-from trl_bilevel.data.batches import concatenate_batches
-from trl_bilevel.data.identity import SAMPLE_ID, SEGMENTS, SampleIdCollator
+from trl_bilevel import BilevelSFTTrainer, SelfRefineTrainer
+
+pytestmark = pytest.mark.compat
+
+SOURCES = Path(inspect.getfile(BilevelSFTTrainer)).parents[1]
+VERSIONS = f"trl {trl.__version__}, transformers {transformers.__version__}"
+# Of the modules in `trainer/`, those whose `trainer` is a `SelfRefineTrainer`.
+REFINING = {"responses", "round_callback", "refine_setup"}
 
 
-def test_trl_version_is_supported():
-    assert Version("1.16") <= Version(trl.__version__) < Version("1.17"), (
-        f"TRL {trl.__version__} is outside the tested range >=1.16,<1.17: run the suite, then widen pyproject.toml."
+def requirements():
+    found = map(Requirement, importlib.metadata.requires("trl-bilevel") or [])
+    return [requirement for requirement in found if requirement.marker is None]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
+def test_version_is_in_the_stated_range(requirement):
+    version = importlib.metadata.version(requirement.name)
+    assert requirement.specifier.contains(version, prereleases=True), (
+        f"{requirement.name} {version} is outside the range {requirement.specifier} that pyproject.toml states: run "
+        "the suite with it, then widen the range."
     )
+
+
+def imported_names():
+    """Every `from library import name` in our sources, those within functions too."""
+    found = {}
+    for file in sorted(SOURCES.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                library = node.module.split(".")[0]
+                if library in ("trl", "transformers", "peft", "accelerate", "datasets"):
+                    for alias in node.names:
+                        found.setdefault((node.module, alias.name), f"{file.relative_to(SOURCES)}:{node.lineno}")
+    return [(module, name, place) for (module, name), place in sorted(found.items())]
+
+
+@pytest.mark.parametrize(("module", "name", "place"), imported_names())
+def test_import(module, name, place):
+    try:
+        found = hasattr(importlib.import_module(module), name)
+    except ImportError:
+        found = False
+    library = module.split(".")[0]
+    version = importlib.metadata.version(library)
+    assert found, f"{library} {version} has no `{module}.{name}`, which trl_bilevel/{place} imports."
+
+
+LOSS = ["model", "inputs", "return_outputs", "num_items_in_batch"]
+SIGNATURES = [
+    # Overridden by BilevelSFTTrainer.
+    (
+        SFTTrainer,
+        "__init__",
+        ["model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class", ...],
+    ),
+    (SFTTrainer, "compute_loss", LOSS),
+    (SFTTrainer, "_set_signature_columns_if_needed", []),
+    (
+        SFTTrainer,
+        "_prepare_dataset",
+        ["dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
+    ),
+    (SFTTrainer, "training_step", ["args", "kwargs"]),
+    (SFTTrainer, "log", ["logs", "start_time"]),
+    (Trainer, "training_step", ["model", "inputs", "num_items_in_batch"]),
+    (Trainer, "get_batch_samples", ["epoch_iterator", "num_batches", "device"]),
+    (Trainer, "_get_train_sampler", ["train_dataset"]),
+    (Trainer, "train", ["resume_from_checkpoint", ...]),
+    (Trainer, "save_model", ["output_dir", "_internal_call"]),
+    (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
+    # Overridden by SelfRefineTrainer.
+    (GRPOTrainer, "__init__", ["model", "reward_funcs", "args", "train_dataset", ...]),
+    (GRPOTrainer, "compute_loss", LOSS),
+    (GRPOTrainer, "_get_train_sampler", ["dataset"]),
+    (GRPOTrainer, "_generate_single_turn", ["prompt_ids", ...]),
+    (GRPOTrainer, "_save_checkpoint", ["model", "trial"]),
+    (Trainer, "evaluate", ["eval_dataset", "ignore_keys", "metric_key_prefix"]),
+    # Called by us.
+    (SFTTrainer, "_save_checkpoint", ["model", "trial"]),
+    (GRPOTrainer, "_tokenize_prompts", ["prompts"]),
+    (Trainer, "_get_output_dir", ["trial"]),
+    (Trainer, "_prepare_inputs", ["inputs"]),
+    (Trainer, "compute_loss_context_manager", []),
+    (Trainer, "log", ["logs", "start_time"]),
+    (TrlParser, "parse_args_and_config", ["args", "return_remaining_strings", "fail_with_unknown_args", ...]),
+]
 
 
 @pytest.mark.parametrize(
-    ("owner", "method", "arguments"),
-    [
-        (SFTTrainer, "compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]),
-        (SFTTrainer, "_set_signature_columns_if_needed", []),
-        (
-            SFTTrainer,
-            "_prepare_dataset",
-            ["dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
-        ),
-        (SFTTrainer, "training_step", ["args", "kwargs"]),
-        (SFTTrainer, "log", ["logs", "start_time"]),
-        (Trainer, "get_batch_samples", ["epoch_iterator", "num_batches", "device"]),
-        (Trainer, "training_step", ["model", "inputs", "num_items_in_batch"]),
-        (Trainer, "_get_train_sampler", ["train_dataset"]),
-        (Trainer, "save_model", ["output_dir", "_internal_call"]),
-        (Trainer, "_save_checkpoint", ["model", "trial"]),
-        (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
-    ],
+    ("owner", "method", "arguments"), SIGNATURES, ids=lambda part: getattr(part, "__name__", None) or str(part)[:20]
 )
 def test_signature(owner, method, arguments):
-    found = list(inspect.signature(getattr(owner, method)).parameters)[1:]
+    function = getattr(owner, method, None)
+    assert function is not None, f"{owner.__name__} has no method `{method}` in {VERSIONS}."
+    found = list(inspect.signature(function).parameters)[1:]
+    if arguments and arguments[-1] is ...:
+        found = [*found[: len(arguments) - 1], ...]
     assert found == arguments, (
-        f"{owner.__name__}.{method} takes {found} in trl {trl.__version__} / transformers {transformers.__version__}; "
-        f"trl_bilevel was written for {arguments}."
+        f"{owner.__name__}.{method} takes {found} in {VERSIONS}; trl_bilevel was written for {arguments}."
     )
 
 
-def test_the_fused_head_gives_what_the_weights_multiply(tiny_model, config, train_rows, tokenizer):
-    from trl_bilevel import BilevelSFTTrainer
+@pytest.mark.parametrize("ours", [BilevelSFTTrainer, SelfRefineTrainer])
+def test_every_override_is_in_the_list(ours):
+    parent = ours.__mro__[1]
+    overridden = {name for name, value in vars(ours).items() if inspect.isfunction(value) and hasattr(parent, name)}
+    listed = {method for owner, method, _ in SIGNATURES if issubclass(parent, owner)}
+    assert overridden <= listed, f"{ours.__name__} overrides {overridden - listed}: add them to SIGNATURES."
 
-    trainer = BilevelSFTTrainer(
+
+@pytest.fixture
+def trainers(tiny_model, config, train_rows, rows, tokenizer, tmp_path):
+    from datasets import Dataset
+
+    from tests.conftest import base_arguments
+    from trl_bilevel import SelfRefineConfig
+
+    refining = SelfRefineTrainer(
         tiny_model(),
-        config(weight_estimator="none", validation_loss_weight=0),
-        train_dataset=train_rows,
+        SelfRefineConfig(**base_arguments(tmp_path) | {"max_steps": -1}),
+        train_rows,
+        Dataset.from_list(rows[40:80]),
         processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules="all-linear"),
     )
-    rows = [{k: trainer.train_dataset[i][k] for k in ("input_ids", "labels")} for i in range(3)]
-    batch = trainer.data_collator(rows)
-    outputs = trainer.model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        labels=batch["labels"],
-        use_cache=False,
-        fused_lm_head=True,
-    )
-    assert outputs.log_probs.shape == outputs.label_mask.shape == (3, batch["input_ids"].shape[1] - 1)
-    assert torch.equal(outputs.label_mask.bool(), batch["labels"][:, 1:] != -100)
-    assert (outputs.log_probs[~outputs.label_mask.bool()] == 0).all(), "log_probs are not zero where ignored"
+    return {BilevelSFTTrainer: refining.offline.trainer, SelfRefineTrainer: refining}
 
 
-def test_padding_free_batches_hold_what_we_join():
-    """Two batches that are joined are the batch of all their rows."""
-    rows = [{"input_ids": list(range(5, 5 + n)), "labels": [-100, *range(6, 5 + n)]} for n in (3, 1, 4, 2)]
-    collator = SampleIdCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True), merges=True)
-    rows = [row | {SAMPLE_ID: number} for number, row in enumerate(rows)]
-    whole = collator(rows)
-    known = {"input_ids", "labels", "position_ids", "seq_idx", SAMPLE_ID, SEGMENTS}
-    known |= {f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"}
-    assert set(whole) == known, "TRL's collator gives other inputs: see data.batches.concatenate_batches"
-    joined = concatenate_batches(collator(rows[:2]), collator(rows[2:]), 0)
-    for name, value in whole.items():
-        assert torch.equal(torch.as_tensor(joined[name]), torch.as_tensor(value)), name
+def accesses():
+    """What our modules read of a trainer, its `args` and its `accelerator`: (class, path of names, place)."""
+    for file in sorted(SOURCES.glob("trainer/*.py")):
+        tree = ast.parse(file.read_text())
+        owner = SelfRefineTrainer if file.stem in REFINING | {"self_refine_trainer"} else BilevelSFTTrainer
+        trainer_is_self = file.stem.endswith("_trainer")
+        for node in ast.walk(tree):
+            names = []
+            part = node
+            while isinstance(part, ast.Attribute):
+                names.insert(0, part.attr)
+                part = part.value
+            if not names or not isinstance(part, ast.Name) or not isinstance(node.ctx, ast.Load):
+                continue
+            names.insert(0, part.id)
+            own = owner
+            if "trainer" in names[:-1]:
+                start = max(i for i, name in enumerate(names[:-1]) if name == "trainer") + 1
+                own = BilevelSFTTrainer if names[start - 2 : start - 1] == ["offline"] else owner
+            elif names[0] == "self" and trainer_is_self:
+                start = 1
+            else:
+                continue
+            depth = 2 if names[start] in ("args", "accelerator", "state") else 1
+            yield own, tuple(names[start : start + depth]), f"{file.relative_to(SOURCES)}:{node.lineno}"
 
 
-def test_the_packer_carries_our_numbers():
-    rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3]], SAMPLE_ID: [[7, 7], [8]]})
-    packed = pack_dataset(rows, 4, "bfd")
-    assert packed[0] == {
-        "input_ids": [1, 2, 3],
-        "labels": [1, 2, 3],
-        SAMPLE_ID: [7, 7, 8],
-        "seq_lengths": [2, 1],
-    }, "TRL's packer drops or reorders columns: see data.packing"
+def test_what_we_read_of_the_trainers_is_there(trainers):
+    missing = []
+    found = set(accesses())
+    assert len(found) > 100
+    for owner, path, place in sorted(found, key=lambda entry: entry[2]):
+        trainer = trainers[owner]
+        try:
+            functools.reduce(getattr, path, trainer)
+        except AttributeError:
+            missing.append(f"`{'.'.join(path)}` of {owner.__name__} (trl_bilevel/{place})")
+    assert not missing, f"Gone in {VERSIONS}, accelerate {importlib.metadata.version('accelerate')}: {missing}"
 
 
-def test_compute_loss_only_calls_the_model_and_sums_log_probs():
-    """TRL is handed a model with scaled log-probabilities; it must use them for the loss only."""
-    body = inspect.getsource(SFTTrainer.compute_loss)
-    assert "outputs = model(**inputs, fused_lm_head=True)" in body, "TRL calls the model in another way"
-    assert "per_token_loss = -outputs.log_probs" in body, "TRL builds the loss in another way"
-    for used in ("outputs.label_mask", "outputs.entropy", "outputs.is_top1"):
-        assert used in body
+def test_arguments_that_we_hand_over(trainers):
+    """Fields that we set or copy by name."""
+    from trl_bilevel.trainer.offline import SHARED
+
+    args = trainers[SelfRefineTrainer].args
+    names = [*SHARED, "generation_batch_size", "steps_per_generation", "num_iterations", "scale_rewards", "use_vllm"]
+    missing = [name for name in names if not hasattr(args, name)]
+    assert not missing, f"The configs of {VERSIONS} have no {missing}."
+    missing = [name for name in ("model_name_or_path", "use_peft", "load_in_4bit") if not hasattr(ModelConfig(), name)]
+    assert not missing, f"`trl.ModelConfig` has no {missing} in {VERSIONS}."

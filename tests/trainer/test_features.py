@@ -42,6 +42,7 @@ def token_losses(model, tokenizer, rows):
     return out
 
 
+@pytest.mark.compat
 def test_first_loss_is_the_objective_computed_by_hand(build, tiny_model, tokenizer, train_rows, validation_rows):
     weight = 0.3
     trainer = build(
@@ -323,6 +324,7 @@ def test_presets_set_what_they_say(config):
         )
 
 
+@pytest.mark.compat
 def test_saved_files(build, tmp_path):
     trainer = build(adapter=True, save_strategy="steps", save_steps=3)
     trainer.train()

@@ -53,7 +53,9 @@ def as_format(name, rows, tokenizer):
     return Dataset.from_list([make(row) for row in rows]), overrides
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(True, id="lora", marks=pytest.mark.compat), pytest.param(False, id="full")]
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_equals_sft_trainer_bit_for_bit(name, adapter, rows, tokenizer, tiny_model, tmp_path):
     data, overrides = as_format(name, rows[:40], tokenizer)
