@@ -28,8 +28,8 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
     if path.suffix in FILE_FORMATS:
         if not path.is_file():
             raise FileNotFoundError(f"There is no data file {name}.")
+        part = _local_split(name, split)
         try:
-            part = _local_split(name, split)
             return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=part, **kwargs)
         except Exception as error:
             raise ValueError(
