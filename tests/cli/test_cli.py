@@ -8,8 +8,19 @@ import sys
 import pytest
 from datasets import Dataset
 
+from tests.errors_table import bad_input, note
 from trl_bilevel.cli.data import load_rows
 from trl_bilevel.cli.main import main
+
+COMMANDS = "Commands"
+
+
+def bad_command(arguments, *values):
+    return bad_input(COMMANDS, f"`trl-bilevel {' '.join(arguments)}`", arguments, *values)
+
+
+def bad_option(arguments, message):
+    return bad_input(COMMANDS, f"`trl-bilevel sft --config run.yaml {' '.join(arguments)}`", arguments, message)
 
 
 @pytest.fixture
@@ -40,6 +51,7 @@ disable_tqdm: true
     return tmp_path
 
 
+@pytest.mark.compat
 def test_sft_trains_and_export_filters(run_folder, capsys):
     assert main(["sft", "--config", f"{run_folder}/run.yaml", "--max_steps", "4"]) == 0
     assert (run_folder / "out" / "adapter_model.safetensors").is_file()
@@ -81,6 +93,7 @@ datasets:
     assert "Next:" not in capsys.readouterr().out and not (run_folder / "out2" / "weighted.parquet").exists()
 
 
+@pytest.mark.compat
 def test_refine_goes_on_from_an_sft_run(run_folder, capsys):
     assert main(["sft", "--config", f"{run_folder}/run.yaml"]) == 0
     (run_folder / "refine.yaml").write_text(
@@ -107,6 +120,7 @@ disable_tqdm: true
     assert "of 2 rounds kept" in capsys.readouterr().out
 
 
+@pytest.mark.compat
 def test_mixture_names_its_sources(run_folder):
     (run_folder / "mixture.yaml").write_text(
         (run_folder / "run.yaml").read_text().replace(f"dataset_name: {run_folder}/mixed.jsonl\n", "", 1)
@@ -126,11 +140,15 @@ selector_group_column: source
     assert len({(s, round(w, 6)) for s, w in zip(table["source"], table["data_weight"], strict=True)}) == 2
 
 
-def test_unknown_yaml_keys_are_errors(run_folder, capsys):
+@pytest.mark.compat
+@pytest.mark.bad_input(COMMANDS, "an unknown key in the file of `--config`")
+def test_unknown_yaml_keys_are_errors(run_folder, capsys, request):
     with (run_folder / "run.yaml").open("a") as file:
         file.write("pilot_stepz: 3\n")
     assert main(["sft", "--config", f"{run_folder}/run.yaml"]) == 1
-    assert "pilot_stepz" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "pilot_stepz" in error
+    note(request, "exit 1", error)
 
 
 @pytest.mark.parametrize(
@@ -138,17 +156,19 @@ def test_unknown_yaml_keys_are_errors(run_folder, capsys):
     [
         ([], 2, "usage"),
         (["--help"], 0, "commands:"),
-        (["dance"], 2, "unknown command 'dance'"),
+        bad_command(["dance"], 2, "unknown command 'dance'"),
         (["--version"], 0, "trl-bilevel 0."),
-        (["export", "nowhere", "--output", "x.jsonl"], 1, "no weighted data set"),
-        (["demo", "--arms", "magic"], 1, "Unknown arm"),
-        (["sft", "--output_dir", "x", "--use_cpu", "True", "--bf16", "False"], 1, "Give the training rows"),
+        bad_command(["export", "nowhere", "--output", "x.jsonl"], 1, "no weighted data set"),
+        bad_command(["demo", "--arms", "magic"], 1, "Unknown arm"),
+        bad_command(["sft", "--output_dir", "x", "--use_cpu", "True", "--bf16", "False"], 1, "Give the training rows"),
     ],
 )
-def test_exit_codes_and_messages(arguments, code, message, capsys):
+def test_exit_codes_and_messages(arguments, code, message, capsys, request):
     assert main(arguments) == code
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
+    if request.node.get_closest_marker("bad_input"):
+        note(request, f"exit {code}", captured.err)
 
 
 def test_help_does_not_import_torch():
@@ -179,6 +199,7 @@ def test_a_slice_of_local_rows(folder, run_folder, rows):
         load_rows(name, split="dev")
 
 
+@pytest.mark.compat
 def test_resume_from_the_newest_checkpoint(run_folder):
     saving = ["sft", "--config", f"{run_folder}/run.yaml", "--save_strategy", "steps", "--save_steps", "2"]
     assert main([*saving, "--max_steps", "2"]) == 0
@@ -196,16 +217,16 @@ def test_weighted_rows_are_written_as_their_name_says(run_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weighted_dataset_path", "w.xlsx"], "files that end in .parquet, .jsonl, .csv, got 'w.xlsx'"),
-        (["--streaming", "true", "--packing", "true"], "not supported with a stream"),
-        (["--test_split_size", "0.5"], "`test_split_size` is not supported"),
-        (["--dataset_name", "FOLDER/empty.jsonl"], "Could not read the data file"),
-        (["--dataset_name", "FOLDER/broken.jsonl"], "Could not read the data file"),
-        (["--dataset_name", "FOLDER/odd.jsonl"], "columns ['question', 'answer'], in which no text format"),
-        (["--dataset_train_split", "dev"], "has no split 'dev'"),
+        bad_option(["--weighted_dataset_path", "w.xlsx"], "files that end in .parquet, .jsonl, .csv, got 'w.xlsx'"),
+        bad_option(["--streaming", "true", "--packing", "true"], "not supported with a stream"),
+        bad_option(["--test_split_size", "0.5"], "`test_split_size` is not supported"),
+        bad_option(["--dataset_name", "FOLDER/empty.jsonl"], "Could not read the data file"),
+        bad_option(["--dataset_name", "FOLDER/broken.jsonl"], "Could not read the data file"),
+        bad_option(["--dataset_name", "FOLDER/odd.jsonl"], "columns ['question', 'answer'], in which no text format"),
+        bad_option(["--dataset_train_split", "dev"], "has no split 'dev'"),
     ],
 )
-def test_mistakes_are_told_without_traceback(arguments, message, run_folder, capsys):
+def test_mistakes_are_told_without_traceback(arguments, message, run_folder, capsys, request):
     (run_folder / "empty.jsonl").write_text("")
     (run_folder / "broken.jsonl").write_text('{"prompt": ')
     (run_folder / "odd.jsonl").write_text(40 * '{"question": "a", "answer": "b"}\n')
@@ -213,8 +234,12 @@ def test_mistakes_are_told_without_traceback(arguments, message, run_folder, cap
     assert main(["sft", "--config", f"{run_folder}/run.yaml", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    note(request, "exit 1", error)
 
 
-def test_export_of_another_table(run_folder, capsys):
+@pytest.mark.bad_input(COMMANDS, "`trl-bilevel export` of a table without weights")
+def test_export_of_another_table(run_folder, capsys, request):
     assert main(["export", f"{run_folder}/trusted.parquet", "--output", f"{run_folder}/x.jsonl"]) == 1
-    assert "has no column data_weight" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "has no column data_weight" in error
+    note(request, "exit 1", error)

@@ -3,11 +3,14 @@
 import pytest
 from datasets import Dataset
 
+from tests.errors_table import REFINE_DATA as DATA
+from tests.errors_table import bad_input, bad_settings
 from trl_bilevel import SelfRefineTrainer
 
+SETTINGS = "Settings of `SelfRefineConfig`"
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
+CONFIGS = bad_settings(
+    SETTINGS,
     [
         ({"num_generations": 1}, "implicit_weight_scope='round'"),
         ({"implicit_weight_scope": "batch"}, "implicit_weight_scope"),
@@ -48,62 +51,144 @@ from trl_bilevel import SelfRefineTrainer
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
     ],
 )
-def test_bad_settings_are_refused(refine_config, overrides, message):
-    with pytest.raises(ValueError, match=message):
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONFIGS)
+def test_bad_settings_are_refused(refused, refine_config, overrides, message):
+    with refused(message):
         refine_config(**overrides)
 
 
-def test_bad_data_is_refused(build, rows, train_rows, trusted):
-    cases = [
-        ({"validation": trusted.select(range(12))}, "too few to split"),
-        ({"train": Dataset.from_list([{"text": "a"}] * 20)}, "has no column 'prompt'"),
-        ({"train": train_rows.add_column("data_weight", [-1.0] * 40)}, "`data_weight`"),
-        ({"prompt_dataset": train_rows.select_columns(["prompt"])}, "lowest_weight"),
-        ({"selection_dataset": trusted.select(range(3))}, "select the model"),
-        ({"train": train_rows.add_column("chat_template_kwargs", [{"style": "x"}] * 40)}, "chat_template_kwargs"),
-    ]
-    for overrides, message in cases:
-        with pytest.raises(ValueError, match=message):
-            build(**overrides)
-    for overrides, argument in (
-        ({"train": rows}, "train_dataset"),
-        ({"validation": rows[40:80]}, "validation_dataset"),
-        ({"validation": rows[40:80], "selection_dataset": trusted}, "validation_dataset"),
-        ({"selection_dataset": rows[40:80]}, "selection_dataset"),
-    ):
-        with pytest.raises(TypeError, match=f"`{argument}`.* must be"):
-            build(**overrides)
+def with_column(name, value):
+    return lambda rows: rows.add_column(name, [value] * len(rows))
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        bad_input(DATA, "12 validation rows", "validation", lambda rows: rows.select(range(12)), "too few to split"),
+        bad_input(
+            DATA,
+            "training rows of text alone",
+            "train",
+            lambda rows: Dataset.from_list([{"text": "a"}] * 20),
+            "has no column 'prompt'",
+        ),
+        bad_input(
+            DATA, "training rows with `data_weight=-1.0`", "train", with_column("data_weight", -1.0), "`data_weight`"
+        ),
+        bad_input(
+            DATA,
+            "`prompt_dataset`, with `question_strategy='lowest_weight'`",
+            "prompt_dataset",
+            lambda rows: rows.select_columns(["prompt"]),
+            "lowest_weight",
+        ),
+        bad_input(
+            DATA,
+            "3 rows as `selection_dataset`",
+            "selection_dataset",
+            lambda rows: rows.select(range(3)),
+            "select the",
+        ),
+        bad_input(
+            DATA,
+            "training rows with a column `chat_template_kwargs`",
+            "train",
+            with_column("chat_template_kwargs", {"style": "x"}),
+            "chat_template_kwargs",
+        ),
+    ],
+)
+def test_bad_data_is_refused(refused, build, train_rows, trusted, argument, change, message):
+    rows = trusted if argument in ("validation", "selection_dataset") else train_rows
+    with refused(message):
+        build(**{argument: change(rows)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        bad_input(DATA, "a list as `train_dataset`", {"train": "list"}, "`train_dataset`.* must be"),
+        bad_input(DATA, "a list as `validation_dataset`", {"validation": "list"}, "`validation_dataset`.* must be"),
+        bad_input(
+            DATA,
+            "a list as `validation_dataset`, with a `selection_dataset`",
+            {"validation": "list", "selection_dataset": "trusted"},
+            "`validation_dataset`.* must be",
+        ),
+        bad_input(
+            DATA, "a list as `selection_dataset`", {"selection_dataset": "list"}, "`selection_dataset`.* must be"
+        ),
+    ],
+)
+def test_lists_are_refused(refused, build, rows, trusted, arguments, message):
+    kinds = {"list": rows[40:80], "trusted": trusted}
+    with refused(message, TypeError):
+        build(**{name: kinds[kind] for name, kind in arguments.items()})
+
+
+SELECTING, REPORTING = (
+    "should select the model are also among those that",
+    "should only report are also among those that",
+)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"selection_dataset": range(40, 52)}, "should select the model are also among those that drive the scores"),
-        ({"selection_dataset": range(0, 12)}, "should select the model are also among those that are trained on"),
-        ({"eval_dataset": range(40, 80)}, "should only report are also among those that select the model"),
-        ({"eval_dataset": range(0, 4)}, "should only report are also among those that are trained on"),
+        bad_input(
+            DATA,
+            "`selection_dataset` shares rows with `validation_dataset`",
+            {"selection_dataset": range(40, 52)},
+            f"{SELECTING} drive the scores",
+        ),
+        bad_input(
+            DATA,
+            "`selection_dataset` shares rows with `train_dataset`",
+            {"selection_dataset": range(0, 12)},
+            f"{SELECTING} are trained on",
+        ),
+        bad_input(
+            DATA,
+            "`eval_dataset` shares rows with `validation_dataset`",
+            {"eval_dataset": range(40, 80)},
+            f"{REPORTING} select the model",
+        ),
+        bad_input(
+            DATA,
+            "`eval_dataset` shares rows with `train_dataset`",
+            {"eval_dataset": range(0, 4)},
+            f"{REPORTING} are trained on",
+        ),
     ],
 )
-def test_rows_on_two_sides_are_warned_of(build, rows, overrides, message):
-    with pytest.warns(UserWarning, match=message):
+def test_rows_on_two_sides_are_warned_of(refused, build, rows, overrides, message):
+    with refused(message, UserWarning):
         build(**{name: Dataset.from_list([rows[i] for i in chosen]) for name, chosen in overrides.items()})
 
 
-def test_vllm_and_templates_that_are_missing(build, refine_config, tiny_model, train_rows, trusted, tokenizer):
-    with pytest.raises(ImportError, match="vLLM is not installed"):
+@pytest.mark.bad_input(SETTINGS, "`use_vllm=True` without vLLM")
+def test_vllm_that_is_missing(refused, build):
+    with refused("vLLM is not installed", ImportError):
         build(use_vllm=True)
+
+
+@pytest.mark.bad_input(DATA, "conversations, and a tokenizer without a chat template")
+def test_a_template_that_is_missing(refused, refine_config, tiny_model, trusted, tokenizer):
     bare = tokenizer.__class__(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>"
     )
     chats = Dataset.from_list(
         [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}] * 40
     )
-    with pytest.raises(ValueError, match="chat template"):
+    with refused("chat template"):
         SelfRefineTrainer(tiny_model(), refine_config(), chats, trusted, processing_class=bare)
 
 
-def test_reward_functions_are_not_taken(refine_config, tiny_model, train_rows, trusted, tokenizer):
-    with pytest.raises((ValueError, TypeError), match="reward_funcs"):
+@pytest.mark.bad_input(SETTINGS, "`reward_funcs`")
+def test_reward_functions_are_not_taken(refused, refine_config, tiny_model, train_rows, trusted, tokenizer):
+    with refused("reward_funcs", (ValueError, TypeError)):
         SelfRefineTrainer(
             tiny_model(),
             refine_config(),

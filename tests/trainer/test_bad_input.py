@@ -8,11 +8,14 @@ from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 from trl import pack_dataset
 
+from tests.errors_table import CHECKPOINTS, DATA, SUPPORT, bad_input, bad_settings
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
 
+SETTINGS = "Settings of `BilevelSFTConfig`"
+SCORES = "Losses and scores that are not finite"
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+CONFIGS = bad_settings(
+    SETTINGS,
     [
         ({"weight_estimator": "magic"}, r"`weight_estimator` must be one of 'value_function'.*got 'magic'"),
         ({"validation_loss_weight": 1.0}, r"`validation_loss_weight` must lie in \[0, 1\), got 1.0"),
@@ -42,8 +45,11 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
         ({"selector_weighting": "resample", "packing": True}, "rows are packed before weights.*padding_free=True"),
     ],
 )
-def test_config(arguments, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+
+
+@pytest.mark.parametrize(("arguments", "message"), CONFIGS)
+def test_config(arguments, message, refused, tmp_path):
+    with refused(message):
         BilevelSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **arguments)
 
 
@@ -61,90 +67,112 @@ def build(tiny_model, config, train_rows, validation_rows, tokenizer):
     return make
 
 
-def test_no_training_set(build):
-    with pytest.raises(ValueError, match="`train_dataset` is required"):
+@pytest.mark.bad_input(DATA, "no `train_dataset`")
+def test_no_training_set(refused, build):
+    with refused("`train_dataset` is required"):
         build(train=None)
 
 
-def test_list_of_rows(build, train_rows):
-    with pytest.raises(TypeError, match="got `list`.*Dataset.from_list"):
+@pytest.mark.bad_input(DATA, "a list of rows as `train_dataset`")
+def test_list_of_rows(refused, build, train_rows):
+    with refused("got `list`.*Dataset.from_list", TypeError):
         build(train=list(train_rows))
 
 
-def test_empty_training_set(build, train_rows):
-    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+@pytest.mark.bad_input(DATA, "`train_dataset` without rows")
+def test_empty_training_set(refused, build, train_rows):
+    with refused("`train_dataset` is empty"):
         build(train=train_rows.select([]))
 
 
-def test_no_validation_set(build):
-    with pytest.raises(ValueError, match="`validation_dataset` is required.*weight_estimator='none'"):
+@pytest.mark.bad_input(DATA, "no `validation_dataset`")
+def test_no_validation_set(refused, build):
+    with refused("`validation_dataset` is required.*weight_estimator='none'"):
         build(validation=None)
 
 
-def test_validation_term_without_validation_set(build):
-    with pytest.raises(ValueError, match="`validation_dataset` is required"):
+@pytest.mark.bad_input(DATA, "no `validation_dataset`, with `validation_loss_weight=0.5`")
+def test_validation_term_without_validation_set(refused, build):
+    with refused("`validation_dataset` is required"):
         build(validation=None, weight_estimator="none", validation_loss_weight=0.5)
 
 
-@pytest.mark.parametrize("name", [None, "a"])
-def test_empty_validation_set(build, validation_rows, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        bad_input(DATA, "`validation_dataset` without rows", None),
+        bad_input(DATA, "one set of `validation_dataset` without rows", "a"),
+    ],
+)
+def test_empty_validation_set(refused, build, validation_rows, name):
     empty = validation_rows.select([])
-    with pytest.raises(ValueError, match="is empty"):
+    with refused("is empty"):
         build(validation=empty if name is None else {name: empty})
 
 
-def test_empty_validation_dict(build):
-    with pytest.raises(ValueError, match="empty dict"):
+@pytest.mark.bad_input(DATA, "`validation_dataset={}`")
+def test_empty_validation_dict(refused, build):
+    with refused("empty dict"):
         build(validation={})
 
 
-def test_overlap_is_counted(build, train_rows, validation_rows):
+@pytest.mark.bad_input(DATA, "validation rows that are training rows too")
+def test_overlap_is_counted(refused, build, train_rows, validation_rows):
     from datasets import concatenate_datasets
 
     mixed = concatenate_datasets([validation_rows, train_rows.select([3, 4])])
-    with pytest.warns(UserWarning, match="2 of 22 rows of `validation_dataset` 'validation' are also training rows"):
+    with refused("2 of 22 rows of `validation_dataset` 'validation' are also training rows", UserWarning):
         build(validation=mixed)
 
 
-def test_validation_rows_all_dropped(build):
+@pytest.mark.bad_input(DATA, "validation rows whose prompts fill `max_length`")
+def test_validation_rows_all_dropped(refused, build):
     validation = Dataset.from_list([{"prompt": "word " * 300, "completion": "x"}] * 10)
-    with pytest.raises(
-        ValueError, match="All 10 rows of `validation_dataset` 'validation' were dropped.*max_length=128"
-    ):
+    with refused("All 10 rows of `validation_dataset` 'validation' were dropped.*max_length=128"):
         build(validation=validation)
 
 
-def test_too_few_validation_rows(build, validation_rows):
-    with pytest.raises(ValueError, match="has 3 usable rows.*needs at least 8"):
+@pytest.mark.bad_input(DATA, "3 validation rows")
+def test_too_few_validation_rows(refused, build, validation_rows):
+    with refused("has 3 usable rows.*needs at least 8"):
         build(validation=validation_rows.select(range(3)))
 
 
-def test_missing_group_column(build):
-    with pytest.raises(ValueError, match="`selector_group_column='source'` is not a column.*'prompt'"):
+@pytest.mark.bad_input(DATA, "`selector_group_column` that is not there")
+def test_missing_group_column(refused, build):
+    with refused("`selector_group_column='source'` is not a column.*'prompt'"):
         build(selector_granularity="group", selector_group_column="source")
 
 
-@pytest.mark.parametrize("column", ["sample_id", "data_weight", "data_rank"])
-def test_reserved_column(build, train_rows, column):
-    with pytest.raises(ValueError, match=f"`train_dataset` has the column.*{column}.*Rename"):
+@pytest.mark.parametrize(
+    "column",
+    [
+        bad_input(DATA, f"training rows with a column `{name}`", name)
+        for name in ("sample_id", "data_weight", "data_rank")
+    ],
+)
+def test_reserved_column(refused, build, train_rows, column):
+    with refused(f"`train_dataset` has the column.*{column}.*Rename"):
         build(train=train_rows.add_column(column, [0] * len(train_rows)))
 
 
-def test_fewer_rows_than_a_batch(build, train_rows):
-    with pytest.raises(ValueError, match="has 5 usable rows, fewer than one batch of 8"):
+@pytest.mark.bad_input(DATA, "5 training rows, batches of 8")
+def test_fewer_rows_than_a_batch(refused, build, train_rows):
+    with refused("has 5 usable rows, fewer than one batch of 8"):
         build(train=train_rows.select(range(5)))
 
 
-def test_unusable_validation_weights(build, validation_rows):
-    with pytest.raises(ValueError, match=r"`validation_weights=.*each of the validation sets \['a', 'b'\]"):
+@pytest.mark.bad_input(DATA, "`validation_weights` for one of two sets")
+def test_unusable_validation_weights(refused, build, validation_rows):
+    with refused(r"`validation_weights=.*each of the validation sets \['a', 'b'\]"):
         build(validation={"a": validation_rows, "b": validation_rows}, validation_weights={"a": 1.0})
 
 
 ONLINE_ALIGNMENT = {"weight_estimator": "alignment", "selector_update": "sparse_centred"}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
+UNSUPPORTED = bad_settings(
+    SUPPORT,
     [
         (
             {"packing": True, **ONLINE_ALIGNMENT, "alignment_normalise": True},
@@ -159,37 +187,47 @@ ONLINE_ALIGNMENT = {"weight_estimator": "alignment", "selector_update": "sparse_
         ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
     ],
 )
-def test_unsupported(build, overrides, message):
-    with pytest.raises(ValueError, match=message):
+
+
+@pytest.mark.parametrize(("overrides", "message"), UNSUPPORTED)
+def test_unsupported(refused, build, overrides, message):
+    with refused(message):
         build(**overrides)
 
 
-def test_rows_packed_before(build, tokenizer, train_rows):
+@pytest.mark.bad_input(SUPPORT, "training rows that are packed already")
+def test_rows_packed_before(refused, build, tokenizer, train_rows):
     rows = train_rows.map(lambda row: {"input_ids": tokenizer(row["completion"])["input_ids"]})
     packed = pack_dataset(rows.select_columns("input_ids"), 64)
     packed = packed.map(lambda row: {"labels": row["input_ids"]})
-    with pytest.raises(ValueError, match="column 'seq_lengths', so its rows are packed already"):
+    with refused("column 'seq_lengths', so its rows are packed already"):
         build(train=packed, per_device_train_batch_size=2)
 
 
-def test_prompt_learning_with_packing(build, tiny_model):
+@pytest.mark.bad_input(SUPPORT, "prompt tuning, with `packing=True`")
+def test_prompt_learning_with_packing(refused, build, tiny_model):
     model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="not supported with prompt learning.*Use LoRA"):
+    with refused("not supported with prompt learning.*Use LoRA"):
         build(model=model, packing=True)
 
 
-def test_online_value_function_needs_a_validation_term(build):
-    with pytest.raises(ValueError, match="leaves the validation set without influence.*lookahead"):
+@pytest.mark.bad_input(
+    SUPPORT, "`weight_estimator='value_function'`, `selector_update='sparse_centred'`, `validation_loss_weight=0`"
+)
+def test_online_value_function_needs_a_validation_term(refused, build):
+    with refused("leaves the validation set without influence.*lookahead"):
         build(weight_estimator="value_function", validation_loss_weight=0, selector_update="sparse_centred")
 
 
-def test_nothing_to_train(build, tiny_model):
-    with pytest.raises(ValueError, match="no trainable parameter"):
+@pytest.mark.bad_input(SUPPORT, "a frozen model")
+def test_nothing_to_train(refused, build, tiny_model):
+    with refused("no trainable parameter"):
         build(model=tiny_model().requires_grad_(False))
 
 
-def test_loss_estimator_warns(build):
-    with pytest.warns(UserWarning, match="prefers easy bad rows"):
+@pytest.mark.bad_input(SUPPORT, "`weight_estimator='loss'`")
+def test_loss_estimator_warns(refused, build):
+    with refused("prefers easy bad rows", UserWarning):
         build(weight_estimator="loss")
 
 
@@ -208,9 +246,15 @@ class PoisonRow(torch.nn.Module):
         return output
 
 
-@pytest.mark.parametrize("update", ["calibrated", "sparse_centred"])
+@pytest.mark.parametrize(
+    "update",
+    [
+        bad_input(SCORES, f"a row with a NaN loss in training, `selector_update='{name}'`", name)
+        for name in ("calibrated", "sparse_centred")
+    ],
+)
 def test_nan_scores_stop_the_run_and_name_the_rows(
-    update, tiny_model, config, rows, validation_rows, tokenizer, tmp_path
+    refused, update, tiny_model, config, rows, validation_rows, tokenizer, tmp_path
 ):
     data = [dict(row) for row in rows[:40]]
     data[17]["completion"] += "\u00ff"
@@ -225,7 +269,7 @@ def test_nan_scores_stop_the_run_and_name_the_rows(
     )
     trainer.start_selection()
     PoisonRow(model, token, after=2)
-    with pytest.raises(NonFiniteScoreError, match=r"\[17\] have a NaN or infinite.*checkpoint-") as error:
+    with refused(r"\[17\] have a NaN or infinite.*checkpoint-", NonFiniteScoreError) as error:
         trainer.train()
     step = trainer.state.global_step
     folder = tmp_path / "out" / f"checkpoint-{step}"
@@ -235,7 +279,8 @@ def test_nan_scores_stop_the_run_and_name_the_rows(
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_nan_scores_of_the_pilot(tiny_model, config, rows, validation_rows, tokenizer):
+@pytest.mark.bad_input(SCORES, "a row with a NaN loss in the pilot run")
+def test_nan_scores_of_the_pilot(refused, tiny_model, config, rows, validation_rows, tokenizer):
     data = [dict(row) for row in rows[:40]]
     data[17]["completion"] += "\u00ff"
     model = tiny_model()
@@ -248,35 +293,41 @@ def test_nan_scores_of_the_pilot(tiny_model, config, rows, validation_rows, toke
         processing_class=tokenizer,
     )
     PoisonRow(model, tokenizer("\u00ff")["input_ids"][-1], after=6)
-    with pytest.raises(NonFiniteScoreError, match=r"pilot run scored training rows \(sample_id\) \[17\]"):
+    with refused(r"pilot run scored training rows \(sample_id\) \[17\]", NonFiniteScoreError):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_state_of_other_data_is_refused(build, train_rows, tmp_path):
-    trainer = build(save_strategy="steps", save_steps=3, max_steps=3)
-    trainer.train()
-    checkpoint = str(tmp_path / "out" / "checkpoint-3")
-    with pytest.raises(ValueError, match="other training data or settings.*rows: 40 then, 39 now"):
-        build(train=train_rows.select(range(39))).train(resume_from_checkpoint=checkpoint)
-    changed = train_rows.map(lambda row, i: {"completion": row["completion"] + "!" * (i == 11)}, with_indices=True)
-    with pytest.raises(ValueError, match="train_fingerprint.*ignore_selector_fingerprint"):
-        build(train=changed).train(resume_from_checkpoint=checkpoint)
-    build(train=changed, ignore_selector_fingerprint=True).train(resume_from_checkpoint=checkpoint)
-
-
-def test_checkpoint_without_selector_is_refused(build, tmp_path):
+@pytest.fixture
+def checkpoint(build, tmp_path):
     build(save_strategy="steps", save_steps=3, max_steps=3).train()
-    checkpoint = tmp_path / "out" / "checkpoint-3"
+    return tmp_path / "out" / "checkpoint-3"
+
+
+@pytest.mark.bad_input(CHECKPOINTS, "`resume_from_checkpoint` of a run on more rows")
+def test_state_of_other_rows(refused, build, train_rows, checkpoint):
+    with refused("other training data or settings.*rows: 40 then, 39 now"):
+        build(train=train_rows.select(range(39))).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.bad_input(CHECKPOINTS, "`resume_from_checkpoint` of a run on rows with another text")
+def test_state_of_changed_rows(refused, build, train_rows, checkpoint):
+    changed = train_rows.map(lambda row, i: {"completion": row["completion"] + "!" * (i == 11)}, with_indices=True)
+    with refused("train_fingerprint.*ignore_selector_fingerprint"):
+        build(train=changed).train(resume_from_checkpoint=str(checkpoint))
+    build(train=changed, ignore_selector_fingerprint=True).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.bad_input(CHECKPOINTS, "a checkpoint without `selector.safetensors`")
+def test_checkpoint_without_selector_is_refused(refused, build, checkpoint):
     (checkpoint / "selector.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no selector state.*silently forget"):
+    with refused("no selector state.*silently forget", FileNotFoundError):
         build().train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_damaged_selector_state_is_refused(build, tmp_path):
-    build(save_strategy="steps", save_steps=3, max_steps=3).train()
-    checkpoint = tmp_path / "out" / "checkpoint-3"
+@pytest.mark.bad_input(CHECKPOINTS, "`selector.safetensors` that was cut off")
+def test_damaged_selector_state_is_refused(refused, build, checkpoint):
     content = (checkpoint / "selector.safetensors").read_bytes()
     (checkpoint / "selector.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="is damaged"):
+    with refused("is damaged"):
         build().train(resume_from_checkpoint=str(checkpoint))

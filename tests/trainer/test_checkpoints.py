@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import parameters
+from tests.errors_table import CHECKPOINTS, bad_input
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.trainer import selection
 from trl_bilevel.trainer.checkpoints import resume_point
@@ -43,12 +44,14 @@ def test_paths_are_passed_on(tmp_path):
     assert resume_point("elsewhere", str(tmp_path), ["rounds.json"]) == "elsewhere"
 
 
-def test_nothing_to_resume_from(tmp_path):
+@pytest.mark.bad_input(CHECKPOINTS, "`resume_from_checkpoint=True`, and no complete checkpoint")
+def test_nothing_to_resume_from(refused, tmp_path):
     make(tmp_path, 1, {})
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with refused("no complete checkpoint"):
         resume_point(True, str(tmp_path), [])
 
 
+@pytest.mark.compat
 def test_training_goes_on_from_an_older_one(config, tiny_model, train_rows, validation_rows, tokenizer, tmp_path):
     def trainer():
         args = config(save_strategy="steps", save_steps=2, pilot_steps=2)
@@ -139,12 +142,18 @@ def test_a_full_disk_costs_no_checkpoint(fails, saving, tmp_path, monkeypatch):
     assert_same(resumed, whole)
 
 
-@pytest.mark.parametrize("format", [0, None, 2])
-def test_state_of_another_version(format, saving, tmp_path):
+@pytest.mark.parametrize(
+    "format",
+    [
+        bad_input(CHECKPOINTS, f"a checkpoint of {kind}", number)
+        for number, kind in ((0, "an older version"), (None, "a version without a number"), (2, "a newer version"))
+    ],
+)
+def test_state_of_another_version(refused, format, saving, tmp_path):
     saving().train()
     file = tmp_path / "out" / "checkpoint-6" / "selector.json"
     summary = json.loads(file.read_text())
     del summary["format"]
     file.write_text(json.dumps(summary if format is None else summary | {"format": format}))
-    with pytest.raises(ValueError, match=f"has format {format}, this version reads 1.*that wrote it"):
+    with refused(f"has format {format}, this version reads 1.*that wrote it"):
         saving().train(resume_from_checkpoint=True)

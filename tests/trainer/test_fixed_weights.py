@@ -6,6 +6,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from tests.conftest import base_arguments, losses, parameters
+from tests.errors_table import DATA, bad_input
 from trl_bilevel import BilevelSFTTrainer
 
 PLAIN = {"weight_estimator": "none", "validation_loss_weight": 0.0}
@@ -53,6 +54,7 @@ def test_loss_is_the_hand_computed_one(train, train_rows):
     assert losses(ours)[0] == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.compat
 def test_exported_weights_give_the_same_run(train, train_rows, validation_rows):
     settings = {"pilot_steps": 2, "pilot_learning_rate": 1e-2}
     first = train(train_rows, validation_rows, **settings)
@@ -76,19 +78,26 @@ def test_resume_with_fixed_weights(train, train_rows, tmp_path):
 @pytest.mark.parametrize(
     ("values", "overrides", "message"),
     [
-        ([-1.0], {}, "finite numbers of at least 0"),
-        ([0.0], {}, "not 0 for all rows"),
-        ([float("inf")], {}, "finite numbers"),
-        ([1.0], {"selector_granularity": "group", "selector_group_column": "prompt"}, "no meaning with the fixed"),
+        bad_input(DATA, "`data_weight` below 0", [-1.0], {}, "finite numbers of at least 0"),
+        bad_input(DATA, "`data_weight` of 0 in all rows", [0.0], {}, "not 0 for all rows"),
+        bad_input(DATA, "infinite `data_weight`", [float("inf")], {}, "finite numbers"),
+        bad_input(
+            DATA,
+            "`data_weight`, with `selector_granularity='group'`",
+            [1.0],
+            {"selector_granularity": "group", "selector_group_column": "prompt"},
+            "no meaning with the fixed",
+        ),
     ],
 )
-def test_unusable_weights(train, train_rows, values, overrides, message):
-    with pytest.raises(ValueError, match=message):
+def test_unusable_weights(refused, train, train_rows, values, overrides, message):
+    with refused(message):
         train(train_rows.add_column("data_weight", values * len(train_rows)), **PLAIN, **overrides)
 
 
-def test_learned_and_fixed_weights_exclude_each_other(train, train_rows, validation_rows):
-    with pytest.raises(ValueError, match="weight_estimator='none'"):
+@pytest.mark.bad_input(DATA, "`data_weight`, and weights to be learned")
+def test_learned_and_fixed_weights_exclude_each_other(refused, train, train_rows, validation_rows):
+    with refused("weight_estimator='none'"):
         train(train_rows.add_column("data_weight", [1.0] * len(train_rows)), validation_rows)
 
 

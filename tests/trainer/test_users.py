@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 
+from tests.errors_table import CHECKPOINTS, DATA, REFINE_DATA, SUPPORT, bad_input
 from trl_bilevel import BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 
 
@@ -69,24 +70,41 @@ def as_messages(rows):
     ]
 
 
-def test_trusted_rows_whose_prompts_would_count(build, rows):
+@pytest.mark.bad_input(DATA, "conversations as validation rows, prompts and completions as training rows")
+def test_trusted_rows_whose_prompts_would_count(refused, build, rows):
     trusted = Dataset.from_list(as_messages(rows[40:60]))
-    with pytest.raises(ValueError, match=r"`validation_dataset` 'validation' has the columns \['messages'\].*Split"):
+    with refused(r"`validation_dataset` 'validation' has the columns \['messages'\].*Split"):
         build(validation=trusted)
     build(validation=trusted, completion_only_loss=False)
     build(train=Dataset.from_list(as_messages(rows[:40])), validation=trusted)
 
 
-def test_unknown_columns(build, rows):
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        bad_input(
+            DATA,
+            "training rows with the columns `question`, `answer`",
+            "train",
+            r"`train_dataset` has the columns \['question', 'answer'\].*Rename them",
+        ),
+        bad_input(
+            DATA,
+            "validation rows with the columns `question`, `answer`",
+            "validation",
+            r"`validation_dataset` 'validation' has the columns \['question'",
+        ),
+    ],
+)
+def test_unknown_columns(refused, build, rows, argument, message):
     odd = Dataset.from_list([{"question": row["prompt"], "answer": row["completion"]} for row in rows[:40]])
-    with pytest.raises(ValueError, match=r"`train_dataset` has the columns \['question', 'answer'\].*Rename them"):
-        build(train=odd)
-    with pytest.raises(ValueError, match=r"`validation_dataset` 'validation' has the columns \['question'"):
-        build(validation=odd)
+    with refused(message):
+        build(**{argument: odd})
 
 
-def test_a_dict_of_splits(build, train_rows):
-    with pytest.raises(TypeError, match=r"`DatasetDict` of \['train'\]: pick one"):
+@pytest.mark.bad_input(DATA, "a `DatasetDict` as `train_dataset`")
+def test_a_dict_of_splits(refused, build, train_rows):
+    with refused(r"`DatasetDict` of \['train'\]: pick one", TypeError):
         build(train=DatasetDict({"train": train_rows}))
 
 
@@ -109,24 +127,33 @@ def test_the_training_rows_and_exported_rows_can_be_evaluated(packing, build):
 
 @pytest.mark.parametrize(
     "change",
-    [{"filter_rate": 0.5}, {"calibration_sharpness": 3.0}, {"selector_weighting": "loss"}, {"validation": "other"}],
-    ids=lambda change: next(iter(change)),
+    [
+        bad_input(CHECKPOINTS, f"`resume_from_checkpoint` of a run with other `{next(iter(change))}`", change)
+        for change in (
+            {"filter_rate": 0.5},
+            {"calibration_sharpness": 3.0},
+            {"selector_weighting": "loss"},
+            {"validation": "other"},
+        )
+    ],
 )
-def test_changed_settings_are_refused_on_resume(change, build, rows, tmp_path):
+def test_changed_settings_are_refused_on_resume(refused, change, build, rows, tmp_path):
     build(save_strategy="steps", save_steps=2, max_steps=2).train()
     change = {k: Dataset.from_list(rows[60:80]) if k == "validation" else v for k, v in change.items()}
-    with pytest.raises(ValueError, match="belongs to other training data or settings"):
+    with refused("belongs to other training data or settings"):
         build(max_steps=4, **change).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
-def test_dora_with_alignment(build):
+@pytest.mark.bad_input(SUPPORT, "DoRA, with `weight_estimator='alignment'`")
+def test_dora_with_alignment(refused, build):
     adapter = LoraConfig(target_modules=["q_proj", "v_proj"], use_dora=True)
-    with pytest.raises(ValueError, match="does not support DoRA"):
+    with refused("does not support DoRA"):
         build(weight_estimator="alignment", peft_config=adapter)
 
 
-def test_full_fine_tuning_in_fp16(config, tiny_model, train_rows, validation_rows, tokenizer):
-    with pytest.raises(ValueError, match=r"trainable parameters are float16.*bfloat16"):
+@pytest.mark.bad_input(SUPPORT, "trainable parameters in float16")
+def test_full_fine_tuning_in_fp16(refused, config, tiny_model, train_rows, validation_rows, tokenizer):
+    with refused(r"trainable parameters are float16.*bfloat16"):
         BilevelSFTTrainer(
             tiny_model().half(),
             config(),
@@ -136,9 +163,10 @@ def test_full_fine_tuning_in_fp16(config, tiny_model, train_rows, validation_row
         )
 
 
-def test_the_only_set_that_counts_has_one_row(build, validation_rows):
+@pytest.mark.bad_input(DATA, "one validation row in the only set that counts")
+def test_the_only_set_that_counts_has_one_row(refused, build, validation_rows):
     sets = {"a": validation_rows.select([0]), "b": validation_rows.select(range(1, 20))}
-    with pytest.raises(ValueError, match="Every set .* that counts"):
+    with refused("Every set .* that counts"):
         build(validation=sets, validation_weights={"a": 1.0, "b": 0.0})
 
 
@@ -147,8 +175,9 @@ def test_a_preset_that_contradicts_an_argument_says_so(config, caplog):
     assert "`selector_preset='fast'` sets `pilot_scored_rows=256`, in place of 0" in caplog.text
 
 
-def test_weights_as_text(build, train_rows):
-    with pytest.raises(TypeError, match="`data_weight` of `train_dataset` must be numbers, got '1'"):
+@pytest.mark.bad_input(DATA, "`data_weight` as text")
+def test_weights_as_text(refused, build, train_rows):
+    with refused("`data_weight` of `train_dataset` must be numbers, got '1'", TypeError):
         build(train=train_rows.add_column("data_weight", ["1"] * 40), weight_estimator="none")
 
 
@@ -159,8 +188,9 @@ def test_many_groups_do_not_flood_the_log(build, train_rows):
     assert len([name for name in trainer.selection.metrics() if name.startswith("selector/share/")]) == 32
 
 
-def test_several_eval_sets_for_rounds(tiny_model, train_rows, validation_rows, tokenizer, tmp_path):
-    with pytest.raises(TypeError, match="`eval_dataset` must be a `datasets.Dataset`, got `dict`"):
+@pytest.mark.bad_input(REFINE_DATA, "a dict as `eval_dataset`")
+def test_several_eval_sets_for_rounds(refused, tiny_model, train_rows, validation_rows, tokenizer, tmp_path):
+    with refused("`eval_dataset` must be a `datasets.Dataset`, got `dict`", TypeError):
         SelfRefineTrainer(
             tiny_model(),
             SelfRefineConfig(str(tmp_path), use_cpu=True, bf16=False),
