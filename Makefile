@@ -46,13 +46,19 @@ errors-table: $(STAMP)  ## docs/errors.md, from the tests of bad input
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m bad_input --errors-table docs/errors.md
 
 lint: $(STAMP)
+	$(BIN)/python -m pip check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit:  ## known vulnerabilities of the pinned versions (asks pypi.org: needs the internet; strict: what it cannot ask for, fails)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 benchmarks: $(STAMP)  ## regenerate benchmarks/results and docs/results.md (hours on 2 cores)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest demo_out demo_refine_out
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-audit demo_out demo_refine_out

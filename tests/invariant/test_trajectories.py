@@ -52,7 +52,7 @@ METHODS = {
     "validation_term": {"validation_loss_weight": 0.5, "validation_every": 2},
 }
 # One of each estimator, offline and online: run with other versions of TRL and transformers, too.
-COMPAT = ("default", "lookahead", "predicted", "online_value_function", "online_alignment", "seal")
+COMPAT = ("lookahead", "online_value_function", "online_alignment", "seal")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.weight_estimator='loss':UserWarning")
 
