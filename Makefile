@@ -43,7 +43,7 @@ test-newest:  ## the same, with the newest versions allowed that are published t
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal -m compat
 
 errors-table: $(STAMP)  ## docs/errors.md, from the tests of bad input
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m bad_input --errors-table docs/errors.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m bad_input --errors-table=docs/errors.md
 
 lint: $(STAMP)
 	$(BIN)/python -m pip check

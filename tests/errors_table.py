@@ -2,7 +2,7 @@
 
 A test of a bad input is marked `bad_input`, with the section of the table and what is bad (`bad_input` below makes
 such marks for parametrised tests), and checks the message by the fixture `refused`. Each compares its own message with
-the file; `pytest -m bad_input --errors-table docs/errors.md` writes it anew (`make errors-table`).
+the file; `pytest -m bad_input --errors-table=docs/errors.md` writes it anew (`make errors-table`).
 """
 
 import functools

@@ -150,8 +150,8 @@ def test_offline_flag_is_named(monkeypatch):
     ("config", "state", "text"),
     [
         ("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true", "warning", "silently runs one process"),
-        ("distributed_type: FSDP\nnum_processes: 2", "warning", "is refused by our trainers"),
-        ("distributed_type: DEEPSPEED\nnum_processes: 2", "warning", "is refused by our trainers"),
+        ("distributed_type: FSDP\nnum_processes: 2", "warning", "is refused where weights are learned"),
+        ("distributed_type: DEEPSPEED\nnum_processes: 2", "warning", "is refused where weights are learned"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2", "warning", "but there are 0 GPU(s)"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true", "ok", "MULTI_GPU, 2"),
         ("distributed_type: 'NO'\nnum_processes: 1", "ok", "NO, 1"),

@@ -10,6 +10,7 @@ from trl import pack_dataset
 
 from tests.errors_table import CHECKPOINTS, DATA, SUPPORT, bad_input, bad_settings
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
+from trl_bilevel.trainer import checks
 
 SETTINGS = "Settings of `BilevelSFTConfig`"
 SCORES = "Losses and scores that are not finite"
@@ -65,6 +66,23 @@ def build(tiny_model, config, train_rows, validation_rows, tokenizer):
         )
 
     return make
+
+
+@pytest.mark.bad_input(SUPPORT, "FSDP or DeepSpeed where weights are learned")
+def test_sharded_parameters(refused, build, train_rows, monkeypatch):
+    """Fixed weights need no estimator, and are let through."""
+    check = checks.check_supported
+
+    def sharded(trainer):
+        trainer.is_fsdp_enabled = True
+        check(trainer)
+        trainer.is_fsdp_enabled = False
+
+    monkeypatch.setattr(checks, "check_supported", sharded)
+    fixed = train_rows.add_column("data_weight", [1.0] * len(train_rows))
+    build(train=fixed, weight_estimator="none", validation_loss_weight=0.0)
+    with refused("where weights are learned.*fixed ones"):
+        build()
 
 
 @pytest.mark.bad_input(DATA, "no `train_dataset`")

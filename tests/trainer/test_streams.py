@@ -14,10 +14,12 @@ from sklearn.metrics import roc_auc_score
 from trl import SFTConfig, SFTTrainer
 
 from tests.conftest import base_arguments, losses, parameters
+from tests.errors_table import bad_settings
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.core import selector as core
 from trl_bilevel.data.streams import hashed_unit, row_key
 
+STREAMS = "Streams"
 LAZY = "I do not know, sorry."
 
 
@@ -189,8 +191,8 @@ def test_a_full_table_is_reported(build, caplog):
     assert "selector_table_size" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
+REFUSED = bad_settings(
+    STREAMS,
     [
         ({"max_steps": -1}, "max_steps"),
         ({"packing": True}, "packing"),
@@ -206,20 +208,29 @@ def test_a_full_table_is_reported(build, caplog):
         ({"selector_table_size": 0}, "selector_table_size"),
     ],
 )
-def test_what_a_stream_cannot_do_is_refused(build, overrides, message):
-    with pytest.raises(ValueError, match=message):
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_what_a_stream_cannot_do_is_refused(refused, build, overrides, message):
+    with refused(message):
         build(**overrides)
 
 
-def test_too_short_a_stream_is_refused(build, mixed):
-    with pytest.raises(ValueError, match="10 usable rows"):
+@pytest.mark.bad_input(STREAMS, "a stream of 10 rows")
+def test_too_short_a_stream_is_refused(refused, build, mixed):
+    with refused("10 usable rows"):
         build(stream_of(mixed[:10]))
-    with pytest.raises(ValueError, match="empty"):
+
+
+@pytest.mark.bad_input(STREAMS, "a stream without rows")
+def test_an_empty_stream_is_refused(refused, build):
+    with refused("empty"):
         build(stream_of([]))
 
 
-def test_fixed_weights_of_a_stream_are_refused(build, mixed):
-    with pytest.raises(ValueError, match="data_weight"):
+@pytest.mark.bad_input(STREAMS, "fixed weights (`data_weight`)")
+def test_fixed_weights_of_a_stream_are_refused(refused, build, mixed):
+    with refused("data_weight"):
         build(stream_of([row | {"data_weight": 1.0} for row in mixed]), weight_estimator="none")
 
 

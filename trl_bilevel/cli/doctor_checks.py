@@ -322,7 +322,7 @@ def accelerate_config(gpus: int) -> Iterator[Finding]:
     kind, wanted = str(config.get("distributed_type") or "NO").upper(), int(config.get("num_processes") or 1)
     cpu = bool(config.get("use_cpu"))
     text = f"{path}: {kind}, {wanted} process(es)"
-    trainer = "is refused by our trainers (docs/scale.md)"
+    trainer = "is refused where weights are learned; fixed ones were not tried with it (docs/scale.md)"
     if kind == "MULTI_CPU":
         text += " - which silently runs one process"
         remedy = f"{on_cpu}; or `distributed_type: MULTI_GPU` with `use_cpu: true`"

@@ -185,10 +185,13 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
             "Tensor, context and sequence parallelism are not supported: they split the rows whose losses are "
             "compared."
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    shards = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if shards and (args.weight_estimator != "none" or args.validation_loss_weight > 0):
         raise ValueError(
-            "DeepSpeed and FSDP are not supported yet: the estimators exchange whole parameter tensors, which are "
-            "sharded there. Use DDP or a single GPU."
+            "DeepSpeed and FSDP are not supported yet where weights are learned: the estimators exchange whole "
+            "parameter tensors, which are sharded there. Use DDP or a single GPU; or learn the weights there, with a "
+            "smaller model if need be, and train with them as fixed ones (`weight_estimator='none'`, "
+            "`validation_loss_weight=0`, a column `data_weight`)."
         )
     if not trainer.model_accepts_loss_kwargs:
         raise ValueError(
