@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import pareto
+from benchmarks.ablations import SETTINGS as ABLATIONS
 from benchmarks.estimators import SETTINGS
 from trl_bilevel import BilevelSFTConfig
 
@@ -115,6 +116,18 @@ damage that it sees worst. `(model)` looks from the model that is trained on mix
 from the one that is trained on the mixture alone. Cost: FLOPs of scoring a row over those of training on it once,
 without gradient checkpointing. The tiny model is a Llama of four layers, trained on every third docstring first; the
 one of 135M was not run to its end. `python -m benchmarks.yardstick --models tiny --seeds 0`
+"""
+
+
+ABLATION = """## How many trusted rows, how much damage
+
+The pilot run alone (24 steps), one thing changed at a time; 32 trusted rows and the task's own mixture otherwise. AUC
+of the weights over all damaged rows, in parentheses of the kind found worst, per seed. `python -m
+benchmarks.ablations`
+
+| setting | seeds | AUC | weight on good rows |
+|---|---|---|---|
+{table}
 """
 
 
@@ -275,6 +288,19 @@ def estimators() -> list[str]:
     return [ESTIMATORS.format(table="\n".join(lines))]
 
 
+def ablations() -> list[str]:
+    records = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "ablations").glob("*.json"))]
+    lines = []
+    for setting in ABLATIONS:
+        runs = sorted((r for r in records if r["setting"] == setting), key=lambda r: r["seed"])
+        if runs:
+            worst = [min(value for kind, value in r["auc"].items() if kind != "all") for r in runs]
+            aucs = " / ".join(f"{r['auc']['all']:.3f} ({low:.3f})" for r, low in zip(runs, worst, strict=True))
+            shares = " / ".join(f"{r['good_share']:.0%}" for r in runs)
+            lines.append(f"| {setting} | {', '.join(str(r['seed']) for r in runs)} | {aucs} | {shares} |")
+    return [ABLATION.format(table="\n".join(lines))] if lines else []
+
+
 def yardstick() -> list[str]:
     parts = []
     for file in sorted((HERE / "results" / "yardstick").glob("*.json")):
@@ -307,7 +333,7 @@ def main() -> None:
     runs = {task: load(task) for task in pareto.TASKS}
     parts.append(pareto.section(runs))
     pareto.plots(runs)
-    parts += yardstick() + estimators() + amortised() + cost() + speed()
+    parts += yardstick() + estimators() + ablations() + amortised() + cost() + speed()
     scale = HERE / "results" / "selector_scale.json"
     if scale.exists():
         record = json.loads(scale.read_text())

@@ -82,7 +82,12 @@ TASKS = (*DOCSTRING_TASKS, *SAFETY_TASKS)
 
 
 def make_task(
-    name: str, seed: int = 0, validation_rows: int = 32, test_rows: int = 160, rows: list[Row] | None = None
+    name: str,
+    seed: int = 0,
+    validation_rows: int = 32,
+    test_rows: int = 160,
+    rows: list[Row] | None = None,
+    damaged_share: float | None = None,
 ) -> Task:
     """A task by name.
 
@@ -95,6 +100,7 @@ def make_task(
         validation_rows, test_rows: sizes of the clean sets. The safety tasks have 24 refusals and 24 benign answers
             for validation whatever is given.
         rows: `{"name", "description"}` rows to build the task from; Python's standard library if None.
+        damaged_share: share of the training rows that is damaged, in place of the task's own; their number stays.
 
     Raises:
         ValueError: for an unknown name, or if there are too few rows.
@@ -104,6 +110,9 @@ def make_task(
     if name not in DOCSTRING_TASKS:
         raise ValueError(f"Unknown task {name!r}; known tasks: {', '.join(TASKS)}.")
     mixture = DOCSTRING_TASKS[name]
+    if damaged_share is not None:
+        damaged = round(damaged_share * (mixture.good + mixture.damaged))
+        mixture = Mixture(mixture.good + mixture.damaged - damaged, damaged, mixture.damages)
     rng = random.Random(f"{name}-{seed}")
     prompt = PROMPT if rows is None else REQUEST.replace("{request}", "{name}")
     rows = assets.docstrings() if rows is None else list(rows)
