@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # More threads per process only slow small models down; the demo has the machine to itself.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-refine test test-fast test-slow test-lowest test-newest errors-table lint audit benchmarks clean
+.PHONY: demo demo-refine docs test test-fast test-slow test-lowest test-newest errors-table lint audit benchmarks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,9 +56,12 @@ audit:  ## known vulnerabilities of the pinned versions (asks pypi.org: needs th
 	.venv-audit/bin/python -m pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
+docs: $(STAMP)  ## the documentation site, in site/; fails on a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 benchmarks: $(STAMP)  ## regenerate benchmarks/results and docs/results.md (hours on 2 cores)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest .venv-audit demo_out demo_refine_out
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-audit demo_out demo_refine_out site
