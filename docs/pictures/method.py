@@ -1,0 +1,77 @@
+"""Draws docs/pictures/method.svg: `python docs/pictures/method.py [FILE]`. Schematic: nothing in it is measured."""
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+TRUSTED, MIXED, MODEL, INK = "#2a9d6f", "#7a7a7a", "#3f6fb5", "#1f2933"
+
+
+def box(ax, x: float, y: float, text: str, colour: str, width: float = 1.9, height: float = 0.8) -> None:
+    """A box with a text in it; `x`, `y` is its lower left corner."""
+    ax.add_patch(mpl.patches.FancyBboxPatch((x, y), width, height, "round,pad=0.06", fc="white", ec=colour, lw=1.6))
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8.5, color=INK)
+
+
+def arrow(ax, start: tuple[float, float], end: tuple[float, float], colour: str = INK) -> None:
+    """From one point to another."""
+    style = {"arrowstyle": "-|>", "color": colour, "lw": 1.2, "shrinkA": 3, "shrinkB": 3}
+    ax.annotate("", end, start, arrowprops=style)
+
+
+def draw_flow(ax) -> None:
+    """From rows to the trained model."""
+    box(ax, 0, 2.1, "training rows\n(many, mixed)", MIXED)
+    box(ax, 0, 0.3, "trusted rows\n(a few dozen)", TRUSTED)
+    box(ax, 2.9, 2.1, "tracker\nlearns the mixture", MIXED)
+    box(ax, 2.9, 0.3, "pulled copy\nboth kinds of rows", TRUSTED)
+    box(ax, 5.8, 1.2, "score of a row\n1 - loss(pulled)/loss(tracker)", INK, 2.6)
+    box(ax, 9.4, 1.2, "weight\nmean 1", INK, 1.3)
+    box(ax, 11.7, 1.2, "your model, fresh,\nvisits rows by weight", MODEL, 2.2)
+    arrow(ax, (1.95, 2.5), (2.85, 2.5), MIXED)
+    arrow(ax, (1.95, 2.2), (2.85, 0.95), MIXED)
+    arrow(ax, (1.95, 0.7), (2.85, 0.7), TRUSTED)
+    arrow(ax, (4.85, 2.4), (5.75, 1.8))
+    arrow(ax, (4.85, 0.8), (5.75, 1.4))
+    arrow(ax, (8.45, 1.6), (9.35, 1.6))
+    arrow(ax, (10.75, 1.6), (11.65, 1.6))
+    ax.text(3.85, 3.15, "pilot run (parameters thrown away)", ha="center", fontsize=8.5, color=INK, style="italic")
+    ax.set(xlim=(-0.2, 14.2), ylim=(-0.1, 3.5))
+    ax.axis("off")
+
+
+def draw_calibration(ax) -> None:
+    """How scores become weights."""
+    score = np.linspace(-3, 4, 300)
+
+    def bell(centre: float, width: float = 0.8):
+        return np.exp(-(((score - centre) / width) ** 2) / 2) / width
+
+    mixture, trusted = 0.6 * bell(-0.8) + 0.4 * bell(1.5), bell(1.5)
+    weight = trusted / mixture
+    weight[score > 1.5] = weight[np.searchsorted(score, 1.5)]
+    ax.plot(score, mixture, color=MIXED, label="density of training rows' scores")
+    ax.plot(score, trusted, color=TRUSTED, label="of held-back trusted rows' scores")
+    ax.plot(score, weight / 2, color=MODEL, lw=2, label="weight: their ratio, flat beyond the trusted mean")
+    ax.set(xlabel="score", yticks=[], xticks=[], ylim=(0, 1.95))
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+
+def main(target: Path) -> None:
+    """Draw both parts into one file."""
+    mpl.rcParams.update({"svg.hashsalt": "method", "font.family": "DejaVu Sans", "svg.fonttype": "path"})
+    figure, (flow, calibration) = plt.subplots(2, 1, figsize=(9.5, 4.8), height_ratios=[3, 2.4], layout="constrained")
+    draw_flow(flow)
+    draw_calibration(calibration)
+    figure.savefig(target, metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".svg"))
