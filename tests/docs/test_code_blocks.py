@@ -71,17 +71,19 @@ def names(world, monkeypatch):
     }
 
 
-def give_trainer(names):
-    """A trained trainer, for pages that do not make one themselves."""
-    args = BilevelSFTConfig(output_dir="out", max_steps=2, pilot_steps=2, use_cpu=True, save_strategy="no")
-    names["trainer"] = BilevelSFTTrainer(
+def trained(names, folder, **settings):
+    args = BilevelSFTConfig(
+        output_dir=folder, max_steps=2, pilot_steps=2, use_cpu=True, save_strategy="no", **settings
+    )
+    trainer = BilevelSFTTrainer(
         "tiny",
         args,
         train_dataset=names["mixed"],
         validation_dataset=names["trusted"],
         peft_config=names["LoraConfig"](target_modules="all-linear"),
     )
-    names["trainer"].train()
+    trainer.train()
+    return trainer
 
 
 def give_files(names, code):
@@ -99,7 +101,9 @@ def test_python_runs(page, names):
     blocks = [block for block in blocks_of(page) if block.language == "python"]
     code = "\n".join(block.code for block in blocks)
     if re.search(r"\btrainer\b", code.partition("trainer = ")[0]):
-        give_trainer(names)
+        names["trainer"] = trained(names, "out")
+    if "uniform_out" in code:
+        trained(names, "uniform_out", weight_estimator="none")
     give_files(names, code)
     for block in blocks:
         ast.parse(block.code)

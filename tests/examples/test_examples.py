@@ -134,3 +134,4 @@ def test_notebook(place):
         exec(compile(cell, f"cell {number}", "exec"), names)
     weighs(names["trainer"], 64)
     assert len(Dataset.from_parquet("out/notebook/weighted.parquet")) == 64
+    assert (place / "out/notebook/report.html").is_file()
