@@ -66,25 +66,45 @@ def launch(folder, processes, overrides, worker="worker"):
         check=False,
         cwd=ROOT,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
 
 
-def train(folder, processes, overrides, worker="worker"):
-    done = launch(folder, processes, overrides, worker)
+def train(folder, processes, overrides):
+    return train_all(folder, processes, {"run": overrides})["run"]
+
+
+def train_all(folder, processes, runs):
+    """What came of several runs, by name."""
+    done = launch(folder, processes, runs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: json.loads((folder / name / "result.json").read_text()) for name in runs}
+
+
+def refine(folder, processes, overrides):
+    done = launch(folder, processes, overrides, "refine_worker")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "result.json").read_text())
 
 
+# A start of the processes for several methods.
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.compat if n == "default" else ()) for n in METHODS]
+    "names",
+    [
+        pytest.param(["default"], marks=pytest.mark.compat),
+        [name for name in METHODS if "online" in name],
+        [name for name in METHODS if "online" not in name and name != "default"],
+    ],
+    ids=["default", "online", "offline"],
 )
-def test_two_processes_equal_one(name, tmp_path):
-    one, two = (train(tmp_path / str(n), n, METHODS[name] | {"max_steps": 20}) for n in (1, 2))
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
-    assert two["weights"] == pytest.approx(one["weights"], abs=1e-5, nan_ok=True)
-    # Even of an adapter as small as this one's, whose gradients are exchanged too.
-    assert 0 < two["selector_share_of_traffic"] < 0.01
+def test_two_processes_equal_one(names, tmp_path):
+    runs = {name: METHODS[name] | {"max_steps": 20} for name in names}
+    one, two = (train_all(tmp_path / str(n), n, runs) for n in (1, 2))
+    for name in names:
+        assert two[name]["losses"] == pytest.approx(one[name]["losses"], rel=1e-5), name
+        assert two[name]["weights"] == pytest.approx(one[name]["weights"], abs=1e-5, nan_ok=True), name
+        # Even of an adapter as small as this one's, whose gradients are exchanged too.
+        assert 0 < two[name]["selector_share_of_traffic"] < 0.01, name
 
 
 @pytest.mark.slow
@@ -102,7 +122,7 @@ def test_four_processes_and_rows_that_do_not_divide(name, drop_last, tmp_path):
 
 
 def test_processes_with_other_weights_are_stopped(tmp_path):
-    done = launch(tmp_path / "run", 2, {"accident": "other weights"})
+    done = launch(tmp_path, 2, {"run": {"accident": "other weights"}})
     assert done.returncode != 0
     assert "weights on process(es) 1 are not those on process 0 (step 5)" in done.stderr
 
@@ -113,9 +133,9 @@ def test_a_killed_process(name, tmp_path):
     """The run stops; resumed from its last checkpoint, it ends as one that was left alone."""
     saving = METHODS[name] | {"save_strategy": "steps", "save_steps": 2}
     whole = train(tmp_path / "whole", 2, saving)
-    assert launch(tmp_path / "run", 2, saving | {"accident": "killed"}).returncode != 0
-    assert not (tmp_path / "run" / "result.json").exists()
-    resumed = train(tmp_path / "run", 2, saving | {"resume": True})
+    assert launch(tmp_path / "killed", 2, {"run": saving | {"accident": "killed"}}).returncode != 0
+    assert not (tmp_path / "killed" / "run" / "result.json").exists()
+    resumed = train(tmp_path / "killed", 2, saving | {"resume": True})
     assert (resumed["losses"], resumed["weights"]) == (whole["losses"], whole["weights"])
 
 
@@ -130,7 +150,7 @@ def test_a_killed_process(name, tmp_path):
     ids=["lookahead", "value_function", "shared_question"],
 )
 def test_self_refining_processes_stay_together(overrides, questions, tmp_path):
-    result = train(tmp_path / "run", 2, overrides, worker="refine_worker")
+    result = refine(tmp_path / "run", 2, overrides)
     assert result["processes"] == 2 and result["apart"] == 0
     assert [entry["questions"] for entry in result["ledger"]] == [questions] * 3
     assert all(entry["responses"] == 4 * questions for entry in result["ledger"])
@@ -148,7 +168,7 @@ def test_two_self_refining_processes_equal_one(estimator, tmp_path):
         "steps_per_round": 1,
         "num_rounds": 6,
     }
-    one, two = (train(tmp_path / str(n), n, overrides, worker="refine_worker") for n in (1, 2))
+    one, two = (refine(tmp_path / str(n), n, overrides) for n in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
     for first, second in zip(one["ledger"], two["ledger"], strict=True):
         for name in ("questions", "responses", "kept"):

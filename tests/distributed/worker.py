@@ -1,4 +1,9 @@
-"""Trains a tiny model in each process of a `torchrun`, or alone; the first process writes what came of it."""
+"""Trains tiny models in each process of a `torchrun`, or alone; the first process writes what came of them.
+
+    worker FOLDER '{NAME: SETTINGS, ...}'
+
+One after the other, since a process takes longer to start than to train one of these.
+"""
 
 import json
 import os
@@ -33,9 +38,8 @@ class Accident(TrainerCallback):
             self.trainer.selection.set_weights(torch.rand(len(self.trainer.selection.kept)))
 
 
-def count_exchanged_bytes() -> list[int]:
-    """Bytes that the steps of this process exchange for the selector; filled by training."""
-    found: list[int] = []
+def count_exchanged_bytes(found: list[int]) -> None:
+    """Have the bytes that the steps of this process exchange for the selector noted in `found`, from now on."""
     gather = StepWindow._gather
 
     def counted(window: StepWindow, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -43,13 +47,24 @@ def count_exchanged_bytes() -> list[int]:
         return gather(window, values)
 
     StepWindow._gather = counted  # type: ignore[method-assign]
-    return found
 
 
-def main(folder: str, overrides: str) -> None:
+def main(folder: str, runs: str) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     use_exact_head()
+    exchanged: list[int] = []
+    count_exchanged_bytes(exchanged)
+    for name, overrides in json.loads(runs).items():
+        exchanged.clear()
+        accelerator = train(str(Path(folder) / name), overrides, exchanged)
+    # A process that leaves with its connections open may abort in their threads' destructors.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def train(folder: str, overrides: dict[str, Any], exchanged: list[int]) -> Any:
+    """Train with some settings; returns the accelerator."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = [{"prompt": f"What is {r['name']}?\n", "completion": r["description"]} for r in docstrings()[:64]]
     settings = base_arguments(Path(folder)) | {
@@ -60,23 +75,22 @@ def main(folder: str, overrides: str) -> None:
         "learning_rate": 1e-2,
         "ddp_find_unused_parameters": False,
     }
-    settings |= json.loads(overrides)
+    settings |= overrides
     accident, resume = settings.pop("accident", None), settings.pop("resume", False)
     count = settings.pop("rows", 40)
-    train: Any = Dataset.from_list(rows[:count])
+    mixed: Any = Dataset.from_list(rows[:count])
     if settings.pop("stream", False):
-        train = train.to_iterable_dataset()
+        mixed = mixed.to_iterable_dataset()
     tokenizer = make_tokenizer()
     trainer = BilevelSFTTrainer(
         make_tiny_model(tokenizer).double(),
         BilevelSFTConfig(**settings),
-        train_dataset=train,
+        train_dataset=mixed,
         validation_dataset=Dataset.from_list(rows[44:]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     assert trainer.accelerator.num_processes == world
-    exchanged = count_exchanged_bytes()
     if accident is not None and trainer.accelerator.process_index == 1:
         trainer.add_callback(Accident(trainer, accident))
     trainer.train(resume_from_checkpoint=resume)
@@ -87,10 +101,9 @@ def main(folder: str, overrides: str) -> None:
             "weights": [row["data_weight"] for row in trainer.weighted_dataset()],
             "selector_share_of_traffic": sum(exchanged) / (gradients * trainer.state.global_step),
         }
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "result.json").write_text(json.dumps(result))
-    # A process that leaves with its connections open may abort in their threads' destructors.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    return trainer.accelerator
 
 
 if __name__ == "__main__":
