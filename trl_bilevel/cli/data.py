@@ -143,12 +143,20 @@ def set_model_arguments(training_args: Any, model_args: Any) -> None:
 
 
 def write_rows(rows: Dataset, path: str | Path) -> None:
-    """Write rows to a file in the format that its name says.
+    """Write rows to a file in the format that its name says, whole or not at all.
 
     Raises:
-        ValueError: if the name ends in none of `WRITERS`.
+        ValueError: if the name ends in none of `WRITERS`, or a CSV file cannot hold the rows.
     """
-    getattr(rows, WRITERS[check_writable(path)])(str(path))
+    from datasets import ClassLabel, Value
+
+    from ..data.files import atomically
+
+    suffix = check_writable(path)
+    nested = [name for name, kind in (rows.features or {}).items() if not isinstance(kind, Value | ClassLabel)]
+    if suffix == ".csv" and nested:
+        raise ValueError(f"A CSV file cannot hold the columns {nested}, which are lists: use .jsonl or .parquet.")
+    atomically(Path(path), lambda file: getattr(rows, WRITERS[suffix])(str(file)))
 
 
 def check_writable(path: str | Path) -> str:

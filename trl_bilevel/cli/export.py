@@ -3,48 +3,177 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMATS = ("rows", "data-juicer", "llama-factory", "axolotl", "seal")
+EXAMPLES = """examples:
+  trl-bilevel export out --top-k 1000 --output best.jsonl
+  trl-bilevel export out --format llama-factory --resample 5000 --output LLaMA-Factory/data/weighted.jsonl
+  trl-bilevel export out --format seal --output selector.npy
+  trl-bilevel export mixed.jsonl --selector sft_selection_logits_softmax.pt --output weighted.parquet
+  trl-bilevel export out --push-to-hub USER/NAME --private
+
+formats:
+  rows           .parquet, .jsonl or .csv with data_weight and data_rank
+  data-juicer    JSON lines, and a recipe whose topk_specified_field_selector reads data_weight
+  llama-factory  JSON lines, and the entry of dataset_info.json beside them
+  axolotl        JSON lines, and the entry of a config's `datasets` beside them
+  seal           a logit per row, .npy or .safetensors
+
+LLaMA-Factory and axolotl read no weights: choose rows by --top-k or --min-weight, or draw them by --resample.
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
-        prog="trl-bilevel export", description="Write a run's weighted rows, or the best of them, to a file."
+        prog="trl-bilevel export",
+        description="Write a run's weighted rows, or the best of them, to a file, or upload them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("weighted", type=Path, help="weighted.parquet of a run, or the run's folder")
-    parser.add_argument("--output", type=Path, required=True, help=".parquet, .jsonl or .csv file to write")
+    parser.add_argument("weighted", type=Path, help="weighted.parquet of a run (or .jsonl, .csv), or the run's folder")
+    parser.add_argument("--output", type=Path, help="file to write")
+    parser.add_argument("--format", choices=FORMATS, default="rows", help="what reads the file (default: rows)")
     parser.add_argument("--top-k", type=int, help="keep the k rows of highest weight")
     parser.add_argument("--min-weight", type=float, help="keep rows of at least this weight (1 is the average)")
+    parser.add_argument(
+        "--resample", type=int, metavar="N", help="draw N rows in proportion to their weights, for tools without them"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --resample (default: 0)")
+    parser.add_argument("--name", help="of the data set in the other tool's config (default: the file's name)")
+    parser.add_argument(
+        "--selector", type=Path, metavar="FILE", help="weights from a selector of SEAL (.pt, .npy, .safetensors)"
+    )
+    parser.add_argument(
+        "--selector-activation",
+        choices=("softmax", "sigmoid"),
+        help="of the selector read or written (default: by its file's name, else softmax)",
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the rows with a data card: USER/NAME")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
     return parser
 
 
-def run(arguments: list[str]) -> None:
-    """Filter and write."""
+def run(arguments: list[str], api: Any = None) -> None:
+    """Filter, write, upload.
+
+    Args:
+        api (*optional*): in place of `huggingface_hub.HfApi()`.
+    """
     options = make_parser().parse_args(arguments)
-    import torch
-    from datasets import Dataset
+    _check(options)
+    if options.json:
+        from datasets import disable_progress_bars
 
-    from ..data.export import data_ranks
-    from .data import check_writable, write_rows
+        disable_progress_bars()
+    path = _rows_path(options.weighted)
+    rows = _ranked(_weighted(path, options))
+    kept = _kept(rows, options)
+    chosen = rows if options.format == "seal" else rows.select(_drawn(rows, kept, options))
+    if options.resample is not None:
+        # The weights have done their work: they must not count a second time.
+        chosen = chosen.remove_columns(["data_weight", "data_rank"])
+    written = [] if options.output is None else _write(chosen, options)
+    address = None
+    if options.push_to_hub:
+        address = _push(chosen, rows, path.parent, options, api)
+    if options.json:
+        facts = {"rows": len(chosen), "of": len(rows), "files": [str(file) for file in written], "hub": address}
+        print(json.dumps(facts))
+        return
+    for file in written[:1]:
+        print(f"{len(chosen)} of {len(rows)} rows written to {file}.")
+    for file in written[1:]:
+        print(f"Its entry for {options.format}: {file}.")
+    if address:
+        print(f"{len(chosen)} of {len(rows)} rows uploaded to {address}.")
 
-    path = options.weighted / "weighted.parquet" if options.weighted.is_dir() else options.weighted
+
+def _check(options: argparse.Namespace) -> None:
+    from .data import check_writable
+
+    if options.output is None and not options.push_to_hub:
+        raise ValueError("Give a file by `--output`, or a data set on the hub by `--push-to-hub USER/NAME`.")
+    for name in ("top_k", "resample"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(options, name)}.")
+    if options.format == "seal" and (options.top_k or options.min_weight or options.resample or options.push_to_hub):
+        raise ValueError(
+            "A selector has a logit for every row of the training set, in its order: leave out `--top-k`, "
+            "`--min-weight`, `--resample` and `--push-to-hub`. SEAL chooses rows itself (`--topp`)."
+        )
+    if options.format == "data-juicer" and options.resample:
+        raise ValueError("data-juicer chooses rows by their weights: leave out `--resample`.")
+    if options.format == "rows" and options.output is not None:
+        check_writable(options.output)
+    if options.output is not None and not options.output.resolve().parent.is_dir():
+        raise ValueError(f"The folder of `--output` does not exist: {str(options.output)!r}. Make it first.")
+    if options.push_to_hub and options.push_to_hub.count("/") != 1:
+        raise ValueError(f"`--push-to-hub` takes USER/NAME, got {options.push_to_hub!r}.")
+
+
+def _rows_path(given: Path) -> Path:
+    path = given / "weighted.parquet" if given.is_dir() else given
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
         )
-    check_writable(options.output)
-    rows = Dataset.from_parquet(str(path))
+    return path
+
+
+def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
+    """The rows with `data_weight`: of the file, or from a selector."""
+    from .data import load_rows
+
+    rows = load_rows(str(path))
+    if options.selector is not None:
+        from ..data.export import weighted_dataset
+        from ..data.identity import RESERVED_COLUMNS
+        from ..data.seal import activation_of, read_selector, selector_weights
+
+        logits = read_selector(options.selector)
+        if len(logits) != len(rows):
+            raise ValueError(
+                f"The selector {options.selector} has {len(logits)} logits, and {path} has {len(rows)} rows: one is "
+                "needed per row, in the same order. SEAL numbers the rows that it kept: leave out those whose prompt "
+                "is longer than its `max_len`, and those without prompt or answer."
+            )
+        activation = options.selector_activation or activation_of(options.selector) or "softmax"
+        own = [name for name in RESERVED_COLUMNS if name in rows.column_names]
+        return weighted_dataset(rows.remove_columns(own), selector_weights(logits, activation))
     if "data_weight" not in rows.column_names:
         raise ValueError(
-            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet."
+            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet. Weights "
+            "of SEAL are read by `--selector FILE`."
         )
-    if "data_rank" not in rows.column_names:
-        # Of a stream: its rows could not be ranked while they came by.
-        weights = torch.tensor([float("nan") if w is None else w for w in rows["data_weight"]])
-        rows = rows.add_column("data_rank", data_ranks(weights).tolist())
-    if options.top_k is not None and options.top_k < 1:
-        raise ValueError(f"`--top-k` must be at least 1, got {options.top_k}.")
-    kept = [
+    return rows
+
+
+def _ranked(rows: Dataset) -> Dataset:
+    """The rows with `data_rank`: a stream's could not be ranked while they came by."""
+    if "data_rank" in rows.column_names:
+        return rows
+    from ..data.export import data_ranks
+
+    return rows.add_column("data_rank", data_ranks(_weights(rows)).tolist())
+
+
+def _weights(rows: Dataset) -> Any:
+    """Weights float32 `[N]` as a tensor; NaN where missing."""
+    import torch
+
+    return torch.tensor([float("nan") if weight is None else weight for weight in rows["data_weight"]])
+
+
+def _kept(rows: Dataset, options: argparse.Namespace) -> list[int]:
+    return [
         index
         for index, (weight, rank) in enumerate(zip(rows["data_weight"], rows["data_rank"], strict=True))
         if weight is not None
@@ -52,5 +181,53 @@ def run(arguments: list[str]) -> None:
         and (options.top_k is None or rank < options.top_k)
         and (options.min_weight is None or weight >= options.min_weight)
     ]
-    write_rows(rows.select(kept), options.output)
-    print(f"{len(kept)} of {len(rows)} rows written to {options.output}.")
+
+
+def _drawn(rows: Dataset, kept: list[int], options: argparse.Namespace) -> list[int]:
+    """Which rows to write: those kept, or as many as wanted of them, in proportion to their weights."""
+    if options.resample is None:
+        return kept
+    import torch
+
+    from ..core.resampling import systematic_resample
+
+    generator = torch.Generator().manual_seed(options.seed)
+    drawn = systematic_resample(_weights(rows)[kept], options.resample, generator)
+    return [kept[place] for place in drawn.tolist()]
+
+
+def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
+    from .data import write_rows
+
+    path = options.output
+    if options.format == "rows":
+        write_rows(rows, path)
+        return [path]
+    if options.format == "seal":
+        from ..data.seal import activation_of, selector_logits, write_selector
+
+        activation = options.selector_activation or activation_of(path) or "softmax"
+        write_selector(path, selector_logits(_weights(rows), activation))
+        return [path]
+    from ..data.formats import write_for
+
+    return write_for(options.format, rows, path, options.name or path.stem, options.top_k)
+
+
+def _push(chosen: Dataset, rows: Dataset, folder: Path, options: argparse.Namespace, api: Any) -> str:
+    from ..data.hub import data_card, push_rows
+    from ..report.findings import effective_sample_size
+
+    record_file = folder / "_record" / "run.json"
+    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+    weights = _weights(rows)
+    weights = weights[~weights.isnan()].numpy()
+    results = [("effective sample size", f"{effective_sample_size(weights):.0%} of {len(weights):,} rows")]
+    note = "" if len(chosen) == len(rows) else f"They are a choice from {len(rows):,}."
+    if options.resample is not None:
+        note = (
+            f"They were drawn in proportion to learned weights from {len(rows):,} rows, so some occur several times: "
+            "train on them as they are."
+        )
+    card = data_card(options.push_to_hub, chosen, record, results, note)
+    return push_rows(options.push_to_hub, chosen, card, private=True if options.private else None, api=api)

@@ -1,0 +1,136 @@
+"""SEAL's data selector (arXiv 2410.07471): one logit per row, in the rows' order, in a file of its own.
+
+What SEAL's code does (github.com/hanshen95/SEAL, `train_sft_selector.py` and `models/actor.py`): it saves its parameter
+of logits, float32 `[N]`, as `NAME_ACTIVATION.pt` by `torch.save`; the weight of a row is `N softmax(logits)` or
+`2 sigmoid(logits)`; `train_sft.py` loads the file and trains on the rows of the highest logits.
+
+`.pt` files are pickles. They are read with `weights_only=True`, which runs no code of theirs, and never written: what
+is written here is `.npy` or `.safetensors`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .files import atomically
+
+READABLE = (".pt", ".npy", ".safetensors")
+WRITABLE = (".npy", ".safetensors")
+ACTIVATIONS = ("softmax", "sigmoid")
+TENSOR = "logits"
+# A weight of zero has no finite logit: this one gives less than 1e-30 of the best row's weight.
+LOWEST = -80.0
+
+
+def read_selector(path: str | Path) -> Tensor:
+    """Logits of a selector file, float32 `[N]` on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else, or code.
+    """
+    path = Path(path)
+    if path.suffix not in READABLE:
+        raise ValueError(f"A selector is read from files that end in {', '.join(READABLE)}, got {str(path)!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no selector file {path}.")
+    try:
+        logits = _read(path)
+    except (ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} holds no selector that can be read without running code of the file: {type(error).__name__}."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 1 or len(logits) == 0 or not logits.is_floating_point():
+        found = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{path} holds {found}: a selector is one tensor of floats, a logit per row.")
+    logits = logits.detach().float()
+    if bool(torch.isnan(logits).any()) or bool(torch.isposinf(logits).any()):
+        raise ValueError(f"{path} holds logits that are NaN or infinite.")
+    return logits
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".pt":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    return load_file(path)[TENSOR]
+
+
+def write_selector(path: str | Path, logits: Tensor) -> None:
+    """Write logits `[N]` as float32, atomically; `.safetensors` holds one tensor, `logits`.
+
+    Raises:
+        ValueError: if the name ends in none of `WRITABLE`.
+    """
+    path = Path(path)
+    if path.suffix not in WRITABLE:
+        raise ValueError(
+            f"A selector is written to files that end in {', '.join(WRITABLE)}, got {str(path)!r}. For SEAL's own "
+            "loader, which takes pickles only, convert it there: "
+            '`torch.save(torch.from_numpy(numpy.load("selector.npy")), "selector_softmax.pt")`.'
+        )
+    values = logits.detach().float().cpu().contiguous()
+
+    def write(target: Path) -> None:
+        if path.suffix == ".safetensors":
+            save_file({TENSOR: values}, target)
+            return
+        with target.open("wb") as file:
+            np.save(file, values.numpy(), allow_pickle=False)
+
+    atomically(path, write)
+
+
+def selector_weights(logits: Tensor, activation: str = "softmax") -> Tensor:
+    """Weights float32 `[N]` as SEAL computes them: `N softmax(logits)`, or `2 sigmoid(logits)`.
+
+    Raises:
+        ValueError: for another activation.
+    """
+    _check(activation)
+    wide = logits.double()
+    weights = len(logits) * wide.softmax(0) if activation == "softmax" else 2 * wide.sigmoid()
+    return weights.float()
+
+
+def selector_logits(weights: Tensor, activation: str = "softmax") -> Tensor:
+    """Logits float32 `[N]` whose `selector_weights` are in proportion to `weights`; with softmax, equal at mean one.
+
+    Args:
+        weights (`Tensor` float `[N]`): at least 0; NaN (rows never trained on) counts as 0, which becomes a logit of
+            about -80.
+        activation (`str`): with `"sigmoid"` the largest weight gets a logit of 0, since a weight has an upper limit.
+
+    Raises:
+        ValueError: for another activation, or if no weight is above 0.
+    """
+    _check(activation)
+    known = torch.nan_to_num(weights.double(), nan=0.0)
+    if bool((known < 0).any()) or float(known.sum()) <= 0 or not bool(torch.isfinite(known).all()):
+        raise ValueError("A selector needs finite weights of at least 0, and not 0 for all rows.")
+    known = known / (known.max() if activation == "sigmoid" else known.mean())
+    if activation == "softmax":
+        return known.log().clamp(min=LOWEST).float()
+    share = 0.5 * known
+    return (share.log() - torch.log1p(-share)).clamp(min=LOWEST).float()
+
+
+def activation_of(path: str | Path) -> str | None:
+    """The activation that SEAL puts at the end of a selector's name; of an epoch's file before `_epN`."""
+    stem = Path(path).stem
+    head, _, last = stem.rpartition("_")
+    name = head if last.startswith("ep") and last[2:].isdigit() else stem
+    return next((activation for activation in ACTIVATIONS if name.endswith(activation)), None)
+
+
+def _check(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}.")
