@@ -12,7 +12,10 @@ COMMANDS = {
     "refine": ("trl_bilevel.cli.refine", "let the model answer anew what was answered badly, in guarded rounds"),
     "evaluate": ("trl_bilevel.cli.evaluate", "held-out loss, preference and safety of a model, with intervals"),
     "report": ("trl_bilevel.cli.report", "write what came of a run as one HTML file"),
-    "export": ("trl_bilevel.cli.export", "write a run's weighted rows, or the best of them, for other tools or the hub"),
+    "export": (
+        "trl_bilevel.cli.export",
+        "write weighted rows, or the best of them, for other tools or the hub",
+    ),
     "sanity": ("trl_bilevel.cli.sanity", "damage some of your clean rows, and see whether the weights find them"),
     "prepare": (
         "trl_bilevel.cli.prepare",

@@ -56,10 +56,10 @@ def citation_section() -> str:
     return f"## Citation\n\n```bibtex\n{CITATION}\n```\n"
 
 
-def table(head: tuple[str, str], lines: Sequence[tuple[str, str]]) -> str:
-    """A markdown table of two columns."""
-    cells = [tuple(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) for line in lines]
-    return "\n".join(f"| {a} | {b} |" for a, b in [head, ("---", "---"), *cells])
+def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A markdown table."""
+    plain = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(head), ["---"] * len(head), *plain])
 
 
 def _method(record: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """SEAL's data selector (arXiv 2410.07471): one logit per row, in the rows' order, in a file of its own.
 
-What SEAL's code does (github.com/hanshen95/SEAL, `train_sft_selector.py` and `models/actor.py`): it saves its parameter
-of logits, float32 `[N]`, as `NAME_ACTIVATION.pt` by `torch.save`; the weight of a row is `N softmax(logits)` or
-`2 sigmoid(logits)`; `train_sft.py` loads the file and trains on the rows of the highest logits.
+What SEAL's code does (github.com/hanshen95/SEAL, `train_sft_selector.py` and `models/actor.py`): it saves its
+parameter of logits, float32 `[N]`, as `NAME_ACTIVATION.pt` by `torch.save`; the weight of a row is
+`N softmax(logits)` or `2 sigmoid(logits)`; `train_sft.py` loads the file and trains on the rows of the highest logits.
 
 `.pt` files are pickles. They are read with `weights_only=True`, which runs no code of theirs, and never written: what
 is written here is `.npy` or `.safetensors`.
