@@ -49,13 +49,14 @@ def data_card(
         'args = BilevelSFTConfig(output_dir="out", weight_estimator="none")  # trains with these weights\n'
         "trainer = BilevelSFTTrainer(model, args, train_dataset=rows)\n```"
     )
-    first = f"{len(rows):,} training rows{' with a weight each' if DATA_WEIGHT in rows.column_names else ''}. {note}".strip()
+    weighted = DATA_WEIGHT in rows.column_names
+    first = f"{len(rows):,} training rows{' with a weight each' if weighted else ''}. {note}".strip()
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {repo.split('/')[-1]}",
         f"{first} The rows keep the licence of the data that they come from.",
         "## Columns\n\n" + table(("column", "meaning"), own) if own else "",
-        f"## Use\n\n{use}" if DATA_WEIGHT in rows.column_names else "",
+        f"## Use\n\n{use}" if weighted else "",
         selection_section(record, results),
         citation_section(),
     ]

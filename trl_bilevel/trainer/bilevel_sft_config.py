@@ -153,6 +153,8 @@ class BilevelSFTConfig(SFTConfig):
             validation rows' scores; above 1 trades variety of rows for purity.
         ess_alarm (`float`, *optional*, defaults to `0.02`):
             Warn when the effective sample size falls below this share of the rows.
+        tracked_rows (`int`, *optional*, defaults to `10`):
+            Rows of highest and of lowest weight whose text the trackers of `report_to` are shown; 0 for none.
         ignore_selector_fingerprint (`bool`, *optional*, defaults to `False`):
             Load a selector state although training data or selector settings have changed.
     """
@@ -277,6 +279,10 @@ class BilevelSFTConfig(SFTConfig):
     ess_alarm: float = field(
         default=0.02, metadata={"help": "Warn when the effective sample size falls below this share of the rows."}
     )
+    tracked_rows: int = field(
+        default=10,
+        metadata={"help": "Rows of highest and of lowest weight whose text trackers are shown; 0 for none."},
+    )
     ignore_selector_fingerprint: bool = field(
         default=False, metadata={"help": "Load a selector state although data or selector settings have changed."}
     )
@@ -354,6 +360,8 @@ class BilevelSFTConfig(SFTConfig):
                 f"`stream_sample_rows` must be at least {2 * MIN_SCORED_ROWS}, got {self.stream_sample_rows}: half of "
                 "them are scored, to predict the weights of all others."
             )
+        if self.tracked_rows < 0:
+            raise ValueError(f"`tracked_rows` must be at least 0, got {self.tracked_rows}.")
         for name in (
             "selector_learning_rate",
             "selector_warmup_steps",

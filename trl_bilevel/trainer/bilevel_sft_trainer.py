@@ -33,6 +33,7 @@ from .pilot import make_pilot
 from .quantization import disable_bf16_repacking
 from .record import RecordCallback
 from .selection import STATE_FILE, SUMMARY_FILE, Selection
+from .trackers import track_weights
 from .window import ROW_FACTOR, StepWindow
 
 
@@ -155,6 +156,7 @@ class BilevelSFTTrainer(SFTTrainer):
         self._window: StepWindow | None = None
         self.add_callback(RecordCallback(self))
         self.add_callback(setup.StartCallback(self))
+        track_weights(self)
 
     # What a user asks for
 

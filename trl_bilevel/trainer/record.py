@@ -187,7 +187,7 @@ class RecordCallback(TrainerCallback):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(folder / RUN_FILE, facts)
-            side = _offline(trainer)
+            side = offline_part(trainer)
             if side.weighs:
                 # Of a stream, the rows of its sample: nobody can list the others.
                 table_of = side.selection.table
@@ -204,7 +204,7 @@ def describe(trainer: Any) -> dict[str, Any]:
     """What `run.json` says of a trainer, without its times."""
     from .self_refine_trainer import SelfRefineTrainer
 
-    side, args, state = _offline(trainer), trainer.args, trainer.state
+    side, args, state = offline_part(trainer), trainer.args, trainer.state
     selection, refines = side.selection, isinstance(trainer, SelfRefineTrainer)
     own = (SelfRefineConfig, GRPOConfig) if refines else (BilevelSFTConfig, SFTConfig)
     ours = {field.name for field in fields(own[0])} - {field.name for field in fields(own[1])}
@@ -259,7 +259,7 @@ def write_pilot(pilot: Pilot, scores: Tensor, trusted: Tensor, shares: Tensor, s
     for name, rows in pilot.held_back.datasets.items():
         for number in range(len(rows)):
             kept = len(texts) < TRUSTED_TEXTS
-            texts.append({"set": name} | (_texts(trainer, rows[number]) if kept else {}))
+            texts.append({"set": name} | (row_texts(trainer, rows[number]) if kept else {}))
     for entry, score, share in zip(texts, trusted.tolist(), shares.tolist(), strict=True):
         entry |= {"score": score[0], "share": share} | ({"ending": score[1]} if len(score) > 1 else {})
     facts = {
@@ -297,7 +297,7 @@ def callback_of(trainer: Any) -> RecordCallback:
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, RecordCallback))
 
 
-def _offline(trainer: Any) -> Any:
+def offline_part(trainer: Any) -> Any:
     """The `BilevelSFTTrainer` that holds the weights."""
     return trainer.offline.trainer if hasattr(trainer, "offline") else trainer
 
@@ -312,7 +312,7 @@ def _model_name(model: Any) -> str:
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 
-def _texts(trainer: Any, row: Mapping[str, Any]) -> dict[str, str]:
+def row_texts(trainer: Any, row: Mapping[str, Any]) -> dict[str, str]:
     """Prompt and answer of a prepared row."""
     pairs = list(zip(row["input_ids"], row["labels"], strict=True))
     first = next((n for n, (_, label) in enumerate(pairs) if label != -100), len(pairs))

@@ -338,7 +338,7 @@ class Selection:
         if float(self.state.totals[3]) == 0:
             return {}
         ess = float(core.effective_sample_size(self.state) / self.state.totals[3])
-        weights = self.weights(self._statistics_rows)
+        weights = self.sampled_weights()
         out = {"selector/ess": ess, "selector/entropy": float(core.weight_entropy(self.state))}
         levels = (0.05, 0.25, 0.5, 0.75, 0.95)
         for level, value in zip(levels, weight_quantiles(weights, levels).tolist(), strict=True):
@@ -354,6 +354,10 @@ class Selection:
         if self.table is not None:
             self._watch_load(self.table.size)
         return out
+
+    def sampled_weights(self) -> Tensor:
+        """Weights float32 `[n]` of the same `STATISTICS_ROWS` rows at most; of a stream, of what has been seen."""
+        return self.weights(self._statistics_rows)
 
     def _watch_load(self, size: int) -> None:
         """Warn once when so many keys have been seen that many of them share a unit."""

@@ -92,6 +92,8 @@ class SelfRefineConfig(GRPOConfig):
             weights. Not used if `train_dataset` has a column `data_weight`.
         pilot_steps, pilot_learning_rate, pilot_batch_size, pilot_scored_rows, pilot_feature_depth:
             As in [`BilevelSFTConfig`]; the learning rate is that of the look-ahead, too.
+        tracked_rows (`int`, *optional*, defaults to `10`):
+            Offline rows of highest and of lowest weight whose text the trackers of `report_to` are shown; 0 for none.
         max_length (`int`, *optional*, defaults to `1024`):
             Length at which offline and validation rows are cut.
     """
@@ -150,6 +152,10 @@ class SelfRefineConfig(GRPOConfig):
     pilot_feature_depth: float = field(
         default=0.3, metadata={"help": "Share of the layers that are computed to predict a weight, in (0, 1]."}
     )
+    tracked_rows: int = field(
+        default=10,
+        metadata={"help": "Offline rows of highest and of lowest weight whose text trackers are shown; 0 for none."},
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Length at which offline and validation rows are cut."}
     )
@@ -203,6 +209,8 @@ class SelfRefineConfig(GRPOConfig):
                 raise ValueError("A round of one response compares nothing. Raise `steps_per_round`.")
         super().__post_init__()
         self.num_generations = generations
+        if self.tracked_rows < 0:
+            raise ValueError(f"`tracked_rows` must be at least 0, got {self.tracked_rows}.")
         _one_of("question_strategy", self.question_strategy, STRATEGIES)
         _one_of("response_estimator", self.response_estimator, RESPONSE_ESTIMATORS)
         _in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)

@@ -25,6 +25,7 @@ from .record import RecordCallback
 from .round_callback import RoundCallback
 from .rounds import Rounds, Snapshot
 from .self_refine_config import SelfRefineConfig
+from .trackers import track_weights
 
 
 class SelfRefineTrainer(GRPOTrainer):
@@ -134,6 +135,7 @@ class SelfRefineTrainer(GRPOTrainer):
         self._round_start = time.perf_counter()
         self.add_callback(RecordCallback(self))
         self.add_callback(RoundCallback(self))
+        track_weights(self)
         if args.implicit_weight_scope == "round":
             # TRL takes the mean reward off each group: here that is the round.
             self.num_generations = args.generation_batch_size
