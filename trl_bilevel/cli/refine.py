@@ -11,6 +11,7 @@ training it.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -32,7 +33,9 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     from ..trainer.self_refine_trainer import SelfRefineTrainer
     from .data import is_adapter, load_adapter, load_named, load_sets, set_model_arguments
+    from .progress import shown_progress, time_spent
     from .report import report_lines
+    from .summary import show_summary
 
     train, validation, evaluation = load_sets(script_args, dataset_args)
     quantization = get_quantization_config(model_args)
@@ -51,25 +54,34 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         quantization_config=quantization,
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=resume_argument(training_args))
+    with shown_progress(trainer):
+        trainer.train(resume_from_checkpoint=resume_argument(training_args))
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     folder = training_args.output_dir
-    lines = [f"Model saved to {folder}."]
+    facts = [("Model", folder)]
     for entry in trainer.ledger:
-        lines.append(
-            f"Round {entry['round']}: {entry['responses']} responses to {entry['questions']} questions; selection "
-            f"loss {entry['incoming_loss']:.4f} -> {entry['trained_loss']:.4f} (+- {entry['standard_error']:.4f}): "
-            f"{'kept' if entry['kept'] else 'rolled back'}, {entry['reason']}."
+        facts.append(
+            (
+                f"Round {entry['round']}",
+                f"{entry['responses']} responses to {entry['questions']} questions; selection loss "
+                f"{entry['incoming_loss']:.4f} -> {entry['trained_loss']:.4f} (+- {entry['standard_error']:.4f}): "
+                f"{'kept' if entry['kept'] else 'rolled back'}, {entry['reason']}",
+            )
         )
     kept = sum(entry["kept"] for entry in trainer.ledger)
-    lines.append(f"{kept} of {len(trainer.ledger)} rounds kept. Books: {folder}/ledger.jsonl, {folder}/responses/.")
+    facts += [("Outcome", f"{kept} of {len(trainer.ledger)} rounds kept"), *time_spent(trainer)]
+    facts.append(("Books", f"{folder}/ledger.jsonl, {folder}/responses/"))
+    notes = []
     if kept == 0:
-        lines.append("No round helped: lower the learning rate, or raise `num_generations` or `steps_per_round`.")
+        notes.append("No round helped: lower the learning rate, or raise `num_generations` or `steps_per_round`.")
     # Last: the report holds text of the rows, and is not pushed with the model.
-    lines += report_lines(trainer)
-    trainer.accelerator.print("\n".join(lines))
+    notes += report_lines(trainer)
+    if trainer.is_world_process_zero():
+        test = script_args.eval_dataset_name or "TEST.jsonl"
+        words = ["trl-bilevel", "evaluate", folder, "--baseline", model_args.model_name_or_path, "--dataset", test]
+        show_summary("Refined in rounds", facts, notes, [shlex.join(words)])
     trainer.end()
 
 

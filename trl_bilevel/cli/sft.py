@@ -9,6 +9,7 @@ arguments is an option, and a key of the YAML file. Unknown keys are errors.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -30,7 +31,9 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     from ..trainer.bilevel_sft_trainer import BilevelSFTTrainer
     from .data import check_writable, load_sets, set_model_arguments, write_rows
+    from .progress import shown_progress, time_spent, weight_facts
     from .report import report_lines
+    from .summary import show_summary
 
     path = script_args.weighted_dataset_path or f"{training_args.output_dir}/weighted.parquet"
     check_writable(path)
@@ -45,26 +48,26 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=resume_argument(training_args))
+    with shown_progress(trainer):
+        trainer.train(resume_from_checkpoint=resume_argument(training_args))
     trainer.save_model(training_args.output_dir)
-    lines = [f"Model saved to {training_args.output_dir}."]
+    facts, following = [("Model", training_args.output_dir)], []
     if trainer.validation is not None:
-        lines.append(f"Validation loss: {trainer.validation_loss()['total']:.4f} nats per token.")
+        facts.append(("Validation loss", f"{trainer.validation_loss()['total']:.4f} nats per token"))
     # A stream is copied only if that was asked for.
     writes = trainer.selects and bool(not trainer.streams or script_args.weighted_dataset_path)
     if trainer.selects and trainer.is_world_process_zero():
-        ess = trainer.selection.metrics().get("selector/ess")
-        if ess is not None:
-            lines.append(f"Effective sample size {ess:.0%} of the rows.")
+        facts += weight_facts(trainer)
         if writes:
             write_rows(trainer.weighted_dataset(), path)
-            lines.append(f"Weighted rows saved to {path}.")
-            lines.append(f"Next: trl-bilevel export {path} --top-k 1000 --output best.jsonl")
+            facts.append(("Weighted rows", path))
+            following.append(f"trl-bilevel export {shlex.quote(path)} --top-k 1000 --output best.jsonl")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     # Last: the report holds text of the rows, and is not pushed with the model.
-    lines += report_lines(trainer, path if writes else None)
-    trainer.accelerator.print("\n".join(lines))
+    notes = report_lines(trainer, path if writes else None)
+    if trainer.is_world_process_zero():
+        show_summary("Fine-tuned on weighted rows", [*facts, *time_spent(trainer)], notes, following)
     trainer.end()
 
 

@@ -162,6 +162,13 @@ class RecordCallback(TrainerCallback):
         """Sharded parameters cannot be used outside of the trainer's own steps."""
         return not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
 
+    def overhead(self) -> float | None:
+        """Share of the time so far that went into choosing weights and following validation losses; None at rest."""
+        if self._began is None or not self._chosen:
+            return None
+        spent = self.seconds["selection"] + self.seconds["validation"]
+        return spent / max(time.perf_counter() - self._began, 1e-9)
+
     def save(self, rows_file: str | None = None) -> None:
         """Write `run.json` and the weights. A record that cannot be written stops no training: it is told.
 

@@ -1,0 +1,148 @@
+"""Progress of a run on a terminal, with the numbers that matter; nothing elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import ProgressCallback, TrainerCallback
+
+
+class RunProgress(TrainerCallback):
+    """A bar with loss, validation loss, effective sample size, rows that carry the weight, and overhead.
+
+    Args:
+        trainer: a `BilevelSFTTrainer` or a `SelfRefineTrainer`.
+        console: to draw on.
+    """
+
+    def __init__(self, trainer: Any, console: Console):
+        self.trainer = trainer
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+        )
+        self.numbers: dict[str, str] = {}
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar; a pilot run comes first."""
+        if not state.is_world_process_zero:
+            return
+        learns = self.trainer.args.weight_estimator != "none"
+        label = "Choosing weights" if learns else "Training"
+        self._task = self.progress.add_task(label, total=state.max_steps, completed=state.global_step, numbers="")
+        self.progress.start()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Weights are chosen."""
+        self._show(description="Training")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step on."""
+        self._show(completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The latest numbers."""
+        if self._task is None:
+            return
+        self.numbers |= numbers_of(self.trainer, logs or {})
+        self._show(numbers="  ".join(f"{name} {value}" for name, value in self.numbers.items()))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the bar away: the summary follows."""
+        self.progress.stop()
+
+    def _show(self, **changes: Any) -> None:
+        if self._task is not None:
+            self.progress.update(self._task, **changes)
+
+
+def numbers_of(trainer: Any, logs: dict[str, Any]) -> dict[str, str]:
+    """What a log entry, the record and the ledger say, ready to be shown, by name."""
+    from ..trainer.record import callback_of
+
+    record, out = callback_of(trainer), {}
+    if "loss" in logs:
+        out["loss"] = f"{float(logs['loss']):.3f}"
+    if "eval_loss" in logs:
+        out["eval"] = f"{float(logs['eval_loss']):.3f}"
+    if record.validation:
+        out["validation"] = f"{record.validation[-1]['total']:.3f}"
+    if "round/trained_loss" in logs:
+        ledger = trainer.ledger
+        out["selection"] = f"{float(logs['round/trained_loss']):.3f}"
+        out["rounds kept"] = f"{sum(entry['kept'] for entry in ledger)}/{len(ledger)}"
+    if "selector/ess" in logs:
+        out["ESS"] = f"{float(logs['selector/ess']):.0%}"
+        out["80% of weight in"] = f"{_carrying(trainer):.0%} of rows"
+    overhead = record.overhead()
+    if overhead is not None:
+        out["overhead"] = f"{overhead:.0%}"
+    return out
+
+
+def weight_facts(trainer: Any) -> list[tuple[str, str]]:
+    """For the summary: how unequal the weights of a `BilevelSFTTrainer` are; nothing if a stream was not scored."""
+    size = trainer.selection.metrics().get("selector/ess")
+    if size is None:
+        return []
+    return [
+        ("Effective sample size", f"{size:.0%} of the rows"),
+        ("80% of the weight", f"in {_carrying(trainer):.0%} of the rows"),
+    ]
+
+
+def time_spent(trainer: Any) -> list[tuple[str, str]]:
+    """For the summary: how long the run took, and how much of it went into the weights."""
+    from ..report.findings import duration
+    from ..trainer.record import callback_of
+
+    seconds = callback_of(trainer).seconds
+    if not seconds.get("total"):
+        return []
+    spent = seconds["selection"] + seconds["validation"]
+    share = f", of which {spent / seconds['total']:.0%} to choose weights and follow validation losses"
+    return [("Time", duration(seconds["total"]) + (share if spent else ""))]
+
+
+def _carrying(trainer: Any) -> float:
+    """Share of the rows that hold 80% of the weight."""
+    from ..report.findings import rows_carrying
+    from ..trainer.record import offline_part
+
+    weights = offline_part(trainer).selection.sampled_weights().cpu().numpy()
+    return rows_carrying(weights) / len(weights)
+
+
+@contextmanager
+def shown_progress(trainer: Any) -> Iterator[None]:
+    """Show a trainer's progress while it trains, in place of transformers' bar and its lines of logs.
+
+    On the main process, and if standard error is a terminal; elsewhere nothing is drawn. With `disable_tqdm`, which
+    prints the logs line by line, all stays as it is.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    places = [place for place, callback in enumerate(callbacks) if type(callback) is ProgressCallback]
+    if not places:
+        yield
+        return
+    console = Console(stderr=True)
+    if not (console.is_terminal and trainer.is_world_process_zero()):
+        trainer.remove_callback(ProgressCallback)
+        yield
+        return
+    shown = RunProgress(trainer, console)
+    # In the place of the other: before the callback that runs the pilot, so that its time is seen to pass.
+    callbacks[places[0]] = shown
+    try:
+        yield
+    finally:
+        shown.progress.stop()
