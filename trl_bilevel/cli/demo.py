@@ -14,6 +14,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="trl-bilevel demo",
+        epilog="example: trl-bilevel demo --task safety --arms base,uniform,bilevel,refine",
         description="Trains a small real model on real text, part of it damaged, in several ways at the same budget, "
         "and shows what bilevel selection gains. Without options: SmolLM2-135M-Instruct and Python's docstrings.",
     )

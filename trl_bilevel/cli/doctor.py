@@ -24,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="trl-bilevel doctor",
+        epilog="example: trl-bilevel doctor --json",
         description="Checks versions, devices, optional libraries, hub, disk and launchers. Nothing is changed, no "
         "token is shown. Exit code 1 if something that a basic run needs is broken.",
     )

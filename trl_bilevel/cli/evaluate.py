@@ -102,7 +102,12 @@ def make_parser(prog: str = "trl-bilevel evaluate") -> Any:
     """The parser, as in TRL's scripts."""
     from trl import ModelConfig, TrlParser
 
-    parser = TrlParser((EvaluateArguments, ModelConfig), prog=prog, usage=f"{prog} MODEL [OPTIONS]")
+    parser = TrlParser(
+        (EvaluateArguments, ModelConfig),
+        prog=prog,
+        usage=f"{prog} MODEL [OPTIONS]",
+        epilog="example: trl-bilevel evaluate out --baseline BASE --dataset test.jsonl --output result.json",
+    )
     # As the weights were saved: nothing is trained here.
     parser.set_defaults(dtype="auto")
     return parser

@@ -23,6 +23,7 @@ COMMANDS = {
     ),
     "plan": ("trl_bilevel.cli.plan", "does a run fit your GPU? memory and work, computed without loading the model"),
     "doctor": ("trl_bilevel.cli.doctor", "what will and will not work on this machine, and what to do about it"),
+    "completion": ("trl_bilevel.cli.completion", "print a script that completes commands and options in bash and zsh"),
     "demo": (
         "trl_bilevel.cli.demo",
         "real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
@@ -33,13 +34,14 @@ USAGE = (
     "usage: trl-bilevel COMMAND [OPTIONS]\n\n"
     "Bilevel data selection for Hugging Face TRL: a small trusted set teaches which training rows to learn from.\n\n"
     "commands:\n"
-    + "".join(f"  {name:8} {text}\n" for name, (_, text) in COMMANDS.items())
-    + "\n`trl-bilevel COMMAND --help` lists a command's options. Try `trl-bilevel demo` first.\n"
+    + "".join(f"  {name:10} {text}\n" for name, (_, text) in COMMANDS.items())
+    + "\n`trl-bilevel COMMAND --help` lists a command's options, with an example. Try `trl-bilevel demo` first.\n"
+    "Exit codes: 0 done, 1 failed (TRL_BILEVEL_TRACEBACK=1 shows where), 2 wrong usage, 130 interrupted.\n"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
+    """Run a command; returns the exit code (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -48,11 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"trl-bilevel {__version__}")
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"trl-bilevel: unknown command {arguments[0]!r}.\n\n{USAGE}", end="", file=sys.stderr)
+        known = f"Commands: {', '.join(COMMANDS)}; `trl-bilevel --help` says what they do."
+        print(f"trl-bilevel: unknown command {arguments[0]!r}. {known}", file=sys.stderr)
         return 2
     module = import_module(COMMANDS[arguments[0]][0])
     try:
         return module.run(arguments[1:]) or 0
+    except KeyboardInterrupt:
+        print(f"trl-bilevel {arguments[0]}: interrupted.", file=sys.stderr)
+        return 130
     except Exception as error:
         import os
 

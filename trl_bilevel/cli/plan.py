@@ -69,7 +69,8 @@ def make_parser(prog: str = "trl-bilevel plan") -> Any:
             self.use_cpu = True
             super().__post_init__()
 
-    return TrlParser((PlanArguments, PlannedConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    parts = (PlanArguments, PlannedConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(parts, prog=prog, epilog="example: trl-bilevel plan --config run.yaml --gpu_memory 24")
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:

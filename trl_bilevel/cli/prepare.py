@@ -12,6 +12,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="trl-bilevel prepare",
+        epilog="example: trl-bilevel prepare quality --output data/quality --train-rows 10000",
         description="Makes the training, validation and test rows of recipes/ from public sets on the hub. Beside "
         "them it writes a data card (README.md) and prepare.lock.json, from which the same rows can be made again.",
     )

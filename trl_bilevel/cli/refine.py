@@ -17,6 +17,12 @@ from typing import Any
 
 from .arguments import RefineScriptArguments, parse, resume_argument
 
+EXAMPLE = (
+    "example: trl-bilevel refine --model_name_or_path out --dataset_name out/weighted.parquet "
+    "--validation_dataset_name trusted.jsonl --output_dir refined, where `out` is what `trl-bilevel sft` wrote. Every "
+    "option can be a key of a YAML file (--config FILE); the command line wins."
+)
+
 
 def make_parser(prog: str = "trl-bilevel refine") -> Any:
     """The parser, as in TRL's scripts."""
@@ -24,7 +30,8 @@ def make_parser(prog: str = "trl-bilevel refine") -> Any:
 
     from ..trainer.self_refine_config import SelfRefineConfig
 
-    return TrlParser((RefineScriptArguments, SelfRefineConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    parts = (RefineScriptArguments, SelfRefineConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(parts, prog=prog, epilog=EXAMPLE)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:

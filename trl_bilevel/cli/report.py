@@ -11,6 +11,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="trl-bilevel report",
+        epilog="example: trl-bilevel report out --baseline uniform_out",
         description="Write the report of a run: one HTML file that opens from disk, without a network.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a run, finished or not")

@@ -25,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="trl-bilevel sanity",
+        epilog="example: trl-bilevel sanity --dataset clean.jsonl --validation trusted.jsonl",
         description="Damages a part of your clean rows in known ways, learns weights by a pilot run as `trl-bilevel "
         "sft` does, and tells how well they separate damaged from good rows. Exit code 1 if a kind of damage is "
         "ranked below chance.",

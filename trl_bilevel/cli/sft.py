@@ -15,6 +15,12 @@ from typing import Any
 
 from .arguments import BilevelScriptArguments, parse, resume_argument
 
+EXAMPLE = (
+    "example: trl-bilevel sft --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --dataset_name "
+    "mixed.jsonl --validation_dataset_name trusted.jsonl --output_dir out. Every option can be a key of a YAML file "
+    "(--config FILE); the command line wins."
+)
+
 
 def make_parser(prog: str = "trl-bilevel sft") -> Any:
     """The parser, as in TRL's scripts."""
@@ -22,7 +28,8 @@ def make_parser(prog: str = "trl-bilevel sft") -> Any:
 
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
 
-    return TrlParser((BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    parts = (BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(parts, prog=prog, epilog=EXAMPLE)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
