@@ -351,3 +351,17 @@ def test_cuda_trains(build):
     trainer.train()
     assert torch.isfinite(torch.tensor(losses(trainer))).all()
     assert trainer.selection.state.logits.is_cuda
+
+
+def test_the_model_card_tells_of_the_selection(build, tmp_path):
+    trainer = build(hub_token="hf_secretsecretsecret")
+    trainer.train()
+    for _ in range(2):
+        # Written anew at each checkpoint: one section, not one more each time.
+        trainer.create_model_card(model_name="out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("## Data selection") == 1 and "| `value_function` |" in card
+    assert card.index("## Data selection") < card.index("## Citations")
+    assert f"| validation loss, step {trainer.state.global_step} |" in card
+    assert "arXiv:2511.21056" in card and "hf_secret" not in card
+    assert trainer.rows[0]["input_ids"] and "What does" not in card

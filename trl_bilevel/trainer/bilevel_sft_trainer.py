@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from ..core.scores import row_losses
+from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
 from ..data.export import weighted_dataset
 from ..data.identity import (
     SAMPLE_ID,
@@ -31,7 +32,7 @@ from .estimator import make_estimator
 from .host import TrainerHost
 from .pilot import make_pilot
 from .quantization import disable_bf16_repacking
-from .record import RecordCallback
+from .record import RecordCallback, add_selection_to_card
 from .selection import STATE_FILE, SUMMARY_FILE, Selection
 from .trackers import track_weights
 from .window import ROW_FACTOR, StepWindow
@@ -85,10 +86,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "trl-bilevel", "bilevel-sft"]
     _name = "Bilevel SFT"
-    _paper = {
-        "title": "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation",
-        "id": "2511.21056",
-    }
+    _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": CITATION}
     # `compute_loss` divides by the tokens of the whole accumulation window itself, like its parent.
     loss_is_scaled_for_ga = True
 
@@ -396,6 +394,11 @@ class BilevelSFTTrainer(SFTTrainer):
         if self.weighs and self.args.should_save:
             tensors = {} if self.estimator is None else self.estimator.tensors()
             self.selection.save(output_dir or self.args.output_dir, tensors)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's card, with a section on the selection: method, settings, data, results."""
+        super().create_model_card(*args, **kwargs)
+        add_selection_to_card(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         dtypes = setup.trainable_dtypes(self.model)

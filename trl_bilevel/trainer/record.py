@@ -26,6 +26,7 @@ from trl import GRPOConfig, SFTConfig
 
 from .._version import __version__
 from ..core.statistics import evenly_spaced
+from ..data.cards import selection_section
 from ..data.export import data_ranks
 from ..data.files import atomically
 from ..data.identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID, fingerprint
@@ -245,6 +246,20 @@ def describe(trainer: Any) -> dict[str, Any]:
         },
         "log_history": _thinned(state.log_history),
     }
+
+
+def add_selection_to_card(trainer: Any) -> None:
+    """Add what the record says of the selection to the model card that TRL has written; no text of any row."""
+    card = Path(trainer.args.output_dir) / "README.md"
+    if not trainer.is_world_process_zero() or not card.is_file():
+        return
+    record = describe(trainer) | {"validation": callback_of(trainer).validation}
+    record["evaluation"] = callback_of(trainer).evaluation
+    text = card.read_text(encoding="utf-8")
+    head, citations, rest = text.partition("## Citations")
+    section = selection_section(record)
+    text = f"{head}{section}\n{citations}{rest}" if citations else f"{text}\n{section}"
+    atomically(card, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_pilot(pilot: Pilot, scores: Tensor, trusted: Tensor, shares: Tensor, seconds: float) -> None:

@@ -15,13 +15,14 @@ from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from ..core.implicit import decide
+from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
 from ..data.questions import QuestionSampler, choose_questions
 from . import refine_setup, responses, setup
 from .checkpoints import resume_point
 from .host import DetachedHost
 from .offline import OfflinePart
 from .pilot import pilot_learning_rate
-from .record import RecordCallback
+from .record import RecordCallback, add_selection_to_card
 from .round_callback import RoundCallback
 from .rounds import Rounds, Snapshot
 from .self_refine_config import SelfRefineConfig
@@ -85,10 +86,7 @@ class SelfRefineTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl-bilevel", "self-refine"]
     _name = "Self-Refine"
-    _paper = {
-        "title": "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation",
-        "id": "2511.21056",
-    }
+    _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": CITATION}
 
     def __init__(
         self,
@@ -302,6 +300,11 @@ class SelfRefineTrainer(GRPOTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.offline.trainer.selection.save(output_dir or self.args.output_dir, {})
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's card, with a section on the selection: method, settings, data, results."""
+        super().create_model_card(*args, **kwargs)
+        add_selection_to_card(self)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before the parent's files: it deletes older checkpoints once its own are written.
