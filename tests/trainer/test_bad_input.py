@@ -27,6 +27,7 @@ CONFIGS = bad_settings(
         ({"estimator_refresh_steps": 0}, "`estimator_refresh_steps` must be at least 1"),
         ({"validation_every": 0}, "`validation_every` must be at least 1"),
         ({"pilot_feature_depth": 0.0}, r"`pilot_feature_depth` must lie in \(0, 1\], got 0.0"),
+        ({"tracked_rows": -1}, "`tracked_rows` must be at least 0, got -1"),
         ({"validation_loss_weight_decay": 0.1}, "`validation_loss_weight_decay=0.1` has nothing to take away"),
         ({"lookahead_steps": -1}, "`lookahead_steps` must be at least 1"),
         ({"pilot_steps": 0}, "`pilot_steps` must be at least 1"),

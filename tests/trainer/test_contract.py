@@ -84,6 +84,7 @@ SIGNATURES = [
     (SFTTrainer, "training_step", ["args", "kwargs"]),
     (SFTTrainer, "log", ["logs", "start_time"]),
     (Trainer, "training_step", ["model", "inputs", "num_items_in_batch"]),
+    (SFTTrainer, "create_model_card", ["model_name", "dataset_name", "tags"]),
     (Trainer, "get_batch_samples", ["epoch_iterator", "num_batches", "device"]),
     (Trainer, "_get_train_sampler", ["train_dataset"]),
     (Trainer, "train", ["resume_from_checkpoint", ...]),
@@ -95,6 +96,7 @@ SIGNATURES = [
     (GRPOTrainer, "_get_train_sampler", ["dataset"]),
     (GRPOTrainer, "_generate_single_turn", ["prompt_ids", ...]),
     (GRPOTrainer, "_save_checkpoint", ["model", "trial"]),
+    (GRPOTrainer, "create_model_card", ["model_name", "dataset_name", "tags"]),
     (Trainer, "evaluate", ["eval_dataset", "ignore_keys", "metric_key_prefix"]),
     # Called by us.
     (SFTTrainer, "_save_checkpoint", ["model", "trial"]),

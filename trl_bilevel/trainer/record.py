@@ -319,9 +319,9 @@ def callback_of(trainer: Any) -> RecordCallback:
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, RecordCallback))
 
 
-def offline_part(trainer: Any) -> Any:
+def offline_part(owner: Any) -> Any:
     """The `BilevelSFTTrainer` that holds the weights."""
-    return trainer.offline.trainer if hasattr(trainer, "offline") else trainer
+    return owner.offline.trainer if hasattr(owner, "offline") else owner
 
 
 def _all(side: Any) -> Tensor:
