@@ -298,7 +298,6 @@ def test_upload_without_a_record(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--output"),
         (["--top-k", "0", "--output", "x.jsonl"], "`--top-k` must be at least 1"),
         (["--resample", "0", "--output", "x.jsonl"], "`--resample` must be at least 1"),
         (["--output", "nowhere/x.jsonl"], "does not exist"),
@@ -310,6 +309,7 @@ def test_upload_without_a_record(folder):
         (["--format", "seal", "--output", "x.pt"], "torch.save"),
         (["--selector", "nowhere.pt", "--output", "x.jsonl"], "no selector file"),
         (["--push-to-hub", "chosen"], "USER/NAME"),
+        (["--push-to-hub", "me/chosen", "--format", "seal"], "leave out `--format seal`"),
     ],
 )
 def test_mistakes(folder, arguments, message, capsys, monkeypatch):
@@ -343,3 +343,10 @@ def test_another_dataset_info_is_not_overwritten(folder, capsys):
     (folder / "dataset_info.json").write_text("[1]")
     assert main(["export", str(folder), "--format", "llama-factory", "--output", str(folder / "x.jsonl")]) == 1
     assert "lists no data sets" in capsys.readouterr().err and (folder / "dataset_info.json").read_text() == "[1]"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--output", "x.jsonl", "--push-to-hub", "me/x"], ["--format", "xml"]])
+def test_wrong_usage(folder, arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(folder), *arguments])
+    assert end.value.code == 2

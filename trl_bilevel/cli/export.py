@@ -38,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weighted", type=Path, help="weighted.parquet of a run (or .jsonl, .csv), or the run's folder")
-    parser.add_argument("--output", type=Path, help="file to write")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, help="file to write")
+    target.add_argument("--push-to-hub", metavar="REPO", help="upload the rows with a data card: USER/NAME")
     parser.add_argument("--format", choices=FORMATS, default="rows", help="what reads the file (default: rows)")
     parser.add_argument("--top-k", type=int, help="keep the k rows of highest weight")
     parser.add_argument("--min-weight", type=float, help="keep rows of at least this weight (1 is the average)")
@@ -55,7 +57,6 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("softmax", "sigmoid"),
         help="of the selector read or written (default: by its file's name, else softmax)",
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the rows with a data card: USER/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
     return parser
@@ -99,15 +100,13 @@ def run(arguments: list[str], api: Any = None) -> None:
 def _check(options: argparse.Namespace) -> None:
     from .data import check_writable
 
-    if options.output is None and not options.push_to_hub:
-        raise ValueError("Give a file by `--output`, or a data set on the hub by `--push-to-hub USER/NAME`.")
     for name in ("top_k", "resample"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(options, name)}.")
-    if options.format == "seal" and (options.top_k or options.min_weight or options.resample or options.push_to_hub):
+    if options.format == "seal" and (options.top_k or options.min_weight or options.resample):
         raise ValueError(
             "A selector has a logit for every row of the training set, in its order: leave out `--top-k`, "
-            "`--min-weight`, `--resample` and `--push-to-hub`. SEAL chooses rows itself (`--topp`)."
+            "`--min-weight` and `--resample`. SEAL chooses rows itself (`--topp`)."
         )
     if options.format == "data-juicer" and options.resample:
         raise ValueError("data-juicer chooses rows by their weights: leave out `--resample`.")
@@ -115,6 +114,8 @@ def _check(options: argparse.Namespace) -> None:
         check_writable(options.output)
     if options.output is not None and not options.output.resolve().parent.is_dir():
         raise ValueError(f"The folder of `--output` does not exist: {str(options.output)!r}. Make it first.")
+    if options.push_to_hub and options.format != "rows":
+        raise ValueError(f"The hub takes rows as they are: leave out `--format {options.format}`.")
     if options.push_to_hub and options.push_to_hub.count("/") != 1:
         raise ValueError(f"`--push-to-hub` takes USER/NAME, got {options.push_to_hub!r}.")
 
