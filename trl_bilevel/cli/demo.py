@@ -41,6 +41,7 @@ def run(arguments: list[str]) -> None:
     from ..demo.comparison import extreme_rows, plot, summarise, write_results
     from ..demo.experiment import ARMS, REFINING, budget_of, run_arm
     from ..demo.tasks import conversational, make_task, question_answer_rows
+    from ..report import write_report
     from .data import load_rows
 
     console = Console()
@@ -102,6 +103,8 @@ def run(arguments: list[str]) -> None:
     console.print("  demo.png (plots), summary.json, results.json, and per arm a folder with the adapter")
     if learned is not None:
         best = options.output / learned.arm
+        report = write_report(best, baseline=options.output / "uniform" if "uniform" in arms else None)
+        console.print(f"  {report}: what the weights did, which rows carry them, and why. Open it in a browser.")
         console.print(f"  {best}/weighted.parquet: every row with its weight. The best quarter of them as JSON lines:")
         console.print(f"    trl-bilevel export {best} --top-k {len(task.train) // 4} --output best.jsonl")
     console.print("Your own data: trl-bilevel sft --help")
