@@ -253,6 +253,8 @@ def test_units_do_not_depend_on_machine_or_column_order():
     expected = int.from_bytes(hashlib.blake2b(b"a row", digest_size=8).digest(), "big") % 1000
     assert hashed_unit("a row", 1000) == expected
     assert row_key({"a": 1, "b": "x"}, None) == row_key({"b": "x", "a": 1}, None)
+    # Read in batches, a row has the columns of the others, too.
+    assert row_key({"a": 1}, None) == row_key({"a": 1, "b": None}, None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -265,7 +267,7 @@ def test_units_join_with_the_mean_weight(steps, activation, groups):
     """Sums are those of the rows seen, and a unit that joins changes no mean."""
     count = torch.zeros(10, dtype=torch.int64)
     state = core.init_selector(
-        torch.zeros(10, dtype=torch.bool), rows=count.clone() if groups else None, activation=activation, open=True
+        torch.zeros(10, dtype=torch.bool), rows=count.clone() if groups else None, activation=activation, joinable=True
     )
     for step in steps:
         units = torch.tensor([unit for unit, _ in step])
@@ -289,7 +291,7 @@ def test_units_join_with_the_mean_weight(steps, activation, groups):
 
 
 def test_assigned_weights_come_back_in_proportion():
-    state = core.init_selector(torch.zeros(8, dtype=torch.bool), open=True)
+    state = core.init_selector(torch.zeros(8, dtype=torch.bool), joinable=True)
     assign = partial(core.assign_weights, state)
     assign(torch.tensor([1, 2, 2]), torch.tensor([1.0, 2.0, 4.0]))
     assign(torch.tensor([5, 1]), torch.tensor([3.0, 0.5]))

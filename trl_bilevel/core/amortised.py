@@ -61,14 +61,20 @@ class TabulatedPredictor:
     weights: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, for a safetensors file."""
+        """All of it, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def to(self, device: torch.device) -> TabulatedPredictor:
+        """The same on a device, where it predicts without host-device syncs."""
+        return TabulatedPredictor(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
     def __call__(self, features: Tensor) -> Tensor:
-        """Weights, float32 `[b]` on the CPU, for features `[b, d]`; mean one over the rows that `tabulate` saw."""
-        z = (features.double().cpu() - self.mean) / self.scale
-        predicted = (z @ self.coefficients + self.intercept).numpy()
-        return torch.from_numpy(np.interp(predicted, self.knots.numpy(), self.weights.numpy())).float()
+        """Weights, float32 `[b]`, for features `[b, d]`; mean one over the rows that `tabulate` saw."""
+        predicted = (features.double() - self.mean) / self.scale @ self.coefficients + self.intercept
+        right = torch.searchsorted(self.knots, predicted).clamp(1, len(self.knots) - 1)
+        low, high = self.knots[right - 1], self.knots[right]
+        share = ((predicted - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        return torch.lerp(self.weights[right - 1], self.weights[right], share).float()
 
 
 def tabulate(predictor: WeightPredictor, predicted: Tensor, weights: Tensor, knots: int = 256) -> TabulatedPredictor:

@@ -103,7 +103,7 @@ def init_selector(
     rows: Tensor | None = None,
     activation: Activation = "softmax",
     adam: bool = False,
-    open: bool = False,
+    joinable: bool = False,
 ) -> SelectorState:
     """A uniform selector.
 
@@ -112,13 +112,12 @@ def init_selector(
         rows (`Tensor` int64 `[U]`, *optional*): rows per unit, for groups.
         activation (`str`, defaults to `"softmax"`): `"softmax"` or `"sigmoid"`.
         adam (`bool`, defaults to `False`): keep the moments that `update_adam` needs (8 more bytes per unit).
-
-        open (`bool`, defaults to `False`): units may join later, by `admit`, so that none need be active.
+        joinable (`bool`, defaults to `False`): units may join later, by `admit`, so that none need be active.
 
     Raises:
         ValueError: if no unit is active and none can join.
     """
-    if not open and not bool(active.any()):
+    if not joinable and not bool(active.any()):
         raise ValueError("The selector needs at least one row to weigh, got none.")
     logits = torch.zeros(active.shape, dtype=torch.float32, device=active.device)
     logits.masked_fill_(~active, -torch.inf)

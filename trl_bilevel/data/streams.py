@@ -27,7 +27,8 @@ def row_key(row: dict[str, Any], column: str | None) -> str:
         ValueError: if the row lacks the column, or has no value there.
     """
     if column is None:
-        return json.dumps(row, sort_keys=True, default=str)
+        said = {name: value for name, value in row.items() if value is not None}
+        return json.dumps(said, sort_keys=True, default=str)
     if row.get(column) is None:
         raise ValueError(
             f"A row of the stream `train_dataset` has no value in the column {column!r}, by which rows are told apart "

@@ -52,7 +52,7 @@ def decoder_layers(model: Any) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def row_features(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: float) -> Tensor:
-    """`core.amortised.pair_features` of a hidden state, float32 `[b, 2 d]` on the CPU.
+    """`core.amortised.pair_features` of a hidden state, float32 `[b, 2 d]`.
 
     Args:
         batch: collated rows.
@@ -81,7 +81,7 @@ def row_features(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depth: fl
     states = found[0].float()
     answer = batch["labels"] != -100
     prompt = batch["attention_mask"].bool() & ~answer
-    return pair_features(_mean(states, prompt), _mean(states, answer)).cpu()
+    return pair_features(_mean(states, prompt), _mean(states, answer))
 
 
 def _mean(states: Tensor, tokens: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def _predict(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> _Pr
     place[scored] = torch.arange(len(scored))
     features = torch.zeros(len(scored), 2 * trainer.model.config.get_text_config().hidden_size)
     for batch in row_batches(trainer, order[known], "Reading scored rows"):
-        features[place[batch[SAMPLE_ID].cpu()]] = row_features(trainer, batch, depth)
+        features[place[batch[SAMPLE_ID].cpu()]] = row_features(trainer, batch, depth).cpu()
     # Every process fits on the same features, to the last bit.
     predictor = fit_weight_predictor(_sum(trainer, features), weights)
     predicted = torch.zeros(trainer.row_count)
@@ -170,7 +170,7 @@ def _predict(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> _Pr
 
 @torch.no_grad()
 def stream_weights(trainer: BilevelSFTTrainer, batch: Mapping[str, Any]) -> Tensor:
-    """Weights of a stream's rows in a collated batch, float32 `[b]` on the CPU; a function of what the rows say.
+    """Weights of a stream's rows in a collated batch, float32 `[b]`; a function of what the rows say.
 
     Cost: a forward without gradient through the lower layers (`pilot_feature_depth`).
     """

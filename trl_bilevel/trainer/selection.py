@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from ..core.amortised import TabulatedPredictor
 from ..core.calibration import calibrated_logits, ending_logits
 from ..core.statistics import evenly_spaced, weight_quantiles
 from ..data.files import atomically
+from .units import Groups, Table
 
 if TYPE_CHECKING:
     from .bilevel_sft_config import BilevelSFTConfig
@@ -41,36 +41,6 @@ LOGGED_GROUPS = 32
 TILT = 0.01
 # Share of a table's places taken from which on its keys share weights too often.
 MAX_LOAD = 0.25
-
-
-@dataclass
-class Groups:
-    """The units of a group selector.
-
-    Attributes:
-        names (`list[str]`): one name per group.
-        of_row (`Tensor` int64 `[N]`): the group of each of the caller's rows.
-    """
-
-    names: list[str]
-    of_row: Tensor
-
-
-@dataclass
-class Table:
-    """The units of a stream: places of a table of fixed size, which rows or groups fall on by the hash of their key.
-
-    Attributes:
-        size (`int`): number of units.
-        grouped (`bool`): True if keys are those of groups.
-        sample (`Tensor` int64 `[n]`): units of the rows of the stream's sample.
-        names (`dict[int, str]`): names of the groups in the sample, by unit.
-    """
-
-    size: int
-    grouped: bool
-    sample: Tensor
-    names: dict[int, str]
 
 
 class Selection:
@@ -121,7 +91,7 @@ class Selection:
             rows=None if rows is None else rows.to(device),
             activation="softmax" if predicts else config.selector_activation,  # type: ignore[arg-type]
             adam=config.selector_update == "adam",
-            open=table is not None,
+            joinable=table is not None,
         )
         self.calibrated = False
         self._uniform = True
@@ -223,6 +193,8 @@ class Selection:
             logits -= logits.max()
             # Calibrated weights have plateaus: a trace of the score keeps the rows in order.
             logits = self.config.calibration_sharpness * logits + TILT * z.clamp(-5, 5)
+        if self.table is not None:
+            core.admit(self.state, self.table.sample.to(known.device))
         units = self._units_of_rows(known)
         if units is not None:
             # A group's weight is the mean weight its rows would have alone.
@@ -252,7 +224,7 @@ class Selection:
         """
         known, logits, _ = self._scored_logits(scores, validation_scores, validation_weights)
         self._warn_if_equal(logits)
-        self.predictor = fit(known.nonzero().squeeze(1), logits.exp())
+        self.predictor = fit(known.nonzero().squeeze(1), logits.exp()).to(self.state.logits.device)
         self.calibrated = True
         self._uniform = False
 
@@ -288,9 +260,7 @@ class Selection:
     def _units_of_rows(self, rows: Tensor) -> Tensor | None:
         """The groups of some rows (a mask); None if each row is a unit of its own."""
         if self.table is not None:
-            units = self.table.sample.to(rows.device)
-            core.admit(self.state, units)
-            return units[rows]
+            return self.table.sample.to(rows.device)[rows]
         return None if self.groups is None else self.groups.of_row[rows]
 
     def _for_activation(self, log_weights: Tensor) -> Tensor:
@@ -423,7 +393,7 @@ class Selection:
             ESTIMATOR_PREFIX + k: v.detach().cpu().contiguous() for k, v in estimator.items()
         }
         if self.predictor is not None:
-            tensors |= {PREDICTOR_PREFIX + k: v for k, v in self.predictor.tensors().items()}
+            tensors |= {PREDICTOR_PREFIX + k: v.cpu() for k, v in self.predictor.tensors().items()}
         summary = {
             "format": FORMAT,
             "settings": self.settings(),
@@ -470,7 +440,7 @@ class Selection:
         parts = {prefix: _take(tensors, prefix) for prefix in (ESTIMATOR_PREFIX, PREDICTOR_PREFIX)}
         self.state.load_tensors(tensors)
         if parts[PREDICTOR_PREFIX]:
-            self.predictor = TabulatedPredictor(**parts[PREDICTOR_PREFIX])
+            self.predictor = TabulatedPredictor(**parts[PREDICTOR_PREFIX]).to(self.state.logits.device)
         self.calibrated, self._uniform = summary["calibrated"], summary["uniform"]
         device = self.state.logits.device
         gate = summary["gate"]
@@ -483,10 +453,3 @@ class Selection:
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Take the tensors whose names start with `prefix` out of `tensors`; without the prefix."""
     return {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-
-
-def make_groups(names: Sequence[Any]) -> Groups:
-    """Groups from one value per row, in order of first appearance."""
-    index: dict[str, int] = {}
-    codes = [index.setdefault(str(name), len(index)) for name in names]
-    return Groups(names=list(index), of_row=torch.tensor(codes, dtype=torch.int64))

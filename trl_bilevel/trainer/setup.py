@@ -33,7 +33,7 @@ from ..data.streams import as_dataset, columns, first_rows, hashed_unit, with_un
 from . import checks
 from .bilevel_sft_config import MIN_SCORED_ROWS, BilevelSFTConfig
 from .host import TrainerHost
-from .selection import Groups, Table, make_groups
+from .units import Groups, Table, make_groups
 from .validation import ValidationSets
 
 if TYPE_CHECKING:
