@@ -13,6 +13,7 @@ from trl_bilevel.data.identity import SAMPLE_ID
 from trl_bilevel.trainer.estimator import make_estimator
 from trl_bilevel.trainer.host import TrainerHost
 from trl_bilevel.trainer.pilot import make_pilot
+from trl_bilevel.trainer.record import RecordCallback
 
 ONLINE = {
     "weight_estimator": "alignment",
@@ -219,6 +220,8 @@ def test_the_direction_is_preconditioned_and_averaged(build):
 def test_no_further_forward_of_training_rows(build):
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "validation_batch_size": 8}
     trainer = build(max_steps=3, validation_loss_weight=0.5, validation_every=1, **sizes)
+    # It looks at validation rows before and after training, not in the steps that are counted here.
+    trainer.remove_callback(RecordCallback)
     calls = []
     trainer.model.get_base_model().model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True

@@ -80,7 +80,6 @@ class RecordCallback(TrainerCallback):
         folder = Path(args.output_dir) / FOLDER
         self.seconds, self.validation = {"selection": 0.0, "validation": 0.0, "total": 0.0}, []
         self.evaluation, self.finished = {}, False
-        self.finished = False
         if state.global_step == 0:
             if args.should_save:
                 # Where this fails, writing will fail too, and tell.
