@@ -1,19 +1,18 @@
 """Help, completion and exit codes: what they say, and what they do not import."""
 
+import ast
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
-from trl_bilevel.cli import completion
+from trl_bilevel.cli import completion, options
 from trl_bilevel.cli.main import COMMANDS, main
 
 # Loading one of these takes longer than a person waits for help.
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "matplotlib", "pandas")
-# The options of these are fields of TRL's dataclasses.
-TRAINING = ("sft", "refine", "plan", "evaluate")
-LIGHT = [name for name in COMMANDS if name not in TRAINING]
 
 
 def imported(code):
@@ -30,21 +29,32 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_help_loads_nothing_heavy_and_gives_an_example():
     lines = ["from trl_bilevel.cli.main import main", "main(['--help'])"]
-    for name in LIGHT:
+    for name in COMMANDS:
         lines.append(f"try: main(['{name}', '--help'])\nexcept SystemExit as end: assert end.code == 0")
     found, text = imported("\n".join(lines))
     assert found == []
     assert all(f"\n  {name} " in text for name in COMMANDS)
-    for name in LIGHT:
+    for name in COMMANDS:
         assert text.count(f"trl-bilevel {name} ") > 1, name
 
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_help_of_training_commands_gives_an_example(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([name, "--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and f"example: trl-bilevel {name} " in " ".join(text.split())
+@pytest.mark.parametrize("name", options.SOURCES)
+def test_help_of_training_commands_says_what_their_parser_takes(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    module = import_module(COMMANDS[name][0])
+    with pytest.raises(SystemExit):
+        module.run(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for action in module.make_parser()._actions:
+        word = next((w for w in action.option_strings if w.startswith("--") and "-" not in w[2:]), "--help")
+        if word == "--help" or word.startswith("--no_"):
+            continue
+        assert f" {word} " in text, word
+        said = text.partition(f" {word} ")[2].partition(" --")[0]
+        _, found, default = said.rpartition("(default: ")
+        # Defaults that are computed are said in words, if at all.
+        if found and isinstance(action.default, bool | int | float | str):
+            assert ast.literal_eval(default.partition(")")[0]) == action.default, word
 
 
 def test_completion_loads_nothing_heavy():
@@ -52,10 +62,8 @@ def test_completion_loads_nothing_heavy():
     assert found == [] and "--validation_dataset_name" in text
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", options.SOURCES)
 def test_completion_knows_the_options_of_the_parser(name):
-    from importlib import import_module
-
     parser = import_module(COMMANDS[name][0]).make_parser()
     real = {word for action in parser._actions for word in action.option_strings}
     offered = set(completion.options(name))

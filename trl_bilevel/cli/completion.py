@@ -1,47 +1,13 @@
-"""`trl-bilevel completion`: a script that completes commands and options in bash and zsh.
-
-The options of `sft`, `refine`, `plan` and `evaluate` are fields of dataclasses, ours and TRL's. They are read off the
-sources, since importing those would load torch.
-"""
+"""`trl-bilevel completion`: a script that completes commands and options in bash and zsh."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import shlex
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 
-Source = tuple[str, str, str]
+from .options import SOURCES, option_groups
 
-# Of a dataclass: package, module and class.
-PARENTS: tuple[Source, ...] = (
-    ("trl", "trainer.base_config", "_BaseConfig"),
-    ("transformers", "training_args", "TrainingArguments"),
-)
-MODEL: Source = ("trl", "trainer.model_config", "ModelConfig")
-SFT: tuple[Source, ...] = (
-    ("trl_bilevel", "cli.arguments", "BilevelScriptArguments"),
-    ("trl_bilevel", "trainer.bilevel_sft_config", "BilevelSFTConfig"),
-    ("trl", "trainer.sft_config", "SFTConfig"),
-    *PARENTS,
-    MODEL,
-    ("trl", "scripts.utils", "DatasetMixtureConfig"),
-)
-REFINE: tuple[Source, ...] = (
-    *SFT[:1],
-    ("trl_bilevel", "cli.arguments", "RefineScriptArguments"),
-    ("trl_bilevel", "trainer.self_refine_config", "SelfRefineConfig"),
-    ("trl", "trainer.grpo_config", "GRPOConfig"),
-    *SFT[3:],
-)
-SOURCES: dict[str, tuple[Source, ...]] = {
-    "sft": SFT,
-    "refine": REFINE,
-    "plan": (("trl_bilevel", "cli.plan", "PlanArguments"), *SFT),
-    "evaluate": (("trl_bilevel", "cli.evaluate", "EvaluateArguments"), MODEL),
-}
 SCRIPT = """_trl_bilevel() {{
   local words
   COMPREPLY=()
@@ -94,23 +60,7 @@ def options(command: str) -> list[str]:
     from .main import COMMANDS
 
     if command in SOURCES:
-        names = {name for source in SOURCES[command] for name in _fields(source)}
+        names = [option.name for group in option_groups(command).values() for option in group]
         return [*sorted(f"--{name}" for name in names), "--config", "--help"]
     parser = import_module(COMMANDS[command][0]).make_parser()
     return [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
-
-
-def _fields(source: Source) -> list[str]:
-    """Names of the fields that a dataclass declares itself."""
-    package, module, name = source
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    path = Path(next(iter(spec.submodule_search_locations)), *module.split(".")).with_suffix(".py")
-    if not path.is_file():
-        return []
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    declared = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    lines = [] if declared is None else declared.body
-    found = [node.target.id for node in lines if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
-    return [field for field in found if not field.startswith("_")]

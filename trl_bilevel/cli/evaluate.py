@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .arguments import parse
+from .options import show_help
 
 if TYPE_CHECKING:
     from ..evaluation.models import Settings
+
+EXAMPLE = "example: trl-bilevel evaluate out --baseline BASE --dataset test.jsonl --output result.json"
 
 T = TypeVar("T")
 
@@ -106,7 +109,7 @@ def make_parser(prog: str = "trl-bilevel evaluate") -> Any:
         (EvaluateArguments, ModelConfig),
         prog=prog,
         usage=f"{prog} MODEL [OPTIONS]",
-        epilog="example: trl-bilevel evaluate out --baseline BASE --dataset test.jsonl --output result.json",
+        epilog=EXAMPLE,
     )
     # As the weights were saved: nothing is trained here.
     parser.set_defaults(dtype="auto")
@@ -266,6 +269,7 @@ def _plain(row: Any) -> Any:
 def run(arguments: list[str]) -> None:
     """Parse, measure, show, save."""
     words = list(arguments)
+    show_help("evaluate", words, EXAMPLE, dtype="'auto'")
     if words and not words[0].startswith("-"):
         words = ["--model_name_or_path", *words]
     args, model_args = parse(make_parser(), words)

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import BilevelScriptArguments, parse
+from .options import show_help
 
 if TYPE_CHECKING:
     from ..planning.models import FoundConfig
     from ..planning.shapes import ModelShape
+
+EXAMPLE = "example: trl-bilevel plan --config run.yaml --gpu_memory 24"
 
 
 @dataclass
@@ -70,7 +73,7 @@ def make_parser(prog: str = "trl-bilevel plan") -> Any:
             super().__post_init__()
 
     parts = (PlanArguments, PlannedConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(parts, prog=prog, epilog="example: trl-bilevel plan --config run.yaml --gpu_memory 24")
+    return TrlParser(parts, prog=prog, epilog=EXAMPLE)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -169,6 +172,7 @@ def _source_note(found: FoundConfig, name: str) -> list[str]:
 
 def run(arguments: list[str]) -> None:
     """Parse, compute, show."""
+    show_help("plan", arguments, EXAMPLE)
     main(*parse(make_parser(), arguments))
 
 

@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 from .arguments import RefineScriptArguments, parse, resume_argument
+from .options import show_help
 
 EXAMPLE = (
     "example: trl-bilevel refine --model_name_or_path out --dataset_name out/weighted.parquet "
@@ -94,6 +95,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 def run(arguments: list[str]) -> None:
     """Parse and train."""
+    show_help("refine", arguments, EXAMPLE)
     main(*parse(make_parser(), arguments))
 
 

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from .arguments import BilevelScriptArguments, parse, resume_argument
+from .options import show_help
 
 EXAMPLE = (
     "example: trl-bilevel sft --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --dataset_name "
@@ -80,6 +81,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 def run(arguments: list[str]) -> None:
     """Parse and train."""
+    show_help("sft", arguments, EXAMPLE)
     main(*parse(make_parser(), arguments))
 
 
