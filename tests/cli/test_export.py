@@ -13,13 +13,19 @@ from huggingface_hub import DatasetCard
 from peft import LoraConfig
 
 from tests.conftest import losses
+from tests.errors_table import bad_input, note
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.cli import export
 from trl_bilevel.cli.main import main
 from trl_bilevel.data import seal
 from trl_bilevel.data.export import weighted_dataset
 
+EXPORT, SELECTORS = "`trl-bilevel export`", "Selectors of SEAL"
 WEIGHTS = torch.tensor([0.5, 2.0, float("nan"), 1.0, 0.0, 1.5])
+
+
+def bad_export(arguments, message):
+    return bad_input(EXPORT, f"`{' '.join(arguments)}`", arguments, message)
 
 
 @pytest.fixture
@@ -144,7 +150,7 @@ def test_axolotl(folder, layout):
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("ending", [".npy", ".safetensors"])
+@pytest.mark.parametrize("ending", [".pt", ".npy", ".safetensors"])
 def test_a_selector_there_and_back(folder, ending, activation):
     file = folder / f"mine_{activation}{ending}"
     assert main(["export", str(folder), "--format", "seal", "--output", str(file)]) == 0
@@ -175,33 +181,49 @@ def test_weights_are_computed_as_seal_does(tmp_path):
     assert seal.activation_of("sigmoid_a.pt") is None
 
 
+def test_seal_can_read_what_is_written(tmp_path):
+    """Its `train_sft.py` loads a parameter of logits, and keeps the rows of the highest."""
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.5])
+    seal.write_selector(tmp_path / "x_softmax.pt", seal.selector_logits(weights))
+    read = torch.load(tmp_path / "x_softmax.pt", weights_only=True)
+    assert isinstance(read, torch.nn.Parameter) and read.dtype == torch.float32
+    assert read.topk(2).indices.tolist() == [1, 3]
+    torch.testing.assert_close(4 * read.detach().softmax(0), weights)
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
 
 
-def test_no_code_of_a_selector_file_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    [
+        bad_input(SELECTORS, "a `.pt` with code in it", "bad_softmax.pt"),
+        bad_input(SELECTORS, "a `.npy` with code in it", "bad.npy"),
+    ],
+)
+def test_no_code_of_a_selector_file_runs(name, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     torch.save(Evil(), "bad_softmax.pt")
     np.save("bad.npy", np.array([Evil()], dtype=object), allow_pickle=True)
-    for name in ("bad_softmax.pt", "bad.npy"):
-        with pytest.raises(ValueError, match="without running code"):
-            seal.read_selector(name)
+    with refused("without running code"):
+        seal.read_selector(name)
     assert not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (torch.ones(2, 3), r"a tensor \[2, 3\]"),
-        (torch.tensor([1, 2]), r"a tensor \[2\]"),
-        ({"logits": torch.ones(2)}, "holds dict"),
-        (torch.tensor([0.0, float("nan")]), "NaN or infinite"),
+        bad_input(SELECTORS, "a table", torch.ones(2, 3), r"a tensor \[2, 3\]"),
+        bad_input(SELECTORS, "integers", torch.tensor([1, 2]), r"a tensor \[2\]"),
+        bad_input(SELECTORS, "a dictionary", {"logits": torch.ones(2)}, "holds dict"),
+        bad_input(SELECTORS, "NaN", torch.tensor([0.0, float("nan")]), "NaN or infinite"),
     ],
 )
-def test_what_is_no_selector(tmp_path, made, message):
+def test_what_is_no_selector(tmp_path, made, message, refused):
     torch.save(made, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         seal.read_selector(tmp_path / "x.pt")
 
 
@@ -228,10 +250,7 @@ def test_exported_weights_give_the_same_run(kind, config, tiny_model, tokenizer,
         assert main(["export", str(tmp_path), "--output", str(out)]) == 0
     else:
         selector = tmp_path / f"selector_softmax.{kind}"
-        if kind == "pt":
-            torch.save(torch.nn.Parameter(seal.selector_logits(weights)), selector)
-        else:
-            assert main(["export", str(tmp_path), "--format", "seal", "--output", str(selector)]) == 0
+        assert main(["export", str(tmp_path), "--format", "seal", "--output", str(selector)]) == 0
         train_rows.to_json(tmp_path / "rows.jsonl")
         out = tmp_path / "out.jsonl"
         assert main(["export", str(tmp_path / "rows.jsonl"), "--selector", str(selector), "--output", str(out)]) == 0
@@ -298,51 +317,65 @@ def test_upload_without_a_record(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top-k", "0", "--output", "x.jsonl"], "`--top-k` must be at least 1"),
-        (["--resample", "0", "--output", "x.jsonl"], "`--resample` must be at least 1"),
-        (["--output", "nowhere/x.jsonl"], "does not exist"),
-        (["--output", "x.xlsx"], "files that end in"),
-        (["--format", "axolotl", "--output", "x.parquet"], "must end in .jsonl"),
-        (["--format", "llama-factory", "--min-weight", "9", "--output", "x.jsonl"], "No row is left"),
-        (["--format", "data-juicer", "--resample", "9", "--output", "x.jsonl"], "leave out `--resample`"),
-        (["--format", "seal", "--top-k", "3", "--output", "x.npy"], "SEAL chooses rows itself"),
-        (["--format", "seal", "--output", "x.pt"], "torch.save"),
-        (["--selector", "nowhere.pt", "--output", "x.jsonl"], "no selector file"),
-        (["--push-to-hub", "chosen"], "USER/NAME"),
-        (["--push-to-hub", "me/chosen", "--format", "seal"], "leave out `--format seal`"),
+        bad_export(["--top-k", "0", "--output", "x.jsonl"], "`--top-k` must be at least 1"),
+        bad_export(["--resample", "0", "--output", "x.jsonl"], "`--resample` must be at least 1"),
+        bad_export(["--output", "nowhere/x.jsonl"], "does not exist"),
+        bad_export(["--output", "x.xlsx"], "files that end in"),
+        bad_export(["--format", "axolotl", "--output", "x.parquet"], "must end in .jsonl"),
+        bad_export(["--format", "llama-factory", "--min-weight", "9", "--output", "x.jsonl"], "No row is left"),
+        bad_export(["--format", "data-juicer", "--resample", "9", "--output", "x.jsonl"], "leave out `--resample`"),
+        bad_export(["--format", "seal", "--top-k", "3", "--output", "x.npy"], "SEAL chooses rows itself"),
+        bad_export(["--format", "seal", "--output", "x.bin"], "files that end in .pt, .npy"),
+        bad_export(["--selector", "nowhere.pt", "--output", "x.jsonl"], "no selector file"),
+        bad_export(["--push-to-hub", "chosen"], "USER/NAME"),
+        bad_export(["--push-to-hub", "me/chosen", "--format", "seal"], "leave out `--format seal`"),
     ],
 )
-def test_mistakes(folder, arguments, message, capsys, monkeypatch):
+def test_mistakes(folder, arguments, message, capsys, monkeypatch, request):
     monkeypatch.chdir(folder)
     assert main(["export", str(folder), *arguments]) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    note(request, "exit 1", error)
     assert not [path.name for path in folder.iterdir() if path.name.startswith("x.")]
 
 
-def test_a_selector_of_other_rows(folder, capsys):
+@pytest.mark.bad_input(EXPORT, "`--selector` of another number of rows")
+def test_a_selector_of_other_rows(folder, capsys, request):
     seal.write_selector(folder / "s.npy", torch.zeros(5))
     assert main(["export", str(folder), "--selector", str(folder / "s.npy"), "--output", str(folder / "x.jsonl")]) == 1
-    assert "has 5 logits" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "has 5 logits" in error
+    note(request, "exit 1", error)
 
 
-def test_csv_cannot_hold_messages(folder, capsys):
+@pytest.mark.bad_input(EXPORT, "`--output x.csv`, rows with messages")
+def test_csv_cannot_hold_messages(folder, capsys, request):
     chats(folder, "messages")
     assert main(["export", str(folder), "--output", str(folder / "x.csv")]) == 1
-    assert "cannot hold the columns ['messages']" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "cannot hold the columns ['messages']" in error
+    note(request, "exit 1", error)
 
 
-def test_unknown_columns_for_another_tool(folder, capsys):
+@pytest.mark.bad_input(EXPORT, "`--format axolotl`, columns of no known text format")
+def test_unknown_columns_for_another_tool(folder, capsys, request):
     rows = Dataset.from_list([{"question": "a", "answer": "b"}] * 6)
     weighted_dataset(rows, WEIGHTS).to_parquet(str(folder / "weighted.parquet"))
     arguments = ["--format", "axolotl", "--output", str(folder / "x.jsonl")]
     assert main(["export", str(folder), *arguments]) == 1
-    assert "cannot be told to another tool" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "cannot be told to another tool" in error
+    note(request, "exit 1", error)
 
 
-def test_another_dataset_info_is_not_overwritten(folder, capsys):
+@pytest.mark.bad_input(EXPORT, "`--format llama-factory`, a dataset_info.json of something else")
+def test_another_dataset_info_is_not_overwritten(folder, capsys, request):
     (folder / "dataset_info.json").write_text("[1]")
     assert main(["export", str(folder), "--format", "llama-factory", "--output", str(folder / "x.jsonl")]) == 1
-    assert "lists no data sets" in capsys.readouterr().err and (folder / "dataset_info.json").read_text() == "[1]"
+    error = capsys.readouterr().err
+    note(request, "exit 1", error)
+    assert "lists no data sets" in error and (folder / "dataset_info.json").read_text() == "[1]"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--output", "x.jsonl", "--push-to-hub", "me/x"], ["--format", "xml"]])

@@ -14,7 +14,7 @@ FORMATS = ("rows", "data-juicer", "llama-factory", "axolotl", "seal")
 EXAMPLES = """examples:
   trl-bilevel export out --top-k 1000 --output best.jsonl
   trl-bilevel export out --format llama-factory --resample 5000 --output LLaMA-Factory/data/weighted.jsonl
-  trl-bilevel export out --format seal --output selector.npy
+  trl-bilevel export out --format seal --output sft_selection_logits_softmax.pt
   trl-bilevel export mixed.jsonl --selector sft_selection_logits_softmax.pt --output weighted.parquet
   trl-bilevel export out --push-to-hub USER/NAME --private
 
@@ -23,7 +23,7 @@ formats:
   data-juicer    JSON lines, and a recipe whose topk_specified_field_selector reads data_weight
   llama-factory  JSON lines, and the entry of dataset_info.json beside them
   axolotl        JSON lines, and the entry of a config's `datasets` beside them
-  seal           a logit per row, .npy or .safetensors
+  seal           a logit per row, .pt as SEAL's code reads it, .npy or .safetensors
 
 LLaMA-Factory and axolotl read no weights: choose rows by --top-k or --min-weight, or draw them by --resample.
 """

@@ -4,8 +4,9 @@ What SEAL's code does (github.com/hanshen95/SEAL, `train_sft_selector.py` and `m
 parameter of logits, float32 `[N]`, as `NAME_ACTIVATION.pt` by `torch.save`; the weight of a row is
 `N softmax(logits)` or `2 sigmoid(logits)`; `train_sft.py` loads the file and trains on the rows of the highest logits.
 
-`.pt` files are pickles. They are read with `weights_only=True`, which runs no code of theirs, and never written: what
-is written here is `.npy` or `.safetensors`.
+`.pt` files are pickles. They are read with `weights_only=True`, which runs no code of theirs. SEAL's own code reads
+nothing else, so a name that ends in `.pt` gets one, with that single tensor in it; `.npy` and `.safetensors` hold the
+same logits without.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from torch import Tensor
 
 from .files import atomically
 
-READABLE = (".pt", ".npy", ".safetensors")
-WRITABLE = (".npy", ".safetensors")
+ENDINGS = (".pt", ".npy", ".safetensors")
 ACTIVATIONS = ("softmax", "sigmoid")
 TENSOR = "logits"
 # A weight of zero has no finite logit: this one gives less than 1e-30 of the best row's weight.
@@ -37,8 +37,8 @@ def read_selector(path: str | Path) -> Tensor:
         ValueError: if it holds something else, or code.
     """
     path = Path(path)
-    if path.suffix not in READABLE:
-        raise ValueError(f"A selector is read from files that end in {', '.join(READABLE)}, got {str(path)!r}.")
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"A selector is read from files that end in {', '.join(ENDINGS)}, got {str(path)!r}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no selector file {path}.")
     try:
@@ -65,18 +65,14 @@ def _read(path: Path) -> object:
 
 
 def write_selector(path: str | Path, logits: Tensor) -> None:
-    """Write logits `[N]` as float32, atomically; `.safetensors` holds one tensor, `logits`.
+    """Write logits `[N]` as float32, atomically: `.pt` as SEAL does, `.safetensors` with one tensor, `logits`.
 
     Raises:
-        ValueError: if the name ends in none of `WRITABLE`.
+        ValueError: if the name ends in none of `ENDINGS`.
     """
     path = Path(path)
-    if path.suffix not in WRITABLE:
-        raise ValueError(
-            f"A selector is written to files that end in {', '.join(WRITABLE)}, got {str(path)!r}. For SEAL's own "
-            "loader, which takes pickles only, convert it there: "
-            '`torch.save(torch.from_numpy(numpy.load("selector.npy")), "selector_softmax.pt")`.'
-        )
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"A selector is written to files that end in {', '.join(ENDINGS)}, got {str(path)!r}.")
     values = logits.detach().float().cpu().contiguous()
 
     def write(target: Path) -> None:
@@ -84,7 +80,10 @@ def write_selector(path: str | Path, logits: Tensor) -> None:
             save_file({TENSOR: values}, target)
             return
         with target.open("wb") as file:
-            np.save(file, values.numpy(), allow_pickle=False)
+            if path.suffix == ".pt":
+                torch.save(torch.nn.Parameter(values), file)
+            else:
+                np.save(file, values.numpy(), allow_pickle=False)
 
     atomically(path, write)
 
