@@ -73,7 +73,9 @@ def record_of(rows=60, **changes):
 def make_run(tmp_path):
     """Makes the folder of a run by hand: `rows` of text, weights, scores, record, pilot; returns it."""
 
-    def make(name="run", rows=60, texts=None, record=True, pilot=True, weighted=True, trusted=12, **changes):
+    def make(
+        name="run", rows=60, texts=None, record=True, pilot=True, weighted=True, trusted=12, traces=(), **changes
+    ):
         folder, rng = tmp_path / name, np.random.default_rng(0)
         folder.mkdir()
         weights = rng.gamma(2.0, 1.0, rows)
@@ -86,6 +88,14 @@ def make_run(tmp_path):
             write_json(folder / "_record" / "run.json", record_of(rows, **changes))
             table = {"data_weight": pa.array(weights, pa.float32()), "data_rank": ranks}
             pq.write_table(pa.table(table), folder / "_record" / "weights.parquet")
+        if traces:
+            # Row 1 was not followed.
+            followed = np.delete(np.arange(rows), 1)
+            table = {"sample_id": followed}
+            for step in traces:
+                moved = 1 + (weights[followed] - 1) * step / max(traces)
+                table |= {f"weight {step}": pa.array(moved, pa.float32()), f"score {step}": moved - 1}
+            pq.write_table(pa.table(table), folder / "_record" / "traces.parquet")
         if pilot:
             kept = [{"set": "validation", "score": 0.1 * n, "share": 1 / trusted} for n in range(trusted)]
             kept = [e | {"prompt": "asked", "answer": texts[n % len(texts)]} for n, e in enumerate(kept)]

@@ -79,6 +79,34 @@ def test_no_secret_and_no_path_is_recorded(build, monkeypatch, tmp_path):
     assert "hf_" not in text and str(tmp_path) not in text and "model" in read(trainer)["model"]
 
 
+def test_weights_that_move_are_followed(build):
+    """The first and the last are the trainer's own; a resumed run goes on with those of its first part."""
+    settings = {"selector_update": "sparse_centred", "selector_warmup_steps": 0, "selector_learning_rate": 0.5}
+    whole = build(max_steps=6, **settings)
+    whole.train()
+    folder = whole.args.output_dir
+    traces = load_run(folder).traces
+    assert list(traces) == [0, 1, 2, 3, 4, 5, 6] and np.all(traces[0][0] == 1)
+    np.testing.assert_array_equal(traces[6][0], whole.sample_weights().numpy())
+    assert np.ptp(traces[6][0]) > np.ptp(traces[2][0]) > 0
+    found = embedded(write_report(whole).read_text())["rows"]
+    assert found["steps"] == list(traces)
+    assert [trace[0][-1] for trace in found["trace"]] == pytest.approx(found["weight"], abs=1e-4)
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    stopped = build(max_steps=6, **settings, **saving)
+    save, stopped._save_checkpoint = stopped._save_checkpoint, lambda *args: (save(*args), 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stopped.train()
+    again = build(max_steps=6, **settings, **saving)
+    again.train(resume_from_checkpoint=True)
+    for step, pair in load_run(folder).traces.items():
+        np.testing.assert_array_equal(pair, traces[step])
+    # Weights that a pilot set once do not move: nothing is followed.
+    build(max_steps=1).train()
+    assert load_run(folder).traces == {}
+
+
 def test_an_interrupted_run_and_its_end(build, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2}
     first = build(max_steps=6, **saving)

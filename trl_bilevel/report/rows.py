@@ -88,8 +88,20 @@ def row_table(run: Run, categories: Sequence[Category]) -> dict[str, Any]:
         "random": sampled.astype(int).tolist(),
         "question": [clean(question, QUESTION) for question, _ in texts],
         "answer": [clean(answer, ANSWER) for _, answer in texts],
+        "steps": list(run.traces),
+        "trace": _traces(run, numbers),
         "labels": {name: [clean(rows.get(n, {}).get(name, ""), 60) for n in numbers.tolist()] for name in labels},
     }
+
+
+def _traces(run: Run, numbers: np.ndarray) -> list[list[list[float]] | None]:
+    """Of each row: its weights and its mean scores at the steps of `run.traces`; None if it was not followed."""
+    if not run.traces:
+        return []
+    pairs = np.stack([np.stack([part[numbers] for part in pair]) for pair in run.traces.values()])
+    followed = ~np.isnan(pairs[:, 0]).any(0)
+    values = np.round(pairs.transpose(2, 1, 0), 4).tolist()
+    return [value if known else None for value, known in zip(values, followed.tolist(), strict=True)]
 
 
 def categories_of(run: Run) -> list[Category]:

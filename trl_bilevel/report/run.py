@@ -30,6 +30,8 @@ class Run:
         history (`list[dict]`): the trainer's log.
         weights (`ndarray` float64 `[N]`, *optional*): of the training rows, mean one; NaN for rows not trained on.
         scores (`ndarray` float64 `[N]`, *optional*): NaN for rows without a score.
+        traces (`dict[int, tuple[ndarray, ndarray]]`): weights and mean scores, float64 `[N]`, by step, where they were
+            learned in training; NaN for rows that were not followed.
         rows_file (`Path`, *optional*): parquet file with the rows' texts.
         ledger (`list[dict]`): rounds of a self-refining run.
         missing (`list[str]`): sentences that say what the report lacks, and why.
@@ -41,6 +43,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     weights: np.ndarray | None = None
     scores: np.ndarray | None = None
+    traces: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     rows_file: Path | None = None
     ledger: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -120,6 +123,7 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
     run.ledger = [entry for entry in _lines(folder / "ledger.jsonl") if isinstance(entry, dict)]
     run.weights = _weights(run)
     run.scores = _scores(run)
+    run.traces = _traces(run)
     if not (run.record or run.history or run.ledger or run.weights is not None):
         raise ValueError(
             f"{folder} holds no run: no {RECORD}/run.json, no checkpoint, no {WEIGHTED_FILE}, no ledger.jsonl. Give "
@@ -176,6 +180,27 @@ def _scores(run: Run) -> np.ndarray | None:
     scores = np.full(len(run.weights), np.nan)
     scores[places] = values
     return scores
+
+
+def _traces(run: Run) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    path = run.folder / RECORD / "traces.parquet"
+    ids = _numbers(path, "sample_id")
+    if ids is None or run.weights is None:
+        return {}
+    places = ids.astype(np.int64)
+    if len(places) == 0 or places.max() >= len(run.weights):
+        return {}
+    with pq.ParquetFile(path) as file:
+        steps = [int(name.split(" ")[1]) for name in file.schema_arrow.names if re.fullmatch(r"weight \d+", name)]
+    found = {}
+    for step in sorted(steps):
+        columns = [_numbers(path, f"{name} {step}") for name in ("weight", "score")]
+        pair = [np.full(len(run.weights), np.nan) for _ in columns]
+        for target, values in zip(pair, columns, strict=True):
+            if values is not None:
+                target[places] = values
+        found[step] = (pair[0], pair[1])
+    return found
 
 
 def _numbers(path: Path | None, column: str) -> np.ndarray | None:

@@ -283,11 +283,16 @@ class BilevelSFTTrainer(SFTTrainer):
         return self.validation is not None and self.args.validation_loss_weight > 0
 
     @property
+    def learns_online(self) -> bool:
+        """True if weights are learned from the scores of batches in training, not calibrated before it."""
+        return self.selects and self.args.selector_update != "calibrated"
+
+    @property
     def updates_online(self) -> bool:
         """True if the coming step takes scores of its batch into the selector."""
         freeze = self.args.selector_freeze_step
         frozen = freeze is not None and self.state.global_step >= freeze
-        return self.selects and self.args.selector_update != "calibrated" and not frozen
+        return self.learns_online and not frozen
 
     def start_selection(self) -> None:
         """When training starts, with the model in place: make the estimator, or run the pilot if it has not run."""

@@ -32,6 +32,7 @@ from ..data.files import atomically
 from ..data.identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID, fingerprint
 from .bilevel_sft_config import BilevelSFTConfig
 from .self_refine_config import SelfRefineConfig
+from .traces import TRACES_FILE, Traces
 
 if TYPE_CHECKING:
     from .pilot import Pilot
@@ -72,6 +73,7 @@ class RecordCallback(TrainerCallback):
         self.validation: list[dict[str, Any]] = []
         self.evaluation: dict[str, Any] = {}
         self.finished = False
+        self.traces = Traces()
         self._began: float | None = None
         self._chosen = False
 
@@ -80,16 +82,18 @@ class RecordCallback(TrainerCallback):
         folder = Path(args.output_dir) / FOLDER
         self.seconds, self.validation = {"selection": 0.0, "validation": 0.0, "total": 0.0}, []
         self.evaluation, self.finished = {}, False
+        self.traces = Traces()
         if state.global_step == 0:
             if args.should_save:
                 # Where this fails, writing will fail too, and tell.
                 with suppress(OSError):
-                    for name in (RUN_FILE, PILOT_FILE, SCORES_FILE, WEIGHTS_FILE):
+                    for name in (RUN_FILE, PILOT_FILE, SCORES_FILE, WEIGHTS_FILE, TRACES_FILE):
                         (folder / name).unlink(missing_ok=True)
         else:
             earlier = _read(folder / RUN_FILE)
             self.seconds |= earlier.get("seconds", {})
             self.validation = [e for e in earlier.get("validation", []) if e["step"] <= state.global_step]
+            self.traces.read(folder, state.global_step)
         self._began, self._chosen = time.perf_counter() - self.seconds["total"], False
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,6 +104,11 @@ class RecordCallback(TrainerCallback):
         self.seconds["selection"] += time.perf_counter() - self._began - self.seconds["total"]
         if state.global_step == 0:
             self._follow(state)
+            self._trace(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A dozen times in a run, where weights move: those of single rows."""
+        self._trace(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where the eval loss is reported, the validation loss is too."""
@@ -113,6 +122,7 @@ class RecordCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last losses, and the record."""
         self._follow(state)
+        self._trace(state, last=True)
         self._evaluate()
         self.finished = True
         self.save()
@@ -139,6 +149,9 @@ class RecordCallback(TrainerCallback):
         }
         self.validation = [*(e for e in self.validation if e["step"] != state.global_step), entry]
         self.seconds["validation"] += time.perf_counter() - start
+
+    def _trace(self, state: Any, last: bool = False) -> None:
+        self.traces.follow(offline_part(self.trainer), state.global_step, state.max_steps, last)
 
     def _evaluate(self) -> None:
         """Losses of single eval rows, once: for the standard error of the difference to another run."""
@@ -200,9 +213,10 @@ class RecordCallback(TrainerCallback):
                 table_of = side.selection.table
                 weights = side.sample_weights() if table_of is None else side.selection.seen_weights(table_of.sample)
                 table = {DATA_WEIGHT: _column(weights), DATA_RANK: pa.array(data_ranks(weights).numpy())}
-                if side.updates_online and table_of is None:
+                if side.learns_online and table_of is None:
                     table["mean_score"] = _column(side.selection.state.score_mean[side.selection.units(_all(side))])
                 _write_table(folder / WEIGHTS_FILE, table)
+                self.traces.write(folder)
         except OSError as error:
             logger.warning(f"The run record in {folder} could not be written ({error}): a report will lack it.")
 
@@ -240,7 +254,7 @@ def describe(trainer: Any) -> dict[str, Any]:
             "learned": side.selects,
             "given": side.weighs and not side.selects,
             "by": "resample" if side.resamples else "loss",
-            "online": side.updates_online,
+            "online": side.learns_online,
             "asks_own_rows": getattr(trainer, "_asks_own_rows", None),
         },
         "log_history": _thinned(state.log_history),
