@@ -92,8 +92,8 @@ def refine(folder, processes, overrides):
     "names",
     [
         pytest.param(["default"], marks=pytest.mark.compat),
-        [name for name in METHODS if "online" in name],
-        [name for name in METHODS if "online" not in name and name != "default"],
+        pytest.param([name for name in METHODS if "online" in name], marks=pytest.mark.slow),
+        pytest.param([n for n in METHODS if "online" not in n and n != "default"], marks=pytest.mark.slow),
     ],
     ids=["default", "online", "offline"],
 )
@@ -158,7 +158,9 @@ def test_self_refining_processes_stay_together(overrides, questions, tmp_path):
     assert all(entry["trained_loss"] <= entry["incoming_loss"] for entry in result["ledger"] if entry["kept"])
 
 
-@pytest.mark.parametrize("estimator", ["lookahead", "alignment", "value_function"])
+@pytest.mark.parametrize(
+    "estimator", ["lookahead", *(pytest.param(e, marks=pytest.mark.slow) for e in ("alignment", "value_function"))]
+)
 def test_two_self_refining_processes_equal_one(estimator, tmp_path):
     """With the same responses: scores, weights, losses of each round and the final parameters."""
     overrides = {

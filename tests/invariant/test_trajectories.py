@@ -53,6 +53,8 @@ METHODS = {
 }
 # One of each estimator, offline and online: run with other versions of TRL and transformers, too.
 COMPAT = ("lookahead", "online_value_function", "online_alignment", "seal")
+# The fast tier has these and the default.
+FAST = ("default", *COMPAT)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.weight_estimator='loss':UserWarning")
 
@@ -70,7 +72,7 @@ def train(config, model, data, validation, tokenizer, resume=None, adapter=True,
     return trainer
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in METHODS])
 def test_batch_and_accumulation(name, config, tiny_model, train_rows, validation_rows, tokenizer):
     runs = [
         train(
@@ -98,7 +100,13 @@ def test_batch_and_accumulation(name, config, tiny_model, train_rows, validation
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.compat if n in COMPAT else ()) for n in METHODS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.compat if n in COMPAT else () if n in FAST else pytest.mark.slow)
+        for n in METHODS
+    ],
+)
 def test_resume_is_exact(name, adapter, config, tiny_model, train_rows, validation_rows, tokenizer, tmp_path):
     common = (train_rows, validation_rows, tokenizer)
     settings = {"save_strategy": "steps", "save_steps": 3, "adapter": adapter, **METHODS[name]}

@@ -180,7 +180,15 @@ def test_alignment_is_the_lookahead_to_first_order(build):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("estimator", ["lookahead", "alignment"])
 def test_continuous_batching_generates(build, estimator, bf16, tmp_path):
-    trainer = build(use_transformers_continuous_batching=True, num_rounds=1, bf16=bf16, response_estimator=estimator)
+    # By default its cache takes most of the machine's memory.
+    cache = {"num_blocks": 64, "max_batch_tokens": 256}
+    trainer = build(
+        use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config=cache,
+        num_rounds=1,
+        bf16=bf16,
+        response_estimator=estimator,
+    )
     dtypes = {name: p.dtype for name, p in trainer.model.named_parameters()}
     before = [p.detach().clone() for p in trainer.model.parameters() if not p.requires_grad]
     trainer.train()
