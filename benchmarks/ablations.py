@@ -10,8 +10,9 @@ import json
 import random
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -23,19 +24,51 @@ from trl_bilevel.demo.tasks import Task, make_task
 HERE = Path(__file__).parent
 FOLDER = HERE / "results" / "ablations"
 
-# By name: task, arguments of `make_task`, share of the trusted rows that is damaged.
-SETTINGS: dict[str, tuple[str, dict, float]] = {
+
+@dataclass(frozen=True)
+class Setting:
+    """What is changed.
+
+    Attributes:
+        task: by name.
+        arguments: of `make_task`.
+        bad_trusted: share of the trusted rows that get the answer of a damaged row.
+        overrides: settings of the trainer.
+        sources: the rows come from sources of these shares of damaged rows, and have a column `source`.
+    """
+
+    task: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    bad_trusted: float = 0.0
+    overrides: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[float, ...] = ()
+
+
+SOURCES = (0.1, 0.4, 0.6, 0.9)
+BY_SOURCE = {"selector_granularity": "group", "selector_group_column": "source"}
+TASKS = ("boilerplate", "quality")
+SETTINGS: dict[str, Setting] = {
     **{
-        f"{task}, {count} trusted rows": (task, {"validation_rows": count}, 0.0)
-        for task in ("boilerplate", "quality")
+        f"{task}, {count} trusted rows": Setting(task, {"validation_rows": count})
+        for task in TASKS
         for count in (8, 16, 32, 64, 128, 256)
     },
     **{
-        f"{task}, {share:.0%} damaged": (task, {"damaged_share": share}, 0.0)
-        for task in ("boilerplate", "quality")
+        f"{task}, {share:.0%} damaged": Setting(task, {"damaged_share": share})
+        for task in TASKS
         for share in (0.1, 0.3, 0.5, 0.7, 0.9)
     },
-    **{f"{task}, 10% of the trusted rows bad": (task, {}, 0.1) for task in ("boilerplate", "quality")},
+    **{f"{task}, 10% of the trusted rows bad": Setting(task, bad_trusted=0.1) for task in TASKS},
+    **{
+        f"boilerplate from four sources, a weight per {unit}": Setting(
+            "boilerplate", overrides=overrides, sources=SOURCES
+        )
+        for unit, overrides in (("row", {}), ("source", BY_SOURCE))
+    },
+    **{
+        f"quality, calibration_sharpness = {k}": Setting("quality", overrides={"calibration_sharpness": k})
+        for k in (0.5, 2.0)
+    },
 }
 
 
@@ -49,17 +82,28 @@ def with_bad_trusted_rows(task: Task, share: float, seed: int) -> Task:
     return replace(task, validation=Dataset.from_list(rows))
 
 
-def measure(setting: str, seed: int) -> dict:
-    name, arguments, bad_share = SETTINGS[setting]
-    task = with_bad_trusted_rows(make_task(name, seed, **arguments), bad_share, seed)
-    budget = budget_of(name, overrides={"pilot_steps": 24})
+def with_sources(task: Task, damaged: tuple[float, ...], seed: int) -> Task:
+    """The task with a column `source`: a damaged row comes from a source in proportion to its share of such rows."""
+    rng = random.Random(f"sources-{seed}")
+    names = [f"{share:.0%} damaged" for share in damaged]
+    shares = {True: [1 - share for share in damaged], False: damaged}
+    column = [rng.choices(names, shares[good])[0] for good in task.good]
+    return replace(task, train=task.train.add_column("source", column))
+
+
+def measure(name: str, seed: int) -> dict:
+    setting = SETTINGS[name]
+    task = with_bad_trusted_rows(make_task(setting.task, seed, **setting.arguments), setting.bad_trusted, seed)
+    if setting.sources:
+        task = with_sources(task, setting.sources, seed)
+    budget = budget_of(setting.task, pilot_steps=24, overrides=setting.overrides)
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
     trainer.state.max_steps = 96
     start = time.perf_counter()
     trainer.start_selection()
     weights, kinds = trainer.sample_weights().tolist(), task.train["kind"][:]
     return {
-        "setting": setting,
+        "setting": name,
         "seed": seed,
         "auc": ranking_quality(weights, kinds),
         "good_share": good_share(weights, kinds),

@@ -7,6 +7,8 @@ import json
 import statistics
 from pathlib import Path
 
+from scipy.stats import t as student
+
 from benchmarks import pareto
 from benchmarks.ablations import SETTINGS as ABLATIONS
 from benchmarks.estimators import SETTINGS
@@ -42,7 +44,8 @@ rate; AUC is that of the influence): as many as are undamaged, which a user woul
 comes on top of their steps.
 
 `gap recovered` is (uniform - arm) / (uniform - clean only) in test loss (mean over 160 clean test rows of the loss per
-token, in nats), per seed. AUC is that of the learned weights, undamaged rows against the damaged ones.
+token, in nats), per seed; from three seeds on with their mean and its 95% interval (Student's t). AUC is that of the
+learned weights, undamaged rows against the damaged ones.
 """
 
 ABOUT = {
@@ -55,7 +58,13 @@ ABOUT = {
         "loss is that of benign rows; refusal rates are over 60 unseen harmful requests, over-refusal over 80 benign "
         "ones."
     ),
-    "safety_scarce": "The same with 2 refused requests and 114 stubs: the questions are there, their answers are not.",
+    "safety_objectives": (
+        "The trusted refusals and the trusted benign rows as two validation objectives (`validation_weights`), which "
+        "count half each in the `bilevel` arm above: 24 rows each. 29% of the undamaged training rows are refusals."
+    ),
+    "safety_scarce": (
+        "The same as `safety` with 2 refused requests and 114 stubs: the questions are there, their answers are not."
+    ),
     "refine_levers": "Settings of the `refine` arm on the task above, one at a time; the first seed.",
     "validation_term": (
         "The validation term in the model's objective on the quality task, with the weights of its `bilevel` arm "
@@ -131,6 +140,18 @@ benchmarks.ablations`
 """
 
 
+TRANSFER = """## Weights of a small model for a bigger one
+
+Weights learned by the tiny model (four layers of width 128, another tokenizer, 48 pilot steps), given as fixed ones to
+SmolLM2-135M-Instruct; beside them the weights that it learns itself (its `bilevel` arm above). `python -m
+benchmarks.transfer`
+
+| task | seed | AUC, tiny model's weights | gap recovered with them | AUC, own weights | gap recovered with them |
+|---|---|---|---|---|---|
+{table}
+"""
+
+
 def load(name: str) -> dict[str, dict[int, dict]]:
     arms: dict[str, dict[int, dict]] = {}
     for file in sorted((HERE / "results" / name).glob("*.json")):
@@ -148,20 +169,38 @@ def per_seed(values: list[float], form: str) -> str:
     return " / ".join(format(value, form) for value in values)
 
 
+def with_interval(values: list[float], digits: int = 0) -> str:
+    """Shares per seed; of three or more also their mean with its 95% interval (Student's t over the seeds)."""
+    cell = per_seed(values, f".{digits}%")
+    if len(values) < 3 or statistics.stdev(values) == 0:
+        return cell
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{cell} (mean {statistics.mean(values):.{digits}%} ± {half:.{digits}%})"
+
+
 def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
     experiment = json.loads((HERE / "experiments" / f"{name}.json").read_text())
+    # Arms of another experiment on the same task, to compare with.
+    references = arms | (load(experiment["compared_with"]) if "compared_with" in experiment else {})
     order = [arm for arm in [*experiment["arms"], *experiment.get("variants", {})] if arm in arms]
     safety = any(record["safety"] for runs in arms.values() for record in runs.values())
     head = ["arm", "seeds", "test loss", "gap recovered", "AUC of weights", "weight on good rows", "steps + pilot"]
     if safety:
-        head += ["greedy refusal", "refusal preferred", "over-refusal", "rounds kept", "seconds"]
+        head += [
+            "benign loss over clean only",
+            "greedy refusal",
+            "refusal preferred",
+            "over-refusal",
+            "rounds kept",
+            "seconds",
+        ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in order:
         runs = dict(sorted(arms[arm].items()))
         losses = {seed: run["test_loss"] for seed, run in runs.items()}
         gaps = []
         for seed, loss in losses.items():
-            both = [arms.get(other, {}).get(seed) for other in ("uniform", "clean_only")]
+            both = [references.get(other, {}).get(seed) for other in ("uniform", "clean_only")]
             if arm != "base" and both[0] and both[1] and both[0]["test_loss"] > both[1]["test_loss"]:
                 gap = both[0]["test_loss"] - both[1]["test_loss"]
                 gaps.append((both[0]["test_loss"] - loss) / gap)
@@ -175,12 +214,15 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
             arm.replace("_", " "),
             ", ".join(map(str, runs)),
             mean(list(losses.values())),
-            per_seed(gaps, ".0%"),
+            with_interval(gaps),
             auc,
             per_seed(share, ".0%"),
             "{train_steps} + {pilot_steps}".format(**next(iter(runs.values()))),
         ]
         if safety:
+            clean = references.get("clean_only", {})
+            over = [loss / clean[seed]["test_loss"] - 1 for seed, loss in losses.items() if seed in clean]
+            row.append(with_interval(over, 1) if arm != "base" else "")
             for key in ("greedy_refusal", "refusal_preferred", "over_refusal"):
                 row.append(per_seed([run["safety"][key] for run in runs.values()], ".0%"))
             ledgers = [run["ledger"] for run in runs.values() if run.get("ledger")]
@@ -301,6 +343,21 @@ def ablations() -> list[str]:
     return [ABLATION.format(table="\n".join(lines))] if lines else []
 
 
+def transfer() -> list[str]:
+    records = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "transfer").glob("*.json"))]
+    lines = []
+    for record in records:
+        arms, seed = load(record["task"]), record["seed"]
+        uniform, clean, own = (arms.get(arm, {}).get(seed) for arm in ("uniform", "clean_only", "bilevel"))
+        if not (uniform and clean and own):
+            continue
+        gap = uniform["test_loss"] - clean["test_loss"]
+        shares = [f"{(uniform['test_loss'] - run['test_loss']) / gap:.0%}" for run in (record, own)]
+        aucs = [f"{run['auc']['all']:.3f}" for run in (record, own)]
+        lines.append(f"| {record['task']} | {seed} | {aucs[0]} | {shares[0]} | {aucs[1]} | {shares[1]} |")
+    return [TRANSFER.format(table="\n".join(lines))] if lines else []
+
+
 def yardstick() -> list[str]:
     parts = []
     for file in sorted((HERE / "results" / "yardstick").glob("*.json")):
@@ -333,7 +390,7 @@ def main() -> None:
     runs = {task: load(task) for task in pareto.TASKS}
     parts.append(pareto.section(runs))
     pareto.plots(runs)
-    parts += yardstick() + estimators() + ablations() + amortised() + cost() + speed()
+    parts += yardstick() + estimators() + ablations() + transfer() + amortised() + cost() + speed()
     scale = HERE / "results" / "selector_scale.json"
     if scale.exists():
         record = json.loads(scale.read_text())

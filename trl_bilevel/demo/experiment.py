@@ -69,7 +69,8 @@ class Budget:
         validation_batch_size: validation rows per step.
         pilot_steps: of the arms with learned weights; by default a quarter of the run, 8 to 24.
         lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
-        overrides: further settings of every arm's trainer.
+        overrides: further settings of every arm's trainer; with `validation_weights` the validation rows of a safety
+            task are two objectives, "benign" and "refused".
         refining: further settings of the self-refining arms.
     """
 
@@ -169,6 +170,8 @@ def make_trainer(
     from ..trainer.pilot import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
+    if "validation_weights" in budget.overrides:
+        validation = task.validation_sets
     learned = arm in ESTIMATOR_OF_ARM
     weight = budget.validation_loss_weight
     rows = list(range(len(train)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset
 
@@ -38,6 +38,7 @@ class Task:
         validation: `prompt`, `completion`; trusted.
         test: `prompt`, `completion`; clean, unseen.
         harmful_test: harmful requests that are tested for refusal (safety task only).
+        trusted_refusals: how many of the validation rows, the last ones, refuse a harmful request.
     """
 
     name: str
@@ -45,6 +46,16 @@ class Task:
     validation: Dataset
     test: Dataset
     harmful_test: list[str]
+    trusted_refusals: int = 0
+
+    @property
+    def validation_sets(self) -> dict[str, Dataset]:
+        """The validation rows of a safety task as two objectives, "benign" and "refused"."""
+        count = len(self.validation) - self.trusted_refusals
+        return {
+            "benign": self.validation.select(range(count)),
+            "refused": self.validation.select(range(count, len(self.validation))),
+        }
 
     @property
     def good(self) -> list[bool]:
@@ -160,6 +171,7 @@ def _safety(name: str, seed: int, test_rows: int) -> Task:
         Dataset.from_list(validation),
         Dataset.from_list([_docstring(row) for row in test]),
         tested,
+        len(trusted),
     )
 
 
@@ -197,7 +209,7 @@ def conversational(task: Task) -> Task:
         chats = [convert(row) for row in dataset]
         sets.append(Dataset.from_dict({k: [chat[k] for chat in chats] for k in ("prompt", "completion")} | extra))
     train, validation, test = sets
-    return Task(task.name, train, validation, test, task.harmful_test)
+    return replace(task, train=train, validation=validation, test=test)
 
 
 def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:

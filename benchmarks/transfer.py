@@ -1,0 +1,78 @@
+"""Weights that a small model has learned, given to a bigger one.
+
+python -m benchmarks.transfer [--tasks boilerplate quality] [--seeds 0]
+
+The tiny model (`benchmarks/tiny.py`: four layers, width 128, another tokenizer) runs a pilot and calibrates; its
+weights go to SmolLM2-135M-Instruct as fixed ones, with the budget of the `bilevel` arm of the same task: the steps of
+a pilot run are taken off, though the big model has none. Results go to `benchmarks/results/transfer`; `python -m
+benchmarks.report` compares them with the arms of `python -m benchmarks.run`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.run import HERE, machine, versions
+from benchmarks.tiny import pretrained_tiny_model
+from trl_bilevel.demo.comparison import good_share, ranking_quality
+from trl_bilevel.demo.experiment import Budget, make_trainer, run_arm
+from trl_bilevel.demo.tasks import Task, make_task
+
+FOLDER = HERE / "results" / "transfer"
+# Pilot steps of the tiny model, which cost nothing beside those of the big one.
+PILOT_STEPS = 48
+
+
+def tiny_weights(task: Task, seed: int, budget: Budget) -> tuple[list[float], float]:
+    """Weights of the training rows by a pilot run of the tiny model, and the seconds that it took."""
+    folder = pretrained_tiny_model()
+    settings = asdict(budget) | {"pilot_steps": PILOT_STEPS, "lora_layers": 0}
+    start = time.perf_counter()
+    trainer, _ = make_trainer(
+        "bilevel", task, seed=seed, budget=Budget(**settings), model=folder, output_dir=tempfile.mkdtemp()
+    )
+    trainer.state.max_steps = 4 * PILOT_STEPS
+    trainer.start_selection()
+    return trainer.sample_weights().tolist(), time.perf_counter() - start
+
+
+def measure(name: str, seed: int) -> dict:
+    experiment = json.loads((HERE / "experiments" / f"{name}.json").read_text())
+    task, budget = make_task(experiment["task"], seed), Budget(**experiment["budget"])
+    weights, seconds = tiny_weights(task, seed, budget)
+    kinds = task.train["kind"][:]
+    result = run_arm("bilevel", task, seed=seed, budget=budget, weights=weights)
+    return {
+        "task": name,
+        "seed": seed,
+        "test_loss": result.test_loss,
+        "auc": ranking_quality(weights, kinds),
+        "good_share": good_share(weights, kinds),
+        "seconds_of_tiny": round(seconds, 1),
+        "train_steps": result.train_steps,
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", default=["boilerplate", "quality"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for task in options.tasks:
+            target = Path(FOLDER / f"{task}-seed{seed}.json")
+            if target.exists():
+                continue
+            record = measure(task, seed)
+            target.write_text(json.dumps(record, indent=1))
+            print(target.stem, {k: record[k] for k in ("test_loss", "auc", "good_share")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The demo's data."""
+
+from trl_bilevel.data.answers import REFUSALS
+from trl_bilevel.demo.experiment import budget_of, make_trainer
+from trl_bilevel.demo.tasks import conversational, make_task, plain
+
+
+def test_trusted_rows_of_a_safety_task_are_two_objectives():
+    task = make_task("safety")
+    for rows in (task, conversational(task)):
+        sets = rows.validation_sets
+        assert [len(part) for part in sets.values()] == [24, 24]
+        answers = {
+            name: {plain(a if isinstance(a, str) else a[0]["content"]) for a in part["completion"]}
+            for name, part in sets.items()
+        }
+        assert answers["refused"] <= {text.strip() for text in REFUSALS}
+        assert not answers["benign"] & {text.strip() for text in REFUSALS}
+
+
+def test_validation_weights_reach_the_trainer(tiny_model, tokenizer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    budget = budget_of("safety", overrides={"validation_weights": {"benign": 0.7, "refused": 0.3}}, lora_layers=0)
+    trainer, _ = make_trainer(
+        "bilevel", make_task("safety"), seed=0, budget=budget, model=str(tmp_path / "model"), output_dir=str(tmp_path)
+    )
+    assert trainer.validation.weights == {"benign": 0.7, "refused": 0.3}
