@@ -1,14 +1,19 @@
 """Step time and peak memory of selection against TRL's `SFTTrainer`, alternating, on SmolLM2-135M-Instruct with LoRA.
 
-python -m benchmarks.speed [--repeats 3] [--steps 12]
+python -m benchmarks.speed [--repeats 3] [--steps 12] [--processes 2]
 
 Each run is a process of its own, so that its peak memory is its own. All rows have 48 tokens, so that which rows are
 visited does not change the work of a step; the pilot is short, as only its memory matters here. Writes
 `benchmarks/results/speed.json`; ratios of medians are what counts. Run it on an idle machine.
+
+With `--processes N` the same under DDP, 8 rows per process, `SFTTrainer` and `balanced` only; figures of the first
+process, and the bytes of a step that it exchanges for the selector and for the gradients. Writes
+`benchmarks/results/speed_processes.json`.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.cost import make_rows
 from benchmarks.run import machine, versions
+from tests.distributed.worker import count_exchanged_bytes
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.demo import assets
 from trl_bilevel.demo.experiment import Budget, lora, model_dtype
@@ -75,7 +81,9 @@ def peak() -> int:
 
 
 def run_side(side: str, steps: int) -> dict[str, float]:
-    """One run in this process."""
+    """One run in this process, or in this and those that were started with it."""
+    exchanged: list[int] = []
+    count_exchanged_bytes(exchanged)
     folder = str(assets.model_folder())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=model_dtype())
     arguments: dict[str, Any] = {
@@ -109,31 +117,47 @@ def run_side(side: str, steps: int) -> dict[str, float]:
     forget_peak()
     start = time.perf_counter()
     trainer.train()
-    return {
+    found = {
         "median_step_seconds": statistics.median(clock.seconds[WARM_UP:]),
         "total_seconds": time.perf_counter() - start,
         "peak_bytes": peak(),
     }
+    if trainer.accelerator.num_processes > 1:
+        trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+        found["selector_bytes_per_step"] = sum(exchanged) / steps
+        found["gradient_bytes_per_step"] = sum(p.numel() * p.element_size() for p in trainable)
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--side", choices=SIDES, help="one run in this process, printed as JSON")
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(run_side(options.side, options.steps)))
+        found = run_side(options.side, options.steps)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
         return
     assets.model_folder()
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    several = options.processes > 1
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if not torch.cuda.is_available() else {})
+    sides = list(SIDES)[:2] if several else list(SIDES)
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(options.repeats):
-        for side in SIDES:
-            command = [sys.executable, "-m", "benchmarks.speed", "--side", side, "--steps", str(options.steps)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+        for side in sides:
+            command = [sys.executable, *(launcher if several else []), "-m", "benchmarks.speed"]
+            command += ["--side", side, "--steps", str(options.steps)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+            runs[side].append(next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")))
             print(side, runs[side][-1], flush=True)
     record = {
+        "processes": options.processes,
         "rows": ROWS,
         "tokens_per_row": TOKENS,
         "batch": BATCH,
@@ -143,7 +167,8 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    (HERE / "results" / "speed.json").write_text(json.dumps(record, indent=1))
+    name = "speed_processes.json" if several else "speed.json"
+    (HERE / "results" / name).write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
