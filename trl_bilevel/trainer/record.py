@@ -151,7 +151,8 @@ class RecordCallback(TrainerCallback):
         self.seconds["validation"] += time.perf_counter() - start
 
     def _trace(self, state: Any, last: bool = False) -> None:
-        self.traces.follow(offline_part(self.trainer), state.global_step, state.max_steps, last)
+        if self.trainer.args.should_save:
+            self.traces.follow(offline_part(self.trainer), state.global_step, state.max_steps, last)
 
     def _evaluate(self) -> None:
         """Losses of single eval rows, once: for the standard error of the difference to another run."""
