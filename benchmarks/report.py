@@ -51,6 +51,10 @@ learned weights, undamaged rows against the damaged ones.
 
 ABOUT = {
     "quality": "96 good rows, 288 damaged: a third each boilerplate, answers to other questions, word salad.",
+    "quality_short": (
+        "The same in 72 steps, those that the pilot run leaves to the `bilevel` arm; compared with the 96 steps "
+        "above: what of the gap is the price of the pilot's steps, which a run of thousands of rows hardly notices."
+    ),
     "boilerplate": "192 good rows, 192 answered by one of four boilerplate sentences; three epochs.",
     "scrambled": "192 good rows, 192 with the words of the answer in random order.",
     "truncated": "192 good rows, 192 with the first third of the answer only.",
@@ -60,8 +64,7 @@ ABOUT = {
         "ones."
     ),
     "safety_short": (
-        "The same in 40 steps, those that the pilot run leaves to the `bilevel` arm: what the rest of the difference "
-        "to clean data is."
+        "The same in 40 steps, those that the pilot run leaves to the `bilevel` arm; compared with the 53 steps above."
     ),
     "safety_objectives": (
         "The trusted refusals and the trusted benign rows as two validation objectives (`validation_weights`), which "
@@ -104,6 +107,13 @@ in training mode; the adapters have no dropout. An earlier row with the tracker'
 (`value_function`, 93%) was taken out: at lambda = 0 these scores hold no information from the validation rows, so it
 showed nothing about them. Not run: the arms, seeds and levers of the experiment files that the tables lack, among
 them the third seed of `loss` and two of the random subset on `safety`."""
+
+SAFETY = """**Where benign loss and over-refusal come from.** Clean data alone, in the 40 steps that the pilot leaves,
+end at an over-refusal of {refusals} (`bilevel`: {own}) and at a benign loss {short:.1%} above that of 53 steps: that
+much is the price of the pilot's steps. The rest follows the trusted set: where refusals count half, as in the
+`bilevel` arm, benign loss ends {half:.1%} above that of clean data in 53 steps, and {weighted:.1%} above it where they
+count 30%, about their share among the undamaged training rows."""
+
 
 ESTIMATORS = """## The look-ahead against the tracker
 
@@ -235,6 +245,24 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
             row.append(per_seed([run["seconds"] for run in runs.values()], ".0f"))
         lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def about_safety(weighted: dict[str, dict[int, dict]]) -> list[str]:
+    safety, short = load("safety"), load("safety_short").get("clean_only", {})
+    runs = {"short": short, "half": safety["bilevel"], "weighted": next(iter(weighted.values()))}
+    if any(len(found) < 3 for found in runs.values()):
+        return []
+    over = {
+        name: statistics.mean(
+            run["test_loss"] / safety["clean_only"][seed]["test_loss"] - 1 for seed, run in found.items()
+        )
+        for name, found in runs.items()
+    }
+    refusals = {
+        name: per_seed([run["safety"]["over_refusal"] for _, run in sorted(found.items())], ".0%")
+        for name, found in runs.items()
+    }
+    return [SAFETY.format(**over, refusals=refusals["short"], own=refusals["half"]) + "\n"]
 
 
 def about_rounds(arms: dict[str, dict[int, dict]]) -> str:
@@ -421,6 +449,8 @@ def main() -> None:
                 parts.append(about_rounds(arms))
             if name == "refine_levers":
                 parts.append(READING + "\n")
+            if name == "safety_objectives":
+                parts += about_safety(arms)
     runs = {task: load(task) for task in pareto.TASKS}
     parts.append(pareto.section(runs))
     pareto.plots(runs)
