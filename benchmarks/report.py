@@ -371,9 +371,8 @@ def speed_of_processes() -> list[str]:
         f"## Step time and memory of {record['processes']} processes\n\nThe same under DDP (gloo), {record['batch']} "
         f"rows per process, figures of the first: medians of {len(record['runs']['SFTTrainer'])} alternating runs of "
         f"{record['steps']} steps. Bytes are those that a process exchanges in a training step; calibrated weights "
-        "need one exchange of all scores, after the pilot run. `python -m benchmarks.speed --processes 2`\n\n"
-        + "\n".join(lines)
-        + "\n"
+        f"need one exchange of all scores, after the pilot run. {record.get('note', '')} `python -m benchmarks.speed "
+        "--processes 2`\n\n" + "\n".join(lines) + "\n"
     ]
 
 
