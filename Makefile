@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # More threads per process only slow small models down; the demo has the machine to itself.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-refine docs test test-fast test-slow test-lowest test-newest errors-table lint audit evidence benchmarks clean
+.PHONY: demo demo-refine docs test test-fast test-slow test-lowest test-newest errors-table lint audit evidence clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,14 +59,10 @@ audit:  ## known vulnerabilities of the pinned versions (asks pypi.org: needs th
 docs: $(STAMP)  ## the documentation site, in site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-evidence: $(STAMP)  ## quality and safety with all baselines, ablations, transfer: what has no result yet is run (hours on 2 cores)
-	$(BIN)/python -m benchmarks.run quality boilerplate safety safety_objectives
+evidence: $(STAMP)  ## all tasks with all baselines, ablations, transfer: runs what has no result yet (hours on 2 cores), then the report
+	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.ablations
 	$(BIN)/python -m benchmarks.transfer
-	$(BIN)/python -m benchmarks.report
-
-benchmarks: $(STAMP)  ## regenerate benchmarks/results and docs/results.md (hours on 2 cores)
-	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
 
 clean:

@@ -191,6 +191,20 @@ def test_seal_can_read_what_is_written(tmp_path):
     torch.testing.assert_close(4 * read.detach().softmax(0), weights)
 
 
+@pytest.mark.parametrize(
+    "save",
+    [
+        bad_input(SELECTORS, "a `.npy` of texts", lambda file: np.save(file, np.array(["a", "b"]))),
+        bad_input(SELECTORS, "a `.npz` that is called `.npy`", lambda file: np.savez(file, logits=np.zeros(3))),
+    ],
+)
+def test_another_array(tmp_path, save, refused):
+    with open(tmp_path / "x.npy", "wb") as file:
+        save(file)
+    with refused("holds no selector"):
+        seal.read_selector(tmp_path / "x.npy")
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -219,6 +233,7 @@ def test_no_code_of_a_selector_file_runs(name, tmp_path, monkeypatch, refused):
         bad_input(SELECTORS, "integers", torch.tensor([1, 2]), r"a tensor \[2\]"),
         bad_input(SELECTORS, "a dictionary", {"logits": torch.ones(2)}, "holds dict"),
         bad_input(SELECTORS, "NaN", torch.tensor([0.0, float("nan")]), "NaN or infinite"),
+        bad_input(SELECTORS, "minus infinity alone", torch.full((3,), -torch.inf), "gives no row a weight"),
     ],
 )
 def test_what_is_no_selector(tmp_path, made, message, refused):

@@ -15,6 +15,7 @@ from tests.trainer.test_plain_sft import chat
 from trl_bilevel import BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 from trl_bilevel.report import write_report
 from trl_bilevel.report.run import load_run
+from trl_bilevel.trainer.traces import Traces
 
 
 @pytest.fixture
@@ -105,6 +106,30 @@ def test_weights_that_move_are_followed(build):
     # Weights that a pilot set once do not move: nothing is followed.
     build(max_steps=1).train()
     assert load_run(folder).traces == {}
+
+
+def test_traces_of_other_rows_are_left_behind(tmp_path):
+    """A run that is resumed with other rows, which was asked for, must not stop at what it had recorded of the old."""
+
+    class Side:
+        learns_online, streams = True, False
+
+        def __init__(self, rows):
+            self.row_count = rows
+            self.selection = type("", (), {})()
+            self.selection.units = lambda ids: ids
+            self.selection.all_weights = lambda: torch.ones(rows)
+            self.selection.state = type("", (), {"logits": torch.zeros(rows), "score_mean": torch.zeros(rows)})
+
+    first, second = Traces(), Traces()
+    first.follow(Side(5), 0, 12)
+    first.write(tmp_path)
+    second.read(tmp_path, 3)
+    assert list(second.taken) == [0]
+    second.follow(Side(3), 4, 12)
+    second.write(tmp_path)
+    second.read(tmp_path, 12)
+    assert list(second.taken) == [4] and len(second.rows) == 3
 
 
 def test_an_interrupted_run_and_its_end(build, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -65,6 +66,9 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     "plan": (Source("trl_bilevel", "cli.plan", "PlanArguments", "what to plan for"), *SFT),
     "evaluate": (Source("trl_bilevel", "cli.evaluate", "EvaluateArguments", "what to evaluate"), MODEL),
 }
+# Options of a shared dataclass that a command has no use for, and refuses.
+UNUSED = {"evaluate": re.compile(r"use_peft|lora_.*|use_dora|use_rslora")}
+DEFAULT_IN_WORDS = re.compile(r" ?It defaults to [^.]*\.")
 
 
 def option_groups(command: str) -> dict[str, list[Option]]:
@@ -142,16 +146,22 @@ def help_parser(command: str, example: str, **changes: str) -> argparse.Argument
     parser = argparse.ArgumentParser(
         prog=f"trl-bilevel {command}",
         usage=f"trl-bilevel {command} {'MODEL ' if command == 'evaluate' else ''}[--config FILE.yaml] [OPTIONS]",
-        description=f"What it does: {COMMANDS[command][1]}. Every option can be a key of the YAML file.",
+        description=f"{COMMANDS[command][1][0].upper()}{COMMANDS[command][1][1:]}. Every option can be a YAML key.",
         epilog=example,
     )
+    if command == "evaluate":
+        parser.add_argument("MODEL", help="Hub name, folder of a model, or folder of an adapter.")
     parser.add_argument("--config", metavar="FILE", help="YAML file with options as keys; the command line wins.")
     for title, options in option_groups(command).items():
         group = parser.add_argument_group(title)
         for option in options:
+            if command in UNUSED and UNUSED[command].fullmatch(option.name):
+                continue
             default = changes.get(option.name, option.default)
             shown = f" (default: {default})" if default not in ("", "None") else ""
-            text = f"{option.text}{shown}".replace("%", "%%")
+            # Some texts are escaped for argparse already, some are not.
+            said = DEFAULT_IN_WORDS.sub("", option.text) if option.name in changes else option.text
+            text = f"{said}{shown}".replace("%%", "%").replace("%", "%%")
             group.add_argument(f"--{option.name}", metavar=_metavar(option.kind), help=text)
     return parser
 

@@ -43,7 +43,7 @@ def read_selector(path: str | Path) -> Tensor:
         raise FileNotFoundError(f"There is no selector file {path}.")
     try:
         logits = _read(path)
-    except (ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} holds no selector that can be read without running code of the file: {type(error).__name__}."
         ) from error
@@ -53,6 +53,8 @@ def read_selector(path: str | Path) -> Tensor:
     logits = logits.detach().float()
     if bool(torch.isnan(logits).any()) or bool(torch.isposinf(logits).any()):
         raise ValueError(f"{path} holds logits that are NaN or infinite.")
+    if not bool(torch.isfinite(logits).any()):
+        raise ValueError(f"{path} gives no row a weight: all logits are minus infinity.")
     return logits
 
 

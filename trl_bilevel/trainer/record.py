@@ -218,7 +218,7 @@ class RecordCallback(TrainerCallback):
                     table["mean_score"] = _column(side.selection.state.score_mean[side.selection.units(_all(side))])
                 _write_table(folder / WEIGHTS_FILE, table)
                 self.traces.write(folder)
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             logger.warning(f"The run record in {folder} could not be written ({error}): a report will lack it.")
 
 
@@ -313,7 +313,7 @@ def write_pilot(pilot: Pilot, scores: Tensor, trusted: Tensor, shares: Tensor, s
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / PILOT_FILE, facts)
         _write_table(folder / SCORES_FILE, table)
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
         logger.warning(f"The record of the pilot in {folder} could not be written ({error}): a report will lack it.")
 
 

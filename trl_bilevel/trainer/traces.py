@@ -41,7 +41,10 @@ class Traces:
             return
         if not last and step not in moments(max_steps):
             return
-        self.rows = evenly_spaced(side.row_count, NUMBERS // (2 * MOMENTS))
+        rows = evenly_spaced(side.row_count, NUMBERS // (2 * MOMENTS))
+        if not torch.equal(rows, self.rows):
+            # A run that is resumed with other rows (`ignore_selector_fingerprint`): the past is of none of these.
+            self.rows, self.taken = rows, {}
         selection = side.selection
         units = selection.units(self.rows.to(selection.state.logits.device))
         self.taken[step] = (selection.all_weights()[self.rows], selection.state.score_mean[units].float().cpu())
