@@ -46,6 +46,7 @@ def test_help_of_training_commands_says_what_their_parser_takes(name, monkeypatc
         module.run(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "%%" not in text
+    compared = 0
     for action in module.make_parser()._actions:
         word = next((w for w in action.option_strings if w.startswith("--") and "-" not in w[2:]), "--help")
         unused = name in options.UNUSED and options.UNUSED[name].fullmatch(action.dest)
@@ -57,6 +58,8 @@ def test_help_of_training_commands_says_what_their_parser_takes(name, monkeypatc
         # Defaults that are computed are said in words, if at all.
         if found and isinstance(action.default, bool | int | float | str):
             assert ast.literal_eval(default.partition(")")[0]) == action.default, word
+            compared += 1
+    assert compared > 10
 
 
 def test_completion_loads_nothing_heavy():

@@ -118,7 +118,8 @@ def test_traces_of_other_rows_are_left_behind(tmp_path):
             self.row_count = rows
             self.selection = type("", (), {})()
             self.selection.units = lambda ids: ids
-            self.selection.all_weights = lambda: torch.ones(rows)
+            self.selection.kept = torch.ones(rows, dtype=torch.bool)
+            self.selection.weights = lambda ids: torch.ones(len(ids))
             self.selection.state = type("", (), {"logits": torch.zeros(rows), "score_mean": torch.zeros(rows)})
 
     first, second = Traces(), Traces()

@@ -6,7 +6,7 @@ parameter of logits, float32 `[N]`, as `NAME_ACTIVATION.pt` by `torch.save`; the
 
 `.pt` files are pickles. They are read with `weights_only=True`, which runs no code of theirs. SEAL's own code reads
 nothing else, so a name that ends in `.pt` gets one, with that single tensor in it; `.npy` and `.safetensors` hold the
-same logits without.
+same logits without pickle.
 """
 
 from __future__ import annotations

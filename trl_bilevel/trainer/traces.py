@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Traces:
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
 
     def follow(self, side: Any, step: int, max_steps: int, last: bool = False) -> None:
-        """Take the numbers of this step, if it is one of the moments or the last; O(rows), a dozen times in a run.
+        """Take the numbers of this step if it is a moment or the last: O(rows followed), a dozen times in a run.
 
         Args:
             side: the `BilevelSFTTrainer` that holds the weights.
@@ -46,8 +47,9 @@ class Traces:
             # A run that is resumed with other rows (`ignore_selector_fingerprint`): the past is of none of these.
             self.rows, self.taken = rows, {}
         selection = side.selection
+        weights = torch.where(selection.kept[self.rows], selection.weights(self.rows).cpu(), torch.nan)
         units = selection.units(self.rows.to(selection.state.logits.device))
-        self.taken[step] = (selection.all_weights()[self.rows], selection.state.score_mean[units].float().cpu())
+        self.taken[step] = (weights, selection.state.score_mean[units].cpu())
 
     def read(self, folder: Path, step: int) -> None:
         """Go on with the file of the run that is resumed, up to its step; a file that cannot be read is left."""
@@ -80,6 +82,7 @@ class Traces:
         atomically(folder / TRACES_FILE, lambda file: pq.write_table(pa.table(columns), file))
 
 
-def moments(max_steps: int) -> set[int]:
+@cache
+def moments(max_steps: int) -> frozenset[int]:
     """The steps at which rows are looked at: evenly spaced, first and last included."""
-    return set(torch.linspace(0, max_steps, MOMENTS).round().int().tolist())
+    return frozenset(torch.linspace(0, max_steps, MOMENTS).round().int().tolist())
