@@ -17,9 +17,10 @@ from typing import Any
 from datasets import Dataset
 
 from benchmarks.run import machine, versions
+from trl_bilevel.demo.assets import docstrings
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
-from trl_bilevel.demo.tasks import Task, make_task
+from trl_bilevel.demo.tasks import END, PROMPT, Task, make_task
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "results" / "ablations"
@@ -32,6 +33,7 @@ class Setting:
     Attributes:
         task: by name.
         arguments: of `make_task`.
+        trusted_rows: how many, of the task's own first; more are drawn from rows that it does not use.
         bad_trusted: share of the trusted rows that get the answer of a damaged row.
         overrides: settings of the trainer.
         sources: the rows come from sources of these shares of damaged rows, and have a column `source`.
@@ -39,6 +41,7 @@ class Setting:
 
     task: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    trusted_rows: int = 32
     bad_trusted: float = 0.0
     overrides: dict[str, Any] = field(default_factory=dict)
     sources: tuple[float, ...] = ()
@@ -49,7 +52,7 @@ BY_SOURCE = {"selector_granularity": "group", "selector_group_column": "source"}
 TASKS = ("boilerplate", "quality")
 SETTINGS: dict[str, Setting] = {
     **{
-        f"{task}, {count} trusted rows": Setting(task, {"validation_rows": count})
+        f"{task}, {count} trusted rows": Setting(task, trusted_rows=count)
         for task in TASKS
         for count in (8, 16, 32, 64, 128, 256)
     },
@@ -70,6 +73,16 @@ SETTINGS: dict[str, Setting] = {
         for k in (0.5, 2.0)
     },
 }
+
+
+def with_trusted_rows(task: Task, count: int, seed: int) -> Task:
+    """The same training rows with another number of trusted ones."""
+    own = [dict(row) for row in task.validation]
+    used = {row["prompt"] for rows in (task.train, task.validation, task.test) for row in rows}
+    every = [{"prompt": PROMPT.format(name=r["name"]), "completion": r["description"] + END} for r in docstrings()]
+    spare = [row for row in every if row["prompt"] not in used]
+    random.Random(f"more-{seed}").shuffle(spare)
+    return replace(task, validation=Dataset.from_list([*own, *spare][:count]))
 
 
 def with_bad_trusted_rows(task: Task, share: float, seed: int) -> Task:
@@ -93,7 +106,8 @@ def with_sources(task: Task, damaged: tuple[float, ...], seed: int) -> Task:
 
 def measure(name: str, seed: int) -> dict:
     setting = SETTINGS[name]
-    task = with_bad_trusted_rows(make_task(setting.task, seed, **setting.arguments), setting.bad_trusted, seed)
+    task = with_trusted_rows(make_task(setting.task, seed, **setting.arguments), setting.trusted_rows, seed)
+    task = with_bad_trusted_rows(task, setting.bad_trusted, seed)
     if setting.sources:
         task = with_sources(task, setting.sources, seed)
     budget = budget_of(setting.task, pilot_steps=24, overrides=setting.overrides)

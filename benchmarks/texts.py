@@ -127,7 +127,7 @@ one of 135M was not run to its end. `python -m benchmarks.yardstick --models tin
 ABLATION = """## How many trusted rows, how much damage
 
 The pilot run alone (24 steps), one thing changed at a time; 32 trusted rows and the task's own mixture otherwise.
-Another number of trusted or damaged rows draws the training rows anew, so a difference is of both. AUC
+Another share of damaged rows draws the training rows anew; another number of trusted rows does not. AUC
 of the weights over all damaged rows, in parentheses of the kind found worst, per seed. The four sources have 10%, 40%,
 60% and 90% damaged rows: one weight for all rows of a source cannot do better than that. Not run: the settings of the
 script that the table lacks. `python -m benchmarks.ablations`
