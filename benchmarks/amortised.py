@@ -40,10 +40,10 @@ def measure(name: str, seed: int) -> dict:
     for depth in DEPTHS:
         states = {}
         for batch in row_batches(trainer, trainer.row_order(), "Reading rows"):
-            states |= dict(zip(batch["sample_id"].tolist(), row_features(trainer, batch, depth), strict=True))
+            states |= dict(zip(batch["sample_id"].tolist(), *row_features(trainer, batch, [depth]), strict=True))
         features[depth] = torch.stack([states[row] for row in range(len(weights))])
         batches = trainer.validation.all_batches(16)
-        trusted[depth] = torch.cat([row_features(trainer, batch, depth) for _, batch in batches])
+        trusted[depth] = torch.cat([row_features(trainer, batch, [depth])[0] for _, batch in batches])
     kinds = task.train["kind"]
     largest = weights.max()
     record = {

@@ -25,6 +25,8 @@ from trl_bilevel.demo.experiment import REFINING, Budget, run_arm
 from trl_bilevel.demo.tasks import make_task
 
 HERE = Path(__file__).parent
+# Raised when the default weights change: 2 since scored rows' weights are smoothed.
+METHOD = 2
 PACKAGES = ("trl-bilevel", "trl", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -61,6 +63,7 @@ def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: 
     record = asdict(result) | {
         "arm": variant or arm,
         "experiment": experiment["name"],
+        "method": METHOD,
         "versions": versions(),
         "machine": machine(),
     }

@@ -3,9 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
-from trl_bilevel.core.amortised import fit_weight_predictor, pair_features, recalibrated
-from trl_bilevel.core.calibration import FLOOR
+from trl_bilevel.core.amortised import (
+    cross_predictions,
+    fit_weight_predictor,
+    pair_features,
+    recalibrated,
+    smoothed_logits,
+)
+from trl_bilevel.core.calibration import FLOOR, calibrated_logits
 
 
 @pytest.fixture
@@ -100,3 +107,64 @@ def test_predictions_that_say_nothing_leave_the_mean_weight():
     assert float(weights.std() / weights.mean()) < 0.35
     equal = recalibrated(torch.full((10,), 0.4), torch.full((8,), 0.4), mean_weight=0.25)
     torch.testing.assert_close(equal, torch.full((10,), 0.25))
+
+
+def test_a_row_is_predicted_without_its_own_weight(data):
+    """Another weight of one row changes what is expected of others, not of itself."""
+    features, weights = data
+    changed = weights.clone()
+    changed[7] = 5.0
+    before, explained = cross_predictions(features, weights)
+    after, _ = cross_predictions(features, changed)
+    assert 0.8 < explained < 1
+    torch.testing.assert_close(after[:30], before[:30])
+    assert float((after[30:] - before[30:]).abs().max()) > 1e-3
+
+
+def noisy_scores(seed, informative):
+    """Noisy scores, features that tell the good rows apart or not, trusted rows of both."""
+    generator = torch.Generator().manual_seed(seed)
+    good = torch.arange(400) % 4 == 0
+    features = torch.randn(440, 12, generator=generator)
+    kinds = torch.cat([good, torch.ones(40, dtype=torch.bool)])
+    if informative:
+        features[kinds, 0] += 2.0
+    scores = torch.where(kinds, 1.5, 0.0) + torch.randn(440, generator=generator)
+    return good, scores[:400], scores[400:], features[:400], features[400:]
+
+
+def smoothed(scores, trusted_scores, features, trusted_features):
+    logits = calibrated_logits(scores, trusted_scores)
+    second, explained = cross_predictions(features, logits.exp())
+    trusted = fit_weight_predictor(features, logits.exp())(trusted_features)
+    return logits, smoothed_logits(logits, second, trusted, explained)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_like_it_correct_a_noisy_score(seed):
+    good, *data = noisy_scores(seed, informative=True)
+    alone, together = smoothed(*data)
+    quality = [roc_auc_score(good, logits) for logits in (alone, together)]
+    assert quality[0] < 0.9 and quality[1] > quality[0] + 0.04
+    shares = [float(logits[good].exp().sum() / logits.exp().sum()) for logits in (alone, together)]
+    assert shares[1] > shares[0] + 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_features_that_say_nothing_leave_scored_weights(seed):
+    _, *data = noisy_scores(seed, informative=False)
+    alone, together = smoothed(*data)
+    torch.testing.assert_close((together - together.max()).exp(), (alone - alone.max()).exp(), atol=0.05, rtol=0)
+
+
+def test_smoothed_weights_have_a_floor():
+    logits = torch.tensor([0.0, np.log(FLOOR), np.log(FLOOR), -0.1] * 50, dtype=torch.float32)
+    second = torch.tensor([0.9, 0.1, 0.1, 0.9] * 50) + 0.01 * torch.arange(200) / 200
+    found = smoothed_logits(logits, second, torch.full((8,), 0.9), explained=1.0)
+    assert float(found.max()) == 0 and float(found.min()) >= np.log(FLOOR) - 1e-6
+    assert torch.isfinite(found).all()
+
+
+def test_too_few_rows_for_a_second_opinion_are_refused():
+    with pytest.raises(ValueError, match="at least 4"):
+        cross_predictions(torch.zeros(3, 2), torch.zeros(3))

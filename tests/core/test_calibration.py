@@ -1,11 +1,12 @@
 """Calibration and resampling: what they promise on scores of known distribution."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_bilevel.core.calibration import calibrated_logits, ending_logits
+from trl_bilevel.core.calibration import _quantile, calibrated_logits, ending_logits
 from trl_bilevel.core.resampling import systematic_resample
 
 
@@ -50,6 +51,35 @@ def test_separated_good_rows_weigh_the_same(seed):
     # Few and by chance all of the better half: no reason to visit some good rows more often than others.
     good = calibrated_logits(x, trusted.sort().values[12:20])[:100].exp()
     assert float(good.sum() ** 2 / (good**2).sum()) / 100 > 0.86
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_good_rows_of_a_rarer_kind_weigh_no_more(seed):
+    """Half of the trusted rows are of a kind that gains more from validation than most good training rows."""
+    generator = torch.Generator().manual_seed(seed)
+    common, rare, bad = (
+        centre + 0.3 * torch.randn(count, generator=generator)
+        for centre, count in ((0.0, 200), (2.0, 60), (-6.0, 150))
+    )
+    trusted = torch.cat(
+        [0.2 + 0.3 * torch.randn(8, generator=generator), 2 + 0.3 * torch.randn(8, generator=generator)]
+    )
+    weights = calibrated_logits(torch.cat([common, rare, bad]), trusted).exp()
+    means = [float(part.mean()) for part in weights.split([200, 60, 150])]
+    assert means[1] / means[0] < 1.3
+    assert means[2] < 0.02
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
+def test_quantiles_of_weighted_values(level):
+    values = torch.tensor([3.0, 1.0, 2.0, 7.0, 4.0], dtype=torch.float64)
+    expected = float(np.quantile(values.numpy(), level, method="hazen"))
+    assert float(_quantile(values, None, level)) == pytest.approx(expected)
+    assert float(_quantile(values, torch.full((5,), 0.3), level)) == pytest.approx(expected, abs=1e-6)
+    # Values of no weight do not count, and heavy ones count as if repeated.
+    assert float(_quantile(values, torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]), level)) == 2.0
+    weights = torch.tensor([1.0, 8.0, 1.0, 1.0, 1.0])
+    assert float(_quantile(values, weights, 0.3)) < 1.1 < float(_quantile(values, None, 0.3))
 
 
 def test_trusted_weights_count_like_repeated_rows():

@@ -1,14 +1,17 @@
-"""Weights of rows that the pilot run does not score."""
+"""Weights of rows that the pilot run does not score, and what rows say of each other."""
+
+import functools
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from sklearn.metrics import roc_auc_score
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import parameters
 from trl_bilevel import BilevelSFTTrainer
-from trl_bilevel.trainer.amortise import decoder_layers, row_features
+from trl_bilevel.trainer.amortise import decoder_layers, predict_weights, row_features
 
 
 @pytest.fixture
@@ -48,8 +51,9 @@ def test_bad_rows_are_found_without_being_scored(build, adapter):
     assert torch.isfinite(weights).all() and float(weights.mean()) == pytest.approx(1, abs=1e-5)
 
 
-def test_scored_rows_keep_their_weights(build):
-    """Weights among the scored rows are those that the same scores give without any other row."""
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_scored_rows_keep_their_weights(build, smoothing):
+    """Weights among the scored rows are those that the same scores give without any row that was not scored."""
     found = {}
 
     def watch(trainer):
@@ -63,11 +67,12 @@ def test_scored_rows_keep_their_weights(build):
         trainer.start_selection()
         return trainer.sample_weights()
 
-    partly = watch(build(pilot_scored_rows=40))
+    partly = watch(build(pilot_scored_rows=40, pilot_smoothing=smoothing))
     scored = ~torch.isnan(found["scores"]).any(-1)
     assert int(scored.sum()) == 40
     alone = build(train=build().train_dataset.select(scored.nonzero().squeeze(1).tolist()).remove_columns("sample_id"))
-    alone.selection.calibrate(found["scores"][scored], *found["rest"])
+    predict = functools.partial(predict_weights, alone)
+    alone.selection.calibrate(found["scores"][scored], *found["rest"], predict, smoothing)
     expected = alone.sample_weights()
     ratio = partly[scored] / expected
     torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.mean())), rtol=1e-4, atol=0)
@@ -80,11 +85,62 @@ def test_only_lower_layers_are_computed(build):
     for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, number=number: used.append(number))
     batch = trainer.collate_rows([0, 1, 2])
-    states = row_features(trainer, batch, 0.5)
+    (states,) = row_features(trainer, batch, [0.5])
     assert states.shape == (3, 64) and states.dtype == torch.float32
     assert used == [0]
-    alone = torch.cat([row_features(trainer, trainer.collate_rows([row]), 0.5) for row in (0, 1, 2)])
+    alone = torch.cat([row_features(trainer, trainer.collate_rows([row]), [0.5])[0] for row in (0, 1, 2)])
     torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-4)
+
+
+def noisy(trainer, noise):
+    """Have the trainer's scores drowned in noise."""
+    calibrate = trainer.selection.calibrate
+
+    def drowned(scores, *rest):
+        generator = torch.Generator().manual_seed(0)
+        spread = scores[:, :1].std()
+        return calibrate(scores + noise * spread * torch.randn(scores.shape, generator=generator), *rest)
+
+    trainer.selection.calibrate = drowned
+    return trainer
+
+
+@pytest.mark.parametrize("fitted", [2048, 80], ids=["all", "sample"])
+def test_smoothing_finds_bad_rows_in_noisy_scores(build, mixed, monkeypatch, fitted):
+    """Also where only a part of the scored rows is fitted on."""
+    monkeypatch.setattr("trl_bilevel.trainer.amortise.FITTED_ROWS", fitted)
+    good = [i % 2 == 0 for i in range(len(mixed))]
+    quality = {}
+    for smoothing in (False, True):
+        trainer = noisy(build(pilot_smoothing=smoothing), 1.5)
+        trainer.start_selection()
+        weights = trainer.sample_weights()
+        assert torch.isfinite(weights).all() and float(weights.mean()) == pytest.approx(1, abs=1e-5)
+        quality[smoothing] = roc_auc_score(good, weights)
+    assert quality[False] < 0.85 and quality[True] > quality[False] + 0.08
+
+
+def test_few_rows_are_not_smoothed(build, mixed):
+    """Fewer than 16 rows say nothing of each other."""
+    weights = []
+    for smoothing in (False, True):
+        trainer = build(train=mixed.select(range(12)), pilot_smoothing=smoothing)
+        trainer.start_selection()
+        weights.append(trainer.sample_weights())
+    torch.testing.assert_close(*weights)
+
+
+def test_layers_are_found_under_other_names(rows, tokenizer):
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=len(tokenizer))
+    decoder, layers = decoder_layers(GPT2LMHeadModel(config))
+    assert layers is decoder.h and len(layers) == 2
+
+
+def test_models_without_a_list_of_layers_are_refused(tiny_model):
+    model = tiny_model()
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(ValueError, match="has no list of layers.*Set `pilot_smoothing=False`"):
+        decoder_layers(model)
 
 
 def test_the_order_of_rows_does_not_matter(build, mixed):

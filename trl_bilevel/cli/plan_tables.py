@@ -104,7 +104,9 @@ def _work(work: dict[str, Any], run: RunShape) -> Any:
         table.add_row("pilot run", _flops(work["pilot"]))
         table.add_row("scoring of rows", _flops(work["scoring"]))
         if work["prediction"]:
-            table.add_row("prediction of the other rows' weights", _flops(work["prediction"]))
+            table.add_row(
+                "reading of hidden states (weights of rows like it, of rows not scored)", _flops(work["prediction"])
+            )
     if work["total"] is not None:
         ratio = work["total"] / work["plain"]
         table.add_row("the whole run", f"{_flops(work['total'])} ({ratio:.2f}x as many steps of plain SFT)")

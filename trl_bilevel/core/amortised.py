@@ -1,18 +1,21 @@
-"""Weights of rows that were not scored, predicted from those that were.
+"""What rows say of each other: weights of rows that were not scored, and less noise in those of rows that were.
 
 Bad rows look alike: a linear map from what the frozen model thinks of a row (a pooled hidden state) to its weight,
 fitted on a few hundred scored rows, ranks the others nearly as well as scoring them (docs/results.md;
-relatives: MATES, DataRater).
+relatives: MATES, DataRater). For a scored row, what the other rows make it expect is a second opinion beside its own
+score.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -22,6 +25,8 @@ from .statistics import evenly_spaced
 
 # Strengths of the ridge penalty that leave-one-out errors choose from.
 PENALTIES = np.logspace(1, 6, 11)
+# Parts of the scored rows, each predicted from the others.
+FOLDS = 10
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,50 @@ def recalibrated(
     return (weights * (mean_weight / float(weights.mean()))).clamp(FLOOR, 1.0)
 
 
+def smoothed_logits(
+    logits: Tensor, second: Tensor, trusted: Tensor, explained: float, trusted_weights: Tensor | None = None
+) -> Tensor:
+    """Log weights of scored rows, with what the other rows say of them.
+
+    A score is one noisy look at a row. The weight that the other rows lead to expect (`cross_predictions`) is another
+    one, with an error of its own; calibrated like a score, it is a second density ratio, and the two are multiplied.
+    The second one is raised to its correlation with the weights: where features say nothing, it does not count.
+
+    Args:
+        logits (`Tensor` float32 `[n]`): of `calibrated_logits`, at most 0.
+        second (`Tensor` float32 `[n]`): weights predicted for the same rows from others.
+        trusted (`Tensor` float32 `[c]`): weights predicted for trusted rows.
+        explained (`float`): share of the weights' variance that `second` explains, 0 or less if nothing; its root is
+            the exponent.
+        trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
+
+    Returns:
+        `Tensor` float32 `[n]`: at most 0, at least `log(FLOOR)` below the largest.
+    """
+    correlation = max(explained, 0.0) ** 0.5
+    found = logits + correlation * calibrated_logits(second, trusted, trusted_weights).to(logits)
+    return (found - found.max()).clamp(min=math.log(FLOOR))
+
+
+def cross_predictions(features: Tensor, weights: Tensor) -> tuple[Tensor, float]:
+    """Weight of each row as predicted from the others: in `FOLDS` parts, each by a fit on the rest.
+
+    Args:
+        features (`Tensor` float `[n, d]`), weights (`Tensor` float `[n]`): as for `fit_weight_predictor`, the rows in
+            random order.
+
+    Returns:
+        `tuple` of `Tensor` float32 `[n]` and `float`: the predictions, and the share of the weights' variance that
+        they explain (0 or less if nothing).
+    """
+    _check(features, weights, 4)
+    x, y = _arrays(features, weights)
+    predicted = cross_val_predict(_regression(), x, y, cv=KFold(min(FOLDS, len(y) // 2)))
+    variance = float(y.var())
+    explained = 1 - float(((y - predicted) ** 2).mean()) / variance if variance > 0 else 0.0
+    return torch.from_numpy(predicted).float(), explained
+
+
 def fit_weight_predictor(features: Tensor, weights: Tensor) -> WeightPredictor:
     """Ridge regression of weights on features, the penalty chosen by leave-one-out errors.
 
@@ -145,15 +194,26 @@ def fit_weight_predictor(features: Tensor, weights: Tensor) -> WeightPredictor:
     Raises:
         ValueError: if there are fewer than two rows, or a value is not finite.
     """
-    if len(features) != len(weights) or len(weights) < 2:
+    _check(features, weights, 2)
+    x, y = _arrays(features, weights)
+    model = _regression().fit(x, y)
+    errors = model[-1].cv_results_.reshape(len(y), -1).mean(0).min()
+    variance = float(y.var())
+    return WeightPredictor(model, float(errors**0.5), 1 - float(errors) / variance if variance > 0 else 0.0)
+
+
+def _check(features: Tensor, weights: Tensor, least: int) -> None:
+    if len(features) != len(weights) or len(weights) < least:
         raise ValueError(
-            f"Needs features and weights of the same rows, at least 2; got {len(features)}, {len(weights)}."
+            f"Needs features and weights of the same rows, at least {least}; got {len(features)}, {len(weights)}."
         )
     if not bool(torch.isfinite(features).all() and torch.isfinite(weights).all()):
         raise ValueError("Needs finite features and weights; got NaN or infinite ones.")
-    ridge = RidgeCV(alphas=PENALTIES, store_cv_results=True)
-    x, y = features.double().cpu().numpy(), weights.double().cpu().numpy()
-    model = make_pipeline(StandardScaler(), ridge).fit(x, y)
-    errors = ridge.cv_results_.reshape(len(y), -1).mean(0).min()
-    variance = float(y.var())
-    return WeightPredictor(model, float(errors**0.5), 1 - float(errors) / variance if variance > 0 else 0.0)
+
+
+def _arrays(features: Tensor, weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return features.double().cpu().numpy(), weights.double().cpu().numpy()
+
+
+def _regression() -> Any:
+    return make_pipeline(StandardScaler(), RidgeCV(alphas=PENALTIES, store_cv_results=True))

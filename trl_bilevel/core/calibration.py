@@ -23,6 +23,8 @@ GRID = 512
 # Strength of the prior on the spread of trusted scores (half that of the training scores), in rows.
 PRIOR_ROWS = 4.0
 PRIOR_SPREAD = 0.5
+# Share of the trusted rows that may score below the plateau of full weight.
+PLATEAU = 0.25
 # No row's weight falls below this share of the largest one: it keeps a trickle of signal, and the logits finite.
 FLOOR = 1e-3
 
@@ -32,9 +34,10 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, trusted_weights: T
 
     `f_train` is a kernel density estimate, `f_good` a Gaussian (few trusted rows: its spread is shrunk towards half
     of the training rows' and carries the error of its mean), and their ratio is made monotone in the score by isotonic
-    regression: a better score never weighs less. The weight rises no further than the mean trusted score: the
-    posterior of being good ends in a plateau, and what the ratio does beyond is the error of a few trusted rows, which
-    would spend the visits on a few rows among the good ones.
+    regression: a better score never weighs less. The weight rises no further than the lower quartile of the trusted
+    scores: the posterior of being good ends in a plateau where trusted rows begin to be common. What the ratio does
+    beyond is the error of a few trusted rows, or another mix of kinds among them than among the good training rows
+    (refusals gain more from validation than plain answers do); it would spend the visits on a part of the good rows.
 
     Args:
         scores (`Tensor` float32 `[N]`): one per row, finite.
@@ -64,7 +67,7 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, trusted_weights: T
     good = _trusted_density(count, centre, variance, grid)
     ratio = isotonic_regression((good / train).numpy(), weights=train.numpy()).x
     logits = torch.from_numpy(ratio).clamp(min=0).add(1e-300).log()
-    logits = logits - _interpolate(grid, logits, centre.reshape(1))
+    logits = logits - _interpolate(grid, logits, _quantile(y, trusted_weights, PLATEAU).reshape(1))
     logits = logits.clamp(min=math.log(FLOOR), max=0.0)
     return _interpolate(grid, logits, x).float().to(scores.device)
 
@@ -128,6 +131,19 @@ def _moments(y: Tensor, weights: Tensor | None) -> tuple[float, Tensor, Tensor]:
     share = share / share.sum()
     mean = (share * y).sum()
     return float(1 / (share**2).sum()), mean, (share * (y - mean) ** 2).sum()
+
+
+def _quantile(y: Tensor, weights: Tensor | None, level: float) -> Tensor:
+    """Quantile of weighted values, linear between the middles of their steps."""
+    share = torch.ones_like(y) if weights is None else weights.to(y)
+    y, share = y[share > 0], share[share > 0]
+    order = y.argsort()
+    share = share[order]
+    middle = (share.cumsum(0) - share / 2) / share.sum()
+    right = torch.searchsorted(middle, torch.tensor(level, dtype=y.dtype)).clamp(max=len(y) - 1)
+    left = (right - 1).clamp(min=0)
+    gap = (middle[right] - middle[left]).clamp(min=1e-12)
+    return torch.lerp(y[order[left]], y[order[right]], ((level - middle[left]) / gap).clamp(0, 1))
 
 
 def _trusted_density(count: float, mean: Tensor, variance: Tensor, grid: Tensor) -> Tensor:

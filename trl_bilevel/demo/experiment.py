@@ -63,6 +63,7 @@ class Budget:
 
     Attributes:
         epochs: passes over the training rows; the pilot run's steps are taken off the arms that have one.
+        pilot_on_top: the pilot run's steps are not taken off, as in any run outside of comparisons.
         batch_size: training rows per step.
         learning_rate: peak, decaying linearly to zero.
         validation_loss_weight: lambda.
@@ -80,6 +81,7 @@ class Budget:
     validation_loss_weight: float = 0.0
     validation_batch_size: int = 8
     pilot_steps: int | None = None
+    pilot_on_top: bool = False
     lora_rank: int = 8
     lora_layers: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -193,6 +195,8 @@ def make_trainer(
         weight, overrides["selector_preset"] = 0.5, "seal"
     steps = round(budget.epochs * len(train) / budget.batch_size)
     pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned and arm != "seal" else 0
+    if not budget.pilot_on_top:
+        steps -= pilot
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "weight_estimator": ESTIMATOR_OF_ARM.get(arm, "none"),
@@ -234,11 +238,11 @@ def make_trainer(
         return refiner, pilot
     if arm in REFINING:
         steps -= rounds["num_rounds"] * rounds["steps_per_round"]
-        if steps - pilot < 1:
+        if steps < 1:
             raise ValueError(f"No offline step is left beside the rounds of {arm!r}: raise `epochs`.")
     if weights is not None and learned:
         settings["selector_weighting"] = "resample"
-    args = BilevelSFTConfig(max_steps=steps - pilot, **settings)
+    args = BilevelSFTConfig(max_steps=steps, **settings)
     trainer = BilevelSFTTrainer(
         name,
         args,

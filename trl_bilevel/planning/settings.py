@@ -80,6 +80,7 @@ def run_shape(
         "pulling_batch": args.validation_batch_size or (per_step if online else pilot_batch),
         "scored_rows": args.pilot_scored_rows,
         "feature_depth": args.pilot_feature_depth,
+        "smooths": args.pilot_smoothing,
         "lookahead_steps": args.lookahead_steps,
         "estimator_every": args.estimator_refresh_steps or REFRESH.get(args.weight_estimator, 1),
     }

@@ -107,7 +107,7 @@ class RunShape:
         estimator (`str`): `weight_estimator`.
         online (`bool`): whether the estimator works during training, in place of a pilot run.
         pilot_steps (`int`, *optional*), pilot_batch, pulling_batch, scored_rows (`int`), feature_depth (`float`),
-            lookahead_steps (`int`, *optional*): as the config has them, over all processes.
+            lookahead_steps (`int`, *optional*), smooths (`bool`): as the config has them, over all processes.
         estimator_every (`int`): steps between two of the estimator's own.
         tile_width (`int`): entries of the vocabulary in a tile of TRL's fused LM head, a constant of TRL.
     """
@@ -140,6 +140,7 @@ class RunShape:
     pulling_batch: int = 8
     scored_rows: int = 512
     feature_depth: float = 0.3
+    smooths: bool = True
     lookahead_steps: int | None = None
     estimator_every: int = 1
     tile_width: int = 32768

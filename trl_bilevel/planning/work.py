@@ -18,8 +18,8 @@ class WorkPlan:
         training (`float`, *optional*): of all steps; `None` if the length of the run is not known.
         pilot (`float`): of the pilot run's steps.
         scoring (`float`): of scoring rows after it.
-        prediction (`float`, *optional*): of predicting the weights of the rows that were not scored; `None` if the
-            number of rows is not known.
+        prediction (`float`, *optional*): of reading hidden states, to smooth the weights of scored rows and to predict
+            the others'; `None` if the number of rows is not known.
         plain (`float`, *optional*): of as many steps of plain SFT.
     """
 
@@ -89,10 +89,8 @@ def estimate_work(model: ModelShape, run: RunShape) -> WorkPlan:
             scored = min(scored, known)
         each = trained if run.estimator == "alignment" else passed * (1 if run.estimator == "loss" else 2)
         scoring = (scored + HELD_BACK_SHARE * run.validation_rows) * each
-        if known is not None and scored < known:
-            layers = max(1, round(run.feature_depth * model.layers))
-            lower = sum(forward_parts(model, tokens, layers).values())
-            prediction = (known + run.validation_rows) * lower
+        if known is not None:
+            prediction = _reading_work(model, run, tokens, scored, known)
     return WorkPlan(
         step=step,
         training=None if steps is None else steps * step,
@@ -128,6 +126,22 @@ def _pilot_work(run: RunShape, trained: float, passed: float) -> float:
     if run.estimator == "alignment":
         return own + pulling + (refreshes + SCORING_DRAWS) * run.pulling_batch * trained
     return own + pulling
+
+
+def _reading_work(model: ModelShape, run: RunShape, tokens: float, scored: int, known: int) -> float:
+    """FLOPs of the forwards through lower layers that read hidden states of rows."""
+    from ..trainer.amortise import SMOOTHING_DEPTH
+
+    def lower(depth: float) -> float:
+        return sum(forward_parts(model, tokens, max(1, round(depth * model.layers))).values())
+
+    found = 0.0
+    if scored < known:
+        found += (known - scored + run.validation_rows) * lower(run.feature_depth)
+    if run.smooths:
+        # Where the others are predicted, what that reads of scored rows is on the way to the deeper layer.
+        return found + (scored + run.validation_rows) * lower(max(SMOOTHING_DEPTH, run.feature_depth))
+    return found + (scored * lower(run.feature_depth) if scored < known else 0.0)
 
 
 def _online(run: RunShape, trained: float, passed: float) -> float:

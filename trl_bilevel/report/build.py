@@ -166,6 +166,7 @@ def _why(run: Run) -> dict[str, Any]:
         "known": bool(run.record),
         "given": bool(weights.get("given")),
         "online": bool(weights.get("online")),
+        "smoothed": run.smoothed,
         "group": clean(group) if grouped and group else None,
         "texts": run.rows_file is not None,
     }

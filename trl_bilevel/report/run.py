@@ -82,6 +82,12 @@ class Run:
         """True if the weights were learned in this run (else they were given, or there are none)."""
         return bool(self.record.get("weights", {}).get("learned", self.weights is not None))
 
+    @property
+    def smoothed(self) -> bool:
+        """True if weights rest on what rows like it score, too."""
+        online = self.record.get("weights", {}).get("online")
+        return self.learned and bool(self.settings.get("pilot_smoothing")) and not online
+
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of a quantity, by step."""
         found = {e["step"]: e[name] for e in self.history if isinstance(e.get(name), int | float) and "step" in e}

@@ -148,6 +148,10 @@ class BilevelSFTConfig(SFTConfig):
             docs/method.md). 0 for all rows.
         pilot_feature_depth (`float`, *optional*, defaults to `0.3`):
             Share of the layers that are computed to predict a weight, in (0, 1].
+        pilot_smoothing (`bool`, *optional*, defaults to `True`):
+            Multiply the weight that a scored row gets from its own score by the one that the other scored rows lead to
+            expect from hidden states after two thirds of the layers, raised to its correlation with the weights: no
+            effect where hidden states say nothing of them, or on fewer than 16 rows.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             `"calibrated"`: power to which the calibrated weights are raised. 1 reproduces the density of the
             validation rows' scores; above 1 trades variety of rows for purity.
@@ -272,6 +276,10 @@ class BilevelSFTConfig(SFTConfig):
     )
     pilot_feature_depth: float = field(
         default=0.3, metadata={"help": "Share of the layers that are computed to predict a weight, in (0, 1]."}
+    )
+    pilot_smoothing: bool = field(
+        default=True,
+        metadata={"help": "Weigh a scored row by what rows like it score, too, as far as that explains weights."},
     )
     calibration_sharpness: float = field(
         default=1.0, metadata={"help": "Power of the calibrated weights: above 1 trades variety of rows for purity."}

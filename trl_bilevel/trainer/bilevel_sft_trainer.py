@@ -305,7 +305,9 @@ class BilevelSFTTrainer(SFTTrainer):
             if self.predicts:
                 self.selection.fit_predictor(*scores, lambda rows, weights: stream_predictor(self, rows, weights))
             else:
-                self.selection.calibrate(*scores, lambda rows, weights: predict_weights(self, rows, weights))
+                self.selection.calibrate(
+                    *scores, lambda rows, weights: predict_weights(self, rows, weights), self.args.pilot_smoothing
+                )
         elif self.estimator is None:
             self.estimator = make_estimator(self.args, TrainerHost(self))
 

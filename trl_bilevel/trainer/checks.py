@@ -231,16 +231,15 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         )
     if args.weight_estimator == "alignment":
         check_alignment(trainer)
-    if 0 < args.pilot_scored_rows < len(trainer.rows) and args.selector_update == "calibrated":
+    predicts_others = 0 < args.pilot_scored_rows < len(trainer.rows)
+    if args.selector_update == "calibrated" and (predicts_others or args.pilot_smoothing or trainer.predicts):
         decoder_layers(trainer.model)
-    if trainer.predicts:
-        decoder_layers(trainer.model)
-        if not isinstance(trainer.model, PeftModel):
-            raise ValueError(
-                "Weights of a stream's rows are predicted from hidden states of the frozen model, and full "
-                "fine-tuning changes it. Train an adapter (`peft_config`), or set "
-                "`selector_update='sparse_centred'`, or `selector_granularity='group'`."
-            )
+    if trainer.predicts and not isinstance(trainer.model, PeftModel):
+        raise ValueError(
+            "Weights of a stream's rows are predicted from hidden states of the frozen model, and full "
+            "fine-tuning changes it. Train an adapter (`peft_config`), or set "
+            "`selector_update='sparse_centred'`, or `selector_granularity='group'`."
+        )
     if args.remove_unused_columns and trainer.args.dataset_kwargs and trainer._skip_prepare_dataset:
         missing = {"input_ids", "labels"} - set(trainer.rows.column_names)
         if missing:

@@ -28,7 +28,7 @@ SHARED = (
     *("max_grad_norm", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("disable_tqdm", "max_steps", "max_length", "trust_remote_code", "validation_loss_weight"),
     *("validation_batch_size", "validation_weights", "weight_estimator", "pilot_steps", "pilot_learning_rate"),
-    *("pilot_batch_size", "pilot_scored_rows", "pilot_feature_depth"),
+    *("pilot_batch_size", "pilot_scored_rows", "pilot_feature_depth", "pilot_smoothing"),
 )
 
 

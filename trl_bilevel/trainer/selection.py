@@ -170,6 +170,7 @@ class Selection:
         validation_scores: Tensor,
         validation_weights: Tensor,
         predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+        smooth: bool = False,
     ) -> None:
         """Set all weights at once from the scores of rows and of held-back validation rows.
 
@@ -180,10 +181,12 @@ class Selection:
             validation_weights (`Tensor` float32 `[c]`): share of each validation row in the validation loss.
             predict (callable, *optional*): gives the weights `[row_count]` of all rows from sample ids and weights (at
                 most 1) of those scored; asked if kept rows have no score.
+            smooth (`bool`): ask it also if all have one.
         """
         known, logits, z = self._scored_logits(scores, validation_scores, validation_weights)
         kept = self.kept.to(known.device)
-        if predict is not None and bool((kept & ~known).any()):
+        smooth = smooth and bool(logits.max() > logits.min())
+        if predict is not None and (smooth or bool((kept & ~known).any())):
             weights = predict(known.nonzero().squeeze(1), logits.exp()).to(known.device)
             everything = torch.zeros_like(weights)
             everything[known] = z

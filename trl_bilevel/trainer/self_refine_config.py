@@ -90,7 +90,7 @@ class SelfRefineConfig(GRPOConfig):
         weight_estimator (`str`, *optional*, defaults to `"value_function"`):
             Estimator of the explicit weights, learned before the first round by a pilot run; `"none"` for equal
             weights. Not used if `train_dataset` has a column `data_weight`.
-        pilot_steps, pilot_learning_rate, pilot_batch_size, pilot_scored_rows, pilot_feature_depth:
+        pilot_steps, pilot_learning_rate, pilot_batch_size, pilot_scored_rows, pilot_feature_depth, pilot_smoothing:
             As in [`BilevelSFTConfig`]; the learning rate is that of the look-ahead, too.
         tracked_rows (`int`, *optional*, defaults to `10`):
             Offline rows of highest and of lowest weight whose text the trackers of `report_to` are shown; 0 for none.
@@ -151,6 +151,10 @@ class SelfRefineConfig(GRPOConfig):
     )
     pilot_feature_depth: float = field(
         default=0.3, metadata={"help": "Share of the layers that are computed to predict a weight, in (0, 1]."}
+    )
+    pilot_smoothing: bool = field(
+        default=True,
+        metadata={"help": "Weigh a scored row by what rows like it score, too, as far as that explains weights."},
     )
     tracked_rows: int = field(
         default=10,
