@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from benchmarks.run import machine, versions
+from benchmarks.run import provenance
 from trl_bilevel.demo.assets import docstrings
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
@@ -123,8 +123,7 @@ def measure(name: str, seed: int) -> dict:
         "good_share": good_share(weights, kinds),
         "good_rows": kinds.count("good") / len(kinds),
         "seconds": round(time.perf_counter() - start, 1),
-        "versions": versions(),
-        "machine": machine(),
+        **provenance(),
     }
 
 

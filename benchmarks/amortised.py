@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.run import machine, versions
+from benchmarks.run import provenance
 from trl_bilevel.core.amortised import fit_weight_predictor, recalibrated
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
@@ -52,8 +52,7 @@ def measure(name: str, seed: int) -> dict:
         "auc_scored": ranking_quality(weights.tolist(), kinds),
         "good_share_scored": good_share(weights.tolist(), kinds),
         "rows": len(kinds),
-        "versions": versions(),
-        "machine": machine(),
+        **provenance(),
         "predicted": {},
     }
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.run import machine, versions
+from benchmarks.run import provenance
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import make_task
@@ -49,8 +49,7 @@ def measure(name: str, seed: int, setting: str) -> dict:
         "good_share": good_share(weights.tolist(), kinds),
         "ess_good": float(good.sum() ** 2 / (len(good) * (good**2).sum())),
         "seconds": round(seconds, 1),
-        "versions": versions(),
-        "machine": machine(),
+        **provenance(),
     }
 
 

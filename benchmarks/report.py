@@ -5,6 +5,7 @@ python -m benchmarks.report
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from scipy.stats import t as student
@@ -12,6 +13,7 @@ from scipy.stats import t as student
 from benchmarks import pareto
 from benchmarks.ablations import SETTINGS as ABLATIONS
 from benchmarks.estimators import SETTINGS
+from benchmarks.run import METHOD
 from benchmarks.texts import (
     ABLATION,
     ABOUT,
@@ -38,6 +40,11 @@ def load(name: str) -> dict[str, dict[int, dict]]:
         record = json.loads(file.read_text())
         arms.setdefault(record["arm"], {})[record["seed"]] = record
     return arms
+
+
+def older(records: Iterable[dict]) -> str:
+    """A mark if any of the results has weights that the defaults do not give any more."""
+    return " †" if any(record.get("method", 1) < METHOD for record in records) else ""
 
 
 def mean(values: list[float], digits: int = 3) -> str:
@@ -91,7 +98,7 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
             auc = "; ".join(f"{kind} {per_seed([one[kind] for one in found], '.3f')}" for kind in kinds)
         share = [run["good_share"] for run in runs.values() if run.get("good_share") is not None]
         row = [
-            arm.replace("_", " "),
+            arm.replace("_", " ") + older(run for run in runs.values() if run["weights"] and run["pilot_steps"]),
             ", ".join(map(str, runs)),
             mean(list(losses.values())),
             with_interval(gaps),
@@ -152,9 +159,10 @@ def amortised() -> list[str]:
             cells = [f"{found[count]['auc']:.3f}, {found[count]['good_share']:.0%}" for count in counts]
             lines.append(f"| {depth:.0%} of the layers | " + " | ".join(cells) + " |")
         parts.append(
-            f"## Weights of rows that were not scored\n\nTask {record['task']}, seed {record['seed']}: AUC, and share "
-            f"of the weight on good rows, of weights predicted for the other rows of the {record['rows']:,} (mean of "
-            f"4 draws). Scored themselves, all rows have {record['auc_scored']['all']:.3f}, "
+            "## Weights of rows that were not scored\n\n"
+            f"Task {record['task']}{older([record])}, seed {record['seed']}: AUC, and share of weight on good rows, "
+            f"of weights predicted for the other rows of the {record['rows']:,} (mean of 4 draws). Scored themselves, "
+            f"all rows have {record['auc_scored']['all']:.3f}, "
             f"{record['good_share_scored']:.0%}. The default reads features after {DEPTH:.0%} of the layers, and "
             f"scores 512 rows. `python -m benchmarks.amortised`\n\n" + "\n".join(lines) + "\n"
         )
@@ -253,7 +261,7 @@ def estimators() -> list[str]:
     for r in sorted(records, key=lambda r: (r["task"], r["seed"], order.index(r["setting"]))):
         auc = "; ".join(f"{kind} {value:.3f}" for kind, value in r["auc"].items())
         share = f"{r['good_share']:.0%} | {r['ess_good']:.0%}"
-        lines.append(f"| {r['task']} | {r['seed']} | {r['setting']} | {auc} | {share} |")
+        lines.append(f"| {r['task']} | {r['seed']} | {r['setting']}{older([r])} | {auc} | {share} |")
     return [ESTIMATORS.format(table="\n".join(lines))]
 
 
@@ -266,7 +274,7 @@ def ablations() -> list[str]:
             worst = [min(value for kind, value in r["auc"].items() if kind != "all") for r in runs]
             aucs = " / ".join(f"{r['auc']['all']:.3f} ({low:.3f})" for r, low in zip(runs, worst, strict=True))
             shares = " / ".join(f"{r['good_share']:.0%}" for r in runs)
-            lines.append(f"| {setting} | {', '.join(str(r['seed']) for r in runs)} | {aucs} | {shares} |")
+            lines.append(f"| {setting}{older(runs)} | {', '.join(str(r['seed']) for r in runs)} | {aucs} | {shares} |")
     return [ABLATION.format(table="\n".join(lines))] if lines else []
 
 
@@ -281,7 +289,9 @@ def transfer() -> list[str]:
         gap = uniform["test_loss"] - clean["test_loss"]
         shares = [f"{(uniform['test_loss'] - run['test_loss']) / gap:.0%}" for run in (record, own)]
         aucs = [f"{run['auc']['all']:.3f}" for run in (record, own)]
-        lines.append(f"| {record['task']} | {seed} | {aucs[0]} | {shares[0]} | {aucs[1]} | {shares[1]} |")
+        lines.append(
+            f"| {record['task']}{older([record, own])} | {seed} | {aucs[0]} | {shares[0]} | {aucs[1]} | {shares[1]} |"
+        )
     return [TRANSFER.format(table="\n".join(lines))] if lines else []
 
 

@@ -25,7 +25,8 @@ from trl_bilevel.demo.experiment import REFINING, Budget, run_arm
 from trl_bilevel.demo.tasks import make_task
 
 HERE = Path(__file__).parent
-# Raised when the default weights change: 2 since scored rows' weights are smoothed.
+# Of the default weights, raised when they change. 2: smoothed (`pilot_smoothing`), full weight from the lower quartile
+# of trusted scores on; before it, from their mean on.
 METHOD = 2
 PACKAGES = ("trl-bilevel", "trl", "torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -38,6 +39,11 @@ def machine() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
+
+
+def provenance() -> dict[str, Any]:
+    """What a result of learned weights was made with."""
+    return {"method": METHOD, "versions": versions(), "machine": machine()}
 
 
 def known_weights(experiment: dict, seed: int) -> list[float] | None:
@@ -63,9 +69,7 @@ def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: 
     record = asdict(result) | {
         "arm": variant or arm,
         "experiment": experiment["name"],
-        "method": METHOD,
-        "versions": versions(),
-        "machine": machine(),
+        **provenance(),
     }
     record["history"] = [entry for entry in result.history if "loss" in entry]
     if result.weights is not None:

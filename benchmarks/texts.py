@@ -27,6 +27,9 @@ comes on top of their steps.
 `gap recovered` is (uniform - arm) / (uniform - clean only) in test loss (mean over 160 clean test rows of the loss per
 token, in nats), per seed; from three seeds on with their mean and its 95% interval (Student's t). AUC is that of the
 learned weights, undamaged rows against the damaged ones.
+
+† Weights as they were before the default changed: each row's own score alone (`pilot_smoothing=False`), full weight
+from the mean trusted score on (now from their lower quartile on).
 """
 
 ABOUT = {

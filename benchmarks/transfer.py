@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.run import HERE, machine, versions
+from benchmarks.run import HERE, provenance
 from benchmarks.tiny import pretrained_tiny_model
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import Budget, make_trainer, run_arm
@@ -53,8 +53,7 @@ def measure(name: str, seed: int) -> dict:
         "good_share": good_share(weights, kinds),
         "seconds_of_tiny": round(seconds, 1),
         "train_steps": result.train_steps,
-        "versions": versions(),
-        "machine": machine(),
+        **provenance(),
     }
 
 
