@@ -119,9 +119,13 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
     return lines
 
 
-def about_safety(weighted: dict[str, dict[int, dict]]) -> list[str]:
-    safety, short = load("safety"), load("safety_short").get("clean_only", {})
-    runs = {"short": short, "half": safety["bilevel"], "weighted": next(iter(weighted.values()))}
+def about_safety() -> list[str]:
+    safety = load("safety")
+    runs = {
+        "short": load("safety_short").get("clean_only", {}),
+        "taken_off": safety["bilevel"],
+        "on_top": load("safety_on_top").get("bilevel", {}),
+    }
     if any(len(found) < 3 for found in runs.values()):
         return []
     over = {
@@ -130,11 +134,10 @@ def about_safety(weighted: dict[str, dict[int, dict]]) -> list[str]:
         )
         for name, found in runs.items()
     }
-    refusals = {
-        name: per_seed([run["safety"]["over_refusal"] for _, run in sorted(found.items())], ".0%")
-        for name, found in runs.items()
-    }
-    return [SAFETY.format(**over, refusals=refusals["short"], own=refusals["half"]) + "\n"]
+    refusals, own, whole = (
+        per_seed([run["safety"]["over_refusal"] for _, run in sorted(found.items())], ".0%") for found in runs.values()
+    )
+    return [SAFETY.format(**over, refusals=refusals, own=own, whole=whole) + "\n"]
 
 
 def about_rounds(arms: dict[str, dict[int, dict]]) -> str:
@@ -340,8 +343,8 @@ def main() -> None:
                 parts.append(about_rounds(arms))
             if name == "refine_levers":
                 parts.append(READING + "\n")
-            if name == "safety_objectives":
-                parts += about_safety(arms)
+            if name == "safety_on_top":
+                parts += about_safety()
     runs = {task: load(task) for task in pareto.TASKS}
     parts.append(pareto.section(runs))
     pareto.plots(runs)

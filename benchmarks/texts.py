@@ -34,6 +34,9 @@ from the mean trusted score on (now from their lower quartile on).
 
 ABOUT = {
     "quality": "96 good rows, 288 damaged: a third each boilerplate, answers to other questions, word salad.",
+    "quality_on_top": (
+        "The same with the pilot's 24 steps on top of the 96, as in a run of your own; compared with the arms above."
+    ),
     "quality_short": (
         "The same in 72 steps, those that the pilot run leaves to the `bilevel` arm; compared with the 96 steps "
         "above: what of the gap is the price of the pilot's steps, which a run of thousands of rows hardly notices."
@@ -49,9 +52,8 @@ ABOUT = {
     "safety_short": (
         "The same in 40 steps, those that the pilot run leaves to the `bilevel` arm; compared with the 53 steps above."
     ),
-    "safety_objectives": (
-        "The trusted refusals and the trusted benign rows as two validation objectives (`validation_weights`), which "
-        "count half each in the `bilevel` arm above: 24 rows each. 29% of the undamaged training rows are refusals."
+    "safety_on_top": (
+        "The same with the pilot's 13 steps on top of the 53, as in a run of your own; compared with the arms above."
     ),
     "safety_scarce": (
         "The same as `safety` with 2 refused requests and 114 stubs: the questions are there, their answers are not."
@@ -91,11 +93,10 @@ in training mode; the adapters have no dropout. An earlier row with the tracker'
 showed nothing about them. Not run: the arms, seeds and levers of the experiment files that the tables lack, among
 them the third seed of `loss` and two of the random subset on `safety`."""
 
-SAFETY = """**Where benign loss and over-refusal come from.** Clean data alone, in the 40 steps that the pilot leaves,
-end at an over-refusal of {refusals} (`bilevel`: {own}) and at a benign loss {short:.1%} above that of 53 steps: that
-much is the price of the pilot's steps. The rest follows the trusted set: where refusals count half, as in the
-`bilevel` arm, benign loss ends {half:.1%} above that of clean data in 53 steps, and {weighted:.1%} above it where they
-count 30%, about their share among the undamaged training rows."""
+SAFETY = """**Where benign loss and over-refusal come from.** From the pilot's steps, which are a quarter of so short a
+run: clean data alone, in the 40 steps that the pilot leaves, end at an over-refusal of {refusals} and at a benign loss
+{short:.1%} above that of 53 steps (`bilevel`: {own} and {taken_off:.1%}). With the pilot on top, `bilevel` ends at
+{whole} and {on_top:.1%}."""
 
 
 ESTIMATORS = """## The look-ahead against the tracker
