@@ -130,6 +130,19 @@ def test_few_rows_are_not_smoothed(build, mixed):
     torch.testing.assert_close(*weights)
 
 
+def test_what_was_smoothed_is_recorded(build, tmp_path):
+    trainer = build()
+    trainer.start_selection()
+    assert 0 < trainer.selection.smoothing < 1
+    trainer.selection.save(tmp_path, {})
+    other = build()
+    other.selection.load(tmp_path)
+    assert other.selection.smoothing == trainer.selection.smoothing
+    plain = build(pilot_smoothing=False)
+    plain.start_selection()
+    assert plain.selection.smoothing is None
+
+
 def test_layers_are_found_under_other_names(rows, tokenizer):
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=len(tokenizer))
     decoder, layers = decoder_layers(GPT2LMHeadModel(config))
@@ -141,6 +154,16 @@ def test_models_without_a_list_of_layers_are_refused(tiny_model):
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(ValueError, match="has no list of layers.*Set `pilot_smoothing=False`"):
         decoder_layers(model)
+
+
+def test_states_of_another_shape_are_refused_before_the_pilot(build, monkeypatch):
+    trainer = build()
+    _, layers = decoder_layers(trainer.model)
+    layers[0].register_forward_hook(lambda layer, args, output: output[None])
+    monkeypatch.setattr(trainer, "row_losses", None)
+    with pytest.raises(ValueError, match="cannot be read.*Set `pilot_smoothing=False`"):
+        trainer.start_selection()
+    assert trainer.model.training
 
 
 def test_the_order_of_rows_does_not_matter(build, mixed):

@@ -20,11 +20,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .calibration import FLOOR, calibrated_logits
+from .calibration import FLOOR, Calibration, calibrate, calibrated_logits
 from .statistics import evenly_spaced
 
 # Strengths of the ridge penalty that leave-one-out errors choose from.
 PENALTIES = np.logspace(1, 6, 11)
+# Probability of being good that the second opinion on a row gives at most, and of being bad.
+SURE = 0.95
 # Parts of the scored rows, each predicted from the others.
 FOLDS = 10
 
@@ -139,28 +141,36 @@ def recalibrated(
 
 
 def smoothed_logits(
-    logits: Tensor, second: Tensor, trusted: Tensor, explained: float, trusted_weights: Tensor | None = None
+    own: Calibration, second: Tensor, trusted: Tensor, explained: float, trusted_weights: Tensor | None = None
 ) -> Tensor:
     """Log weights of scored rows, with what the other rows say of them.
 
     A score is one noisy look at a row. The weight that the other rows lead to expect (`cross_predictions`) is another
-    one, with an error of its own; calibrated like a score, it is a second density ratio, and the two are multiplied.
-    The second one is raised to its correlation with the weights: where features say nothing, it does not count.
+    one, with an error of its own; calibrated like a score, it is a second density ratio. Both give the odds of being
+    good, and odds are multiplied (naive Bayes): a row whose own score leaves no doubt keeps its weight, and where the
+    own scores tell little the second opinion decides. It is never surer than `SURE`, and raised to the root of the
+    variance that it explains: where features say nothing, the weights stay as they are.
 
     Args:
-        logits (`Tensor` float32 `[n]`): of `calibrated_logits`, at most 0.
+        own (`Calibration`): of the rows' own scores, `[n]`; other factors of the weights may be in its logits.
         second (`Tensor` float32 `[n]`): weights predicted for the same rows from others.
         trusted (`Tensor` float32 `[c]`): weights predicted for trusted rows.
-        explained (`float`): share of the weights' variance that `second` explains, 0 or less if nothing; its root is
-            the exponent.
+        explained (`float`): share of the weights' variance that `second` explains; no effect at 0 or less.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
 
     Returns:
-        `Tensor` float32 `[n]`: at most 0, at least `log(FLOOR)` below the largest.
+        `Tensor` float32 `[n]`: between `log(FLOOR)` and 0, the largest 0 (`own.logits` without effect).
     """
-    correlation = max(explained, 0.0) ** 0.5
-    found = logits + correlation * calibrated_logits(second, trusted, trusted_weights).to(logits)
-    return (found - found.max()).clamp(min=math.log(FLOOR))
+    if explained <= 0:
+        return own.logits
+    other = calibrate(second, trusted, trusted_weights)
+    # Each knows an upper bound of the share of good rows.
+    share = min(own.good_share, other.good_share, 1 - FLOOR)
+    good = (own.logits.exp() * (share / own.good_share)).clamp(FLOOR, 1 - FLOOR)
+    good_too = (other.logits.to(good).exp() * (share / other.good_share)).clamp(1 - SURE, SURE)
+    prior = math.log(share / (1 - share))
+    together = torch.sigmoid(torch.logit(good) + explained**0.5 * (torch.logit(good_too) - prior)).log()
+    return (together - together.max()).clamp(min=math.log(FLOOR))
 
 
 def cross_predictions(features: Tensor, weights: Tensor) -> tuple[Tensor, float]:

@@ -11,6 +11,7 @@ are. No step size, no threshold.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import isotonic_regression
@@ -29,7 +30,25 @@ PLATEAU = 0.25
 FLOOR = 1e-3
 
 
+class Calibration(NamedTuple):
+    """What trusted rows say of scores.
+
+    Attributes:
+        logits (`Tensor` float32 `[N]`): log weights, at most 0, 0 on the plateau. All zero if scores do not differ.
+        good_share (`float`): share of the training rows that is good, at most: one over the density ratio on the
+            plateau (more, and good rows would be likelier there than all rows together). Above 0, at most 1.
+    """
+
+    logits: Tensor
+    good_share: float
+
+
 def calibrated_logits(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | None = None) -> Tensor:
+    """The `logits` of `calibrate`."""
+    return calibrate(scores, trusted_scores, trusted_weights).logits
+
+
+def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | None = None) -> Calibration:
     """Logits whose softmax weights make the training rows score like trusted rows.
 
     `f_train` is a kernel density estimate, `f_good` a Gaussian (few trusted rows: its spread is shrunk towards half
@@ -44,9 +63,6 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, trusted_weights: T
         trusted_scores (`Tensor` float32 `[c]`): of trusted rows that neither end of the difference was trained on.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
 
-    Returns:
-        `Tensor` float32 `[N]`: log weights, at most 0. All zero if the scores do not differ.
-
     Raises:
         ValueError: if there is no trusted score, or a score is not finite.
     """
@@ -58,7 +74,7 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, trusted_weights: T
     x, y = _winsorise(x, x), _winsorise(y, x)
     mean, spread = x.mean(), x.std(unbiased=False)
     if float(spread) < SCORE_RESOLUTION:
-        return torch.zeros_like(scores)
+        return Calibration(torch.zeros_like(scores), 1.0)
     x, y = (x - mean) / spread, (y - mean) / spread
 
     grid = torch.linspace(float(x.min()), float(x.max()), GRID, dtype=torch.float64)
@@ -67,9 +83,10 @@ def calibrated_logits(scores: Tensor, trusted_scores: Tensor, trusted_weights: T
     good = _trusted_density(count, centre, variance, grid)
     ratio = isotonic_regression((good / train).numpy(), weights=train.numpy()).x
     logits = torch.from_numpy(ratio).clamp(min=0).add(1e-300).log()
-    logits = logits - _interpolate(grid, logits, _quantile(y, trusted_weights, PLATEAU).reshape(1))
-    logits = logits.clamp(min=math.log(FLOOR), max=0.0)
-    return _interpolate(grid, logits, x).float().to(scores.device)
+    plateau = _interpolate(grid, logits, _quantile(y, trusted_weights, PLATEAU).reshape(1))
+    logits = (logits - plateau).clamp(min=math.log(FLOOR), max=0.0)
+    good_share = float((-plateau).exp().clamp(max=1.0))
+    return Calibration(_interpolate(grid, logits, x).float().to(scores.device), good_share)
 
 
 def ending_logits(

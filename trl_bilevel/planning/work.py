@@ -131,6 +131,7 @@ def _pilot_work(run: RunShape, trained: float, passed: float) -> float:
 def _reading_work(model: ModelShape, run: RunShape, tokens: float, scored: int, known: int) -> float:
     """FLOPs of the forwards through lower layers that read hidden states of rows."""
     from ..trainer.amortise import SMOOTHING_DEPTH
+    from ..trainer.bilevel_sft_config import MIN_SCORED_ROWS
 
     def lower(depth: float) -> float:
         return sum(forward_parts(model, tokens, max(1, round(depth * model.layers))).values())
@@ -138,7 +139,7 @@ def _reading_work(model: ModelShape, run: RunShape, tokens: float, scored: int, 
     found = 0.0
     if scored < known:
         found += (known - scored + run.validation_rows) * lower(run.feature_depth)
-    if run.smooths:
+    if run.smooths and scored >= MIN_SCORED_ROWS:
         # Where the others are predicted, what that reads of scored rows is on the way to the deeper layer.
         return found + (scored + run.validation_rows) * lower(max(SMOOTHING_DEPTH, run.feature_depth))
     return found + (scored * lower(run.feature_depth) if scored < known else 0.0)

@@ -84,9 +84,8 @@ class Run:
 
     @property
     def smoothed(self) -> bool:
-        """True if weights rest on what rows like it score, too."""
-        online = self.record.get("weights", {}).get("online")
-        return self.learned and bool(self.settings.get("pilot_smoothing")) and not online
+        """True if a row's weight rests on what rows that look like it score, too."""
+        return self.record.get("weights", {}).get("smoothing") is not None
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of a quantity, by step."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from ..core.amortised import (
     smoothed_logits,
     tabulate,
 )
+from ..core.calibration import Calibration
 from ..data.identity import SAMPLE_ID, sample_ids
 from .bilevel_sft_config import MIN_SCORED_ROWS
 from .passes import row_batches
@@ -31,14 +33,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Scored rows that a prediction is fitted on at most: a random sample of them, as the work grows with its cube.
+# Scored rows that second opinions are fitted on at most, ten times: a random sample, as the work grows with its cube.
 FITTED_ROWS = 2048
 # After which share of the layers scored rows are read for a second opinion. They are few, and deeper layers say more.
 SMOOTHING_DEPTH = 2 / 3
 
 
+UNREADABLE = (
+    "`pilot_smoothing` and `pilot_scored_rows` need them. Set `pilot_smoothing=False` and `pilot_scored_rows=0`: all "
+    "rows are scored then, each for itself."
+)
+
+
 class _ReachedDepth(Exception):
     """Ends a forward once the features are there: the layers above are not computed."""
+
+
+def reads_states(trainer: BilevelSFTTrainer) -> bool:
+    """True if weights will rest on hidden states: of scored rows, to smooth theirs, or of rows that are not scored."""
+    args, rows = trainer.args, len(trainer.rows)
+    smooths = args.pilot_smoothing and rows >= MIN_SCORED_ROWS
+    return smooths or trainer.predicts or 0 < args.pilot_scored_rows < rows
 
 
 def decoder_layers(model: Any) -> tuple[Any, Any]:
@@ -49,17 +64,28 @@ def decoder_layers(model: Any) -> tuple[Any, Any]:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    count = base.config.get_text_config().num_hidden_layers
-    # Under `layers` in most models, `h` in some.
-    lists = [part for part in decoder.children() if isinstance(part, torch.nn.ModuleList)] if decoder else []
-    layers = next((part for part in lists if len(part) == count), None)
+    if decoder is base:
+        decoder = getattr(base, "model", None)
+    lists = {}
+    if isinstance(decoder, torch.nn.Module):
+        lists = {name: part for name, part in decoder.named_children() if isinstance(part, torch.nn.ModuleList)}
+    count = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    # Nearly all models name them so; GPT-2 and its kin do not.
+    layers = lists.get("layers") or next((part for part in lists.values() if len(part) == count), None)
     if layers is None:
-        raise ValueError(
-            f"{type(base).__name__} has no list of layers to read hidden states from, which `pilot_smoothing` and "
-            "`pilot_scored_rows` need. Set `pilot_smoothing=False` and `pilot_scored_rows=0`: all rows are scored "
-            "then, each for itself."
-        )
+        raise ValueError(f"{type(base).__name__} has no list of layers to read hidden states from. {UNREADABLE}")
     return decoder, layers
+
+
+def check_states(trainer: BilevelSFTTrainer) -> None:
+    """Read one row, so that a model whose hidden states cannot be read is found out before the pilot run.
+
+    Raises:
+        ValueError: if its layers do not give states `[b, s, d]`.
+    """
+    if reads_states(trainer):
+        with _evaluating(trainer):
+            row_features(trainer, trainer.collate_rows([0]), [SMOOTHING_DEPTH])
 
 
 @torch.no_grad()
@@ -98,6 +124,13 @@ def row_features(trainer: BilevelSFTTrainer, batch: Mapping[str, Any], depths: S
             handle.remove()
     answer = batch["labels"] != -100
     prompt = batch["attention_mask"].bool() & ~answer
+    shape = batch["input_ids"].shape
+    for state in found.values():
+        if state.ndim != 3 or state.shape[:2] != shape:
+            raise ValueError(
+                f"The layers of {type(decoder).__name__} give states of shape {tuple(state.shape)} for tokens of "
+                f"shape {tuple(shape)}, which cannot be read. {UNREADABLE}"
+            )
     states = [found[place].float() for place in places]
     return [pair_features(_mean(each, prompt), _mean(each, answer)) for each in states]
 
@@ -107,7 +140,7 @@ def _mean(states: Tensor, tokens: Tensor) -> Tensor:
     return (states * tokens.unsqueeze(-1)).sum(1) / tokens.sum(1, keepdim=True).clamp(min=1)
 
 
-def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> Tensor:
+def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, own: Calibration) -> Tensor:
     """Weights of all rows: of the scored ones smoothed (`pilot_smoothing`), of the others as their features predict.
 
     Cost: a forward without gradient through the lower layers for every row: two thirds of them for scored rows, if
@@ -115,32 +148,33 @@ def predict_weights(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor)
 
     Args:
         scored (`Tensor` int64 `[n]`): sample ids of the scored rows, a random sample, ascending.
-        weights (`Tensor` float32 `[n]`): their weights, between 0 and 1.
+        own (`Calibration`): of their scores.
 
     Returns:
         `Tensor` float32 `[row_count]` on the CPU: between `FLOOR` and 1; 0 for rows that preparation dropped.
     """
     out = torch.zeros(trainer.row_count)
     with _evaluating(trainer):
-        known = _scored_rows(trainer, scored, weights)
+        known = _scored_rows(trainer, scored, own)
         if len(known.others):
             found = _predict(trainer, known)
             mean = float(known.weights.mean())
             out[found.rows] = recalibrated(found.predicted, found.trusted, mean, found.trusted_weights)
-    out[scored.cpu()] = known.weights
-    return out
+    out[known.ids] = known.weights
+    # Fits may round otherwise on another processor: every process takes the weights of the first one.
+    return broadcast(out.to(trainer.args.device)).cpu() if trainer.args.world_size > 1 else out
 
 
-def stream_predictor(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> TabulatedPredictor:
+def stream_predictor(trainer: BilevelSFTTrainer, scored: Tensor, own: Calibration) -> TabulatedPredictor:
     """What gives the weights of a stream's rows, fitted on its sample.
 
     Args:
         scored (`Tensor` int64 `[n]`): places in the sample of the scored rows, ascending. What is predicted for the
             others shows how predictions are spread.
-        weights (`Tensor` float32 `[n]`): their weights, between 0 and 1.
+        own (`Calibration`): of their scores.
     """
     with _evaluating(trainer):
-        known = _scored_rows(trainer, scored, weights)
+        known = _scored_rows(trainer, scored, own)
         found = _predict(trainer, known)
     others = recalibrated(found.predicted, found.trusted, float(known.weights.mean()), found.trusted_weights)
     return tabulate(found.predictor, found.predicted, others**trainer.args.calibration_sharpness)
@@ -148,17 +182,19 @@ def stream_predictor(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor
 
 @dataclass(frozen=True)
 class _ScoredRows:
-    """The scored rows' weights, by ascending sample id, and what predictions are fitted on.
+    """The scored rows, in content order.
 
     Attributes:
-        weights: of all scored rows.
-        fitted_weights, features: of the rows that predictions are fitted on; features at `pilot_feature_depth`.
+        ids: sample ids.
+        weights, own_weights: with what other rows say of them, and by their own scores.
+        features (*optional*): at `pilot_feature_depth`; None if there are no others.
         others: places in the prepared set of the rows that are not scored.
     """
 
+    ids: Tensor
     weights: Tensor
-    fitted_weights: Tensor
-    features: Tensor
+    own_weights: Tensor
+    features: Tensor | None
     others: Tensor
 
 
@@ -173,55 +209,47 @@ class _Predictions:
     trusted_weights: Tensor
 
 
-def _scored_rows(trainer: BilevelSFTTrainer, scored: Tensor, weights: Tensor) -> _ScoredRows:
+def _scored_rows(trainer: BilevelSFTTrainer, scored: Tensor, own: Calibration) -> _ScoredRows:
     """Read the scored rows, and smooth their weights if that is asked for."""
-    order, scored = trainer.row_order(), scored.cpu()
-    known = torch.isin(sample_ids(trainer.rows)[order], scored)
-    # The order is one by content, so its first rows are a random sample, whatever the order of the caller's.
-    fitted, rest = order[known][:FITTED_ROWS], order[known][FITTED_ROWS:]
-    ids = sample_ids(trainer.rows)[fitted]
-    by_id = torch.zeros(trainer.row_count)
-    by_id[scored] = weights.cpu().float()
-    enough = len(scored) >= MIN_SCORED_ROWS and bool(weights.max() > weights.min())
-    smooths = trainer.args.pilot_smoothing and enough
-    depths = [trainer.args.pilot_feature_depth] if len(order) > len(scored) else []
-    if smooths:
+    # In the order by content: results do not depend on the caller's, and the first rows are a random sample.
+    order = trainer.row_order()
+    known = torch.isin(sample_ids(trainer.rows)[order], scored.cpu())
+    places, others = order[known], order[~known]
+    ids = sample_ids(trainer.rows)[places]
+    logits = torch.zeros(trainer.row_count)
+    logits[scored.cpu()] = own.logits.cpu().float()
+    own = own._replace(logits=logits[ids])
+    weights = own_weights = own.logits.exp()
+    smooths = trainer.args.pilot_smoothing and len(ids) >= MIN_SCORED_ROWS and bool(weights.max() > weights.min())
+    depths = [trainer.args.pilot_feature_depth] if len(others) else []
+    if not smooths:
+        features = _read(trainer, places, depths)
+    else:
         depths.append(SMOOTHING_DEPTH)
-    features = _read(trainer, fitted, ids, depths)
-    if smooths:
-        by_id[scored] = _smooth(trainer, features[-1], ids, rest, scored, by_id).exp()
-    return _ScoredRows(by_id[scored], by_id[ids], features[0] if depths else by_id[ids], order[~known])
-
-
-def _smooth(
-    trainer: BilevelSFTTrainer, features: Tensor, ids: Tensor, rest: Tensor, scored: Tensor, weights: Tensor
-) -> Tensor:
-    """Smoothed log weights of the scored rows.
-
-    Args:
-        features, ids: of the rows that the second opinion is fitted on.
-        rest: places of the other scored rows.
-        scored: sample ids of all scored rows.
-        weights: by sample id.
-    """
-    predictions, explained = cross_predictions(features, weights[ids])
-    predictor = fit_weight_predictor(features, weights[ids])
-    second = _predict_rows(trainer, predictor, rest, SMOOTHING_DEPTH, "Reading scored rows")
-    second[ids] = predictions
-    trusted, shares = _trusted(trainer, predictor, SMOOTHING_DEPTH)
-    logger.info(
-        f"Weights of the {len(scored)} scored rows are smoothed: rows like it explain {max(0.0, explained):.0%} of "
-        "the variance of a row's weight."
-    )
-    return smoothed_logits(weights[scored].log(), second[scored], trusted, explained, shares)
+        features = _read(trainer, places[:FITTED_ROWS], depths)
+        second, explained = cross_predictions(features[-1], own_weights[:FITTED_ROWS])
+        smoother = fit_weight_predictor(features[-1], own_weights[:FITTED_ROWS])
+        rest = _read(trainer, places[FITTED_ROWS:], depths, smoother)
+        second = torch.cat([second, rest[-1].squeeze(1)])
+        features = [torch.cat(parts) for parts in zip(features[:-1], rest[:-1], strict=True)]
+        trusted, shares = _trusted(trainer, smoother, SMOOTHING_DEPTH)
+        weights = smoothed_logits(own, second, trusted, explained, shares).exp()
+        trainer.selection.smoothing = max(0.0, explained)
+        logger.info(
+            f"Weights of the {len(ids)} scored rows are smoothed: rows that look like it explain "
+            f"{max(0.0, explained):.0%} of the variance of a row's weight."
+        )
+    return _ScoredRows(ids, weights, own_weights, features[0] if len(others) else None, others)
 
 
 def _predict(trainer: BilevelSFTTrainer, known: _ScoredRows) -> _Predictions:
     """Fit a predictor on the scored rows; ask it about the others and the trusted rows."""
-    predictor, depth = fit_weight_predictor(known.features, known.fitted_weights), trainer.args.pilot_feature_depth
+    assert known.features is not None
+    # On weights by own scores: smoothed ones are a function of hidden states themselves, and easier to explain.
+    predictor, depth = fit_weight_predictor(known.features, known.own_weights), trainer.args.pilot_feature_depth
     predicted = _predict_rows(trainer, predictor, known.others, depth, "Predicting weights")
     trusted, shares = _trusted(trainer, predictor, depth)
-    count = len(known.weights)
+    count = len(known.ids)
     others = "a stream's" if trainer.streams else str(len(known.others))
     logger.info(
         f"Weights of {others} rows are predicted from those of {count} scored ones: typical error "
@@ -237,15 +265,30 @@ def _predict(trainer: BilevelSFTTrainer, known: _ScoredRows) -> _Predictions:
     return _Predictions(predictor, rows, predicted[rows], trusted, shares)
 
 
-def _read(trainer: BilevelSFTTrainer, places: Tensor, ids: Tensor, depths: Sequence[float]) -> list[Tensor]:
-    """Features `[n, 2 d]` of rows at each depth; every process has all of them, to the last bit."""
+def _read(
+    trainer: BilevelSFTTrainer, places: Tensor, depths: Sequence[float], smoother: WeightPredictor | None = None
+) -> list[Tensor]:
+    """Features `[n, 2 d]` of rows at each depth; every process has all of them, to the last bit.
+
+    Args:
+        places: of the rows in the prepared set.
+        depths: see `row_features`.
+        smoother (*optional*): takes the place of the features at the last depth, `[n, 1]`.
+    """
     width = 2 * trainer.model.config.get_text_config().hidden_size
     features = [torch.zeros(len(places), width) for _ in depths]
+    if smoother is not None:
+        features[-1] = torch.zeros(len(places), 1)
+    if not depths or len(places) == 0:
+        return features
     line = torch.zeros(trainer.row_count, dtype=torch.int64)
-    line[ids] = torch.arange(len(ids))
-    for batch in row_batches(trainer, places, "Reading scored rows") if depths else ():
-        for each, found in zip(features, row_features(trainer, batch, depths), strict=True):
-            each[line[batch[SAMPLE_ID].cpu()]] = found.cpu()
+    line[sample_ids(trainer.rows)[places]] = torch.arange(len(places))
+    for batch in row_batches(trainer, places, "Reading scored rows"):
+        found = row_features(trainer, batch, depths)
+        if smoother is not None:
+            found[-1] = smoother(found[-1]).unsqueeze(1)
+        for each, read in zip(features, found, strict=True):
+            each[line[batch[SAMPLE_ID].cpu()]] = read.cpu()
     return [_sum(trainer, each) for each in features]
 
 

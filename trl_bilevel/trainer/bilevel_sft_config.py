@@ -149,9 +149,9 @@ class BilevelSFTConfig(SFTConfig):
         pilot_feature_depth (`float`, *optional*, defaults to `0.3`):
             Share of the layers that are computed to predict a weight, in (0, 1].
         pilot_smoothing (`bool`, *optional*, defaults to `True`):
-            Multiply the weight that a scored row gets from its own score by the one that the other scored rows lead to
-            expect from hidden states after two thirds of the layers, raised to its correlation with the weights: no
-            effect where hidden states say nothing of them, or on fewer than 16 rows.
+            Weigh a scored row by what the other scored rows lead to expect, too, from hidden states after two thirds
+            of the layers: odds of being good are multiplied. No effect where a row's own score leaves no doubt, where
+            hidden states say nothing of the weights, or on fewer than 16 rows.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             `"calibrated"`: power to which the calibrated weights are raised. 1 reproduces the density of the
             validation rows' scores; above 1 trades variety of rows for purity.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..data.sampling import WeightedSampler, content_order
 from ..data.streams import weighted_stream
 from ..estimators.base import Estimator
 from . import checks, setup
-from .amortise import predict_weights, stream_predictor
+from .amortise import check_states, predict_weights, stream_predictor
 from .checkpoints import resume_point
 from .errors import NonFiniteScoreError, row_list
 from .estimator import make_estimator
@@ -301,13 +302,12 @@ class BilevelSFTTrainer(SFTTrainer):
         if self.args.selector_update == "calibrated":
             if self.selection.calibrated:
                 return
+            check_states(self)
             scores = make_pilot(self).run()
             if self.predicts:
-                self.selection.fit_predictor(*scores, lambda rows, weights: stream_predictor(self, rows, weights))
+                self.selection.fit_predictor(*scores, partial(stream_predictor, self))
             else:
-                self.selection.calibrate(
-                    *scores, lambda rows, weights: predict_weights(self, rows, weights), self.args.pilot_smoothing
-                )
+                self.selection.calibrate(*scores, partial(predict_weights, self), self.args.pilot_smoothing)
         elif self.estimator is None:
             self.estimator = make_estimator(self.args, TrainerHost(self))
 

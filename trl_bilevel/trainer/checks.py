@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS
 from ..data.streams import columns
 from ..estimators import ESTIMATORS
-from .amortise import decoder_layers
+from .amortise import decoder_layers, reads_states
 from .bilevel_sft_config import BilevelSFTConfig
 from .estimator import check_alignment
 
@@ -231,8 +231,7 @@ def check_supported(trainer: BilevelSFTTrainer) -> None:
         )
     if args.weight_estimator == "alignment":
         check_alignment(trainer)
-    predicts_others = 0 < args.pilot_scored_rows < len(trainer.rows)
-    if args.selector_update == "calibrated" and (predicts_others or args.pilot_smoothing or trainer.predicts):
+    if args.selector_update == "calibrated" and reads_states(trainer):
         decoder_layers(trainer.model)
     if trainer.predicts and not isinstance(trainer.model, PeftModel):
         raise ValueError(

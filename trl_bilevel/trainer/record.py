@@ -256,6 +256,7 @@ def describe(trainer: Any) -> dict[str, Any]:
             "given": side.weighs and not side.selects,
             "by": "resample" if side.resamples else "loss",
             "online": side.learns_online,
+            "smoothing": side.selection.smoothing if side.weighs else None,
             "asks_own_rows": getattr(trainer, "_asks_own_rows", None),
         },
         "log_history": _thinned(state.log_history),

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..core import calibration
 from ..core import selector as core
 from ..core.amortised import TabulatedPredictor
-from ..core.calibration import calibrated_logits, ending_logits
+from ..core.calibration import Calibration, ending_logits
 from ..core.statistics import evenly_spaced, weight_quantiles
 from ..data.files import atomically
 from .units import Groups, Table
@@ -94,6 +95,8 @@ class Selection:
             joinable=table is not None,
         )
         self.calibrated = False
+        # Share of the weights' variance that rows alike explain; None if weights are not smoothed.
+        self.smoothing: float | None = None
         self._uniform = True
         self.gate: tuple[Tensor, Tensor] | None = None
         self._alarmed = False
@@ -169,7 +172,7 @@ class Selection:
         scores: Tensor,
         validation_scores: Tensor,
         validation_weights: Tensor,
-        predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+        predict: Callable[[Tensor, Calibration], Tensor] | None = None,
         smooth: bool = False,
     ) -> None:
         """Set all weights at once from the scores of rows and of held-back validation rows.
@@ -179,15 +182,16 @@ class Selection:
                 left to `predict`).
             validation_scores (`Tensor` float32 `[c, F]`).
             validation_weights (`Tensor` float32 `[c]`): share of each validation row in the validation loss.
-            predict (callable, *optional*): gives the weights `[row_count]` of all rows from sample ids and weights (at
-                most 1) of those scored; asked if kept rows have no score.
+            predict (callable, *optional*): gives the weights `[row_count]` of all rows from the sample ids and the
+                calibration of those scored; asked if kept rows have no score.
             smooth (`bool`): ask it also if all have one.
         """
-        known, logits, z = self._scored_logits(scores, validation_scores, validation_weights)
+        known, found, z = self._scored(scores, validation_scores, validation_weights)
+        logits = found.logits
         kept = self.kept.to(known.device)
         smooth = smooth and bool(logits.max() > logits.min())
         if predict is not None and (smooth or bool((kept & ~known).any())):
-            weights = predict(known.nonzero().squeeze(1), logits.exp()).to(known.device)
+            weights = predict(known.nonzero().squeeze(1), found).to(known.device)
             everything = torch.zeros_like(weights)
             everything[known] = z
             known, logits, z = kept, weights[kept].log(), everything[kept]
@@ -217,17 +221,17 @@ class Selection:
         scores: Tensor,
         validation_scores: Tensor,
         validation_weights: Tensor,
-        fit: Callable[[Tensor, Tensor], TabulatedPredictor],
+        fit: Callable[[Tensor, Calibration], TabulatedPredictor],
     ) -> None:
         """Have the weights of a stream's rows predicted from now on.
 
         Args:
             scores, validation_scores, validation_weights: as `calibrate` takes them, of the stream's sample.
-            fit (callable): makes the predictor from the scored rows' places in the sample and their weights.
+            fit (callable): makes the predictor from the scored rows' places in the sample and their calibration.
         """
-        known, logits, _ = self._scored_logits(scores, validation_scores, validation_weights)
-        self._warn_if_equal(logits)
-        self.predictor = fit(known.nonzero().squeeze(1), logits.exp()).to(self.state.logits.device)
+        known, found, _ = self._scored(scores, validation_scores, validation_weights)
+        self._warn_if_equal(found.logits)
+        self.predictor = fit(known.nonzero().squeeze(1), found).to(self.state.logits.device)
         self.calibrated = True
         self._uniform = False
 
@@ -236,20 +240,22 @@ class Selection:
         device = self.state.logits.device
         core.assign_weights(self.state, units.to(device), weights.to(device))
 
-    def _scored_logits(
+    def _scored(
         self, scores: Tensor, validation_scores: Tensor, validation_weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Which rows have a score, their log weights (at most 0) and their standardised scores."""
+    ) -> tuple[Tensor, Calibration, Tensor]:
+        """Which rows have a score, their calibration (endings included) and their standardised scores."""
         scores = scores.to(self.state.logits.device)
         known = ~torch.isnan(scores).any(-1)
         row_scores = scores[known]
         first, trusted = row_scores[:, 0], validation_scores[:, 0]
-        logits = calibrated_logits(first, trusted, validation_weights)
+        found = calibration.calibrate(first, trusted, validation_weights)
         if row_scores.shape[1] > 1:
-            logits += ending_logits(row_scores[:, 1], validation_scores[:, 1], logits.exp(), validation_weights)
+            weights = found.logits.exp()
+            ends = ending_logits(row_scores[:, 1], validation_scores[:, 1], weights, validation_weights)
+            found = found._replace(logits=found.logits + ends)
         z = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
         self._recent.append(torch.stack([first.mean(), first.std(unbiased=False)]))
-        return known, logits, z
+        return known, found, z
 
     def _warn_if_equal(self, logits: Tensor) -> bool:
         equal = float(logits.max() - logits.min()) == 0
@@ -401,6 +407,7 @@ class Selection:
             "format": FORMAT,
             "settings": self.settings(),
             "calibrated": self.calibrated,
+            "smoothing": self.smoothing,
             "uniform": self._uniform,
             "gate": None if self.gate is None else [float(x) for x in self.gate],
         }
@@ -445,6 +452,7 @@ class Selection:
         if parts[PREDICTOR_PREFIX]:
             self.predictor = TabulatedPredictor(**parts[PREDICTOR_PREFIX]).to(self.state.logits.device)
         self.calibrated, self._uniform = summary["calibrated"], summary["uniform"]
+        self.smoothing = summary.get("smoothing")
         device = self.state.logits.device
         gate = summary["gate"]
         self.gate = (

@@ -134,8 +134,8 @@
       const middle = scores[Math.floor(scores.length / 2)];
       said.push(`It scores ${signed(score)}, higher than ${below} of the ${scores.length} trusted rows that the pilot had not seen (in the middle: ${signed(middle)}).`);
       if (below === 0) said.push("No trusted row scores as low.");
-      else if (below >= scores.length / 4) said.push("From the lower quarter of them on, scores give full weight.");
-      if (why.smoothed) said.push("What rows like it score counts beside that.");
+      else if (below >= scores.length / 4 + 0.5) said.push("That is on the plateau, where all scores say the same.");
+      if (why.smoothed) said.push("What rows that look like it score counts beside that.");
     }
     return said.join(" ");
   }
