@@ -37,6 +37,14 @@ def test_quality_weights_find_every_kind_of_damage():
     assert good_share(weights, task.train["kind"]) > 0.5
 
 
+def test_rows_that_look_alike_find_cut_off_answers():
+    """Their scores overlap with those of whole answers: alone they put two thirds of the weight on good rows."""
+    task = make_task("truncated", seed=0)
+    weights = learned_weights(task, 0, Budget())
+    assert ranking_quality(weights, task.train["kind"])["truncated"] >= 0.98
+    assert good_share(weights, task.train["kind"]) > 0.85
+
+
 def test_safety_weights_find_the_stubs():
     task = make_task("safety", seed=0)
     weights = learned_weights(task, 0, Budget())
