@@ -193,7 +193,8 @@ def cost() -> list[str]:
         f"gradient checkpointing on, batch {record['batch']}, {record['validation_rows']} validation rows. A run "
         "costs a constant (the pilot, the scored rows), given here in rows' worth of plain training, and so much per "
         f"row; counted with {counted} rows, computed for the others. The pilot's steps come on top here, while the "
-        "tables above take them off the run. `python -m benchmarks.cost`"
+        "tables above take them off the run. `reliable`, and the look-ahead and alignment in `balanced`, were counted "
+        "with `pilot_smoothing=False`. `python -m benchmarks.cost`"
         "\n\n" + "\n".join(lines) + "\n\n![Cost by number of rows](cost_rows.png)\n"
     ]
 

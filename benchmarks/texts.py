@@ -108,8 +108,9 @@ benchmarks.estimators`
 
 {table}
 
-In whole runs (tables above) it does as well as the tracker on the quality task with half of the pilot's rows (gap
-recovered 85 / 85 / 99% against 79 / 88 / 93%), and worse elsewhere: on one boilerplate seed
+All of it before weights were smoothed. In whole runs (tables above) it did as well as the tracker on the quality task
+with half of the pilot's rows (gap recovered 85 / 85 / 99% against 79 / 88 / 93%), and worse elsewhere: on one
+boilerplate seed
 of two it leaves a tenth of the weight on the bad rows, and on the safety task (two seeds) it weighs refusals several
 times as much as benign rows (first seed: 6.5 times; 1.7 times with the tracker), so that the loss of benign rows ends
 at 3.36 / 3.47 against 3.14 / 3.25. On cut-off answers only its pilot was run (first seed: .997 and .995 with K = 8 and
