@@ -33,7 +33,9 @@ def test_whole_runs_of_the_cost_benchmark(name, rows, tmp_path, monkeypatch):
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     model = model_shape(cost.make_model().config, peft_config=lora)
     run = run_shape(args, device="cpu", tokens=50, training_rows=int(rows), validation_rows=cost.VALIDATION)
-    assert work.estimate_work(model, run).total == pytest.approx(COUNTED[name][rows], rel=0.1)
+    # Close enough, for the default, that the reading of hidden states (3% and 4%) cannot be left out.
+    rel = 0.02 if name == "balanced" else 0.1
+    assert work.estimate_work(model, run).total == pytest.approx(COUNTED[name][rows], rel=rel)
 
 
 FORWARD = work.forward_parts

@@ -178,6 +178,8 @@ def test_resume_refuses_another_stream(build, mixed):
 def test_weights_survive_in_a_file(build, tmp_path, config):
     trainer = build(pilot_scored_rows=32, max_steps=5)
     trainer.train()
+    # Nobody asks for the scored rows' own weights: they are not smoothed.
+    assert trainer.selection.smoothing is None
     trainer.weighted_dataset().to_parquet(str(tmp_path / "weighted.parquet"))
     rows = Dataset.from_parquet(str(tmp_path / "weighted.parquet"))
     assert rows["data_weight"][:40] == [row["data_weight"] for row in trainer.weighted_dataset()][:40]

@@ -220,7 +220,9 @@ def _scored_rows(trainer: BilevelSFTTrainer, scored: Tensor, own: Calibration) -
     logits[scored.cpu()] = own.logits.cpu().float()
     own = own._replace(logits=logits[ids])
     weights = own_weights = own.logits.exp()
-    smooths = trainer.args.pilot_smoothing and len(ids) >= MIN_SCORED_ROWS and bool(weights.max() > weights.min())
+    # A stream's weights are all predicted: nobody asks for those of its scored rows.
+    smooths = trainer.args.pilot_smoothing and not trainer.predicts
+    smooths = smooths and len(ids) >= MIN_SCORED_ROWS and bool(weights.max() > weights.min())
     depths = [trainer.args.pilot_feature_depth] if len(others) else []
     if not smooths:
         features = _read(trainer, places, depths)
@@ -234,7 +236,7 @@ def _scored_rows(trainer: BilevelSFTTrainer, scored: Tensor, own: Calibration) -
         features = [torch.cat(parts) for parts in zip(features[:-1], rest[:-1], strict=True)]
         trusted, shares = _trusted(trainer, smoother, SMOOTHING_DEPTH)
         weights = smoothed_logits(own, second, trusted, explained, shares).exp()
-        trainer.selection.smoothing = max(0.0, explained)
+        trainer.selection.smoothing = explained if explained > 0 else None
         logger.info(
             f"Weights of the {len(ids)} scored rows are smoothed: rows that look like it explain "
             f"{max(0.0, explained):.0%} of the variance of a row's weight."

@@ -151,7 +151,7 @@ class BilevelSFTConfig(SFTConfig):
         pilot_smoothing (`bool`, *optional*, defaults to `True`):
             Weigh a scored row by what the other scored rows lead to expect, too, from hidden states after two thirds
             of the layers: odds of being good are multiplied. No effect where a row's own score leaves no doubt, where
-            hidden states say nothing of the weights, or on fewer than 16 rows.
+            hidden states say nothing of the weights, on fewer than 16 rows, or on streams.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             `"calibrated"`: power to which the calibrated weights are raised. 1 reproduces the density of the
             validation rows' scores; above 1 trades variety of rows for purity.
