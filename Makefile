@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # More threads per process only slow small models down; the demo has the machine to itself.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-refine docs test test-fast test-slow test-lowest test-newest errors-table lint audit evidence clean
+.PHONY: demo demo-refine docs test test-fast test-slow test-lowest test-newest test-gpu errors-table lint audit evidence clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ test-lowest:  ## what rests on TRL, transformers and PEFT, with the lowest versi
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m compat
 
+test-gpu: $(STAMP)  ## what trains, on a GPU (needs a torch that sees one)
+	TRL_BILEVEL_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 8 --dist worksteal tests/trainer tests/self_refine tests/invariant tests/evaluation
+
 test-newest:  ## the same, with the newest versions allowed that are published today
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[test]" $(TORCH)
@@ -59,11 +62,9 @@ audit:  ## known vulnerabilities of the pinned versions (asks pypi.org: needs th
 docs: $(STAMP)  ## the documentation site, in site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-evidence: $(STAMP)  ## all tasks with all baselines, ablations, transfer: runs what has no result yet (hours on 2 cores), then the report
-	$(BIN)/python -m benchmarks.run
-	$(BIN)/python -m benchmarks.ablations
-	$(BIN)/python -m benchmarks.transfer
-	$(BIN)/python -m benchmarks.report
+JOBS ?= 1
+evidence: $(STAMP)  ## all tasks with all baselines, ablations, transfer: runs what has no result yet (hours on 2 cores; on a GPU with JOBS=12, say), then the report
+	$(BIN)/python -m benchmarks.evidence --jobs $(JOBS)
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest .venv-audit demo_out demo_refine_out site

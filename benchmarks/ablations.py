@@ -1,21 +1,22 @@
 """What the weights owe to the trusted set and to the mixture: the pilot run alone, one thing changed at a time.
 
-python -m benchmarks.ablations [--settings ...] [--seeds 0 1 2]
+python -m benchmarks.ablations [--settings ...] [--seeds 0 1 2] [--jobs 1]
 
 On SmolLM2-135M-Instruct. Results go to `benchmarks/results/ablations`; `python -m benchmarks.report` makes the table.
 """
 
 import argparse
-import json
 import random
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import provenance
 from trl_bilevel.demo.assets import docstrings
 from trl_bilevel.demo.comparison import good_share, ranking_quality
@@ -127,21 +128,19 @@ def measure(name: str, seed: int) -> dict:
     }
 
 
+def jobs(settings: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    for seed in seeds:
+        for setting in settings:
+            yield Job(FOLDER / f"{setting}-seed{seed}.json", measure, (setting, seed))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    add_arguments(parser)
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for setting in options.settings:
-            target = FOLDER / f"{setting}-seed{seed}.json"
-            if target.exists():
-                continue
-            record = measure(setting, seed)
-            target.write_text(json.dumps(record, indent=1))
-            auc = {kind: round(value, 3) for kind, value in record["auc"].items()}
-            print(f"{setting:40} {seed} {auc}, on good rows {record['good_share']:.0%}", flush=True)
+    run_jobs(jobs(options.settings, options.seeds), options)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ scored rows (mean of 4 draws each), and the others are predicted. Results go to 
 """
 
 import argparse
-import json
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import provenance
 from trl_bilevel.core.amortised import fit_weight_predictor, recalibrated
 from trl_bilevel.demo.comparison import good_share, ranking_quality
@@ -21,7 +22,7 @@ from trl_bilevel.demo.tasks import make_task
 from trl_bilevel.trainer.amortise import row_features
 from trl_bilevel.trainer.passes import row_batches
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent / "results" / "amortised"
 SCORED = (32, 64, 128, 256, 512)
 DEPTHS = (0.1, 0.2, 0.3, 0.4, 0.67)
 DRAWS = 4
@@ -43,7 +44,9 @@ def measure(name: str, seed: int) -> dict:
             states |= dict(zip(batch["sample_id"].tolist(), *row_features(trainer, batch, [depth]), strict=True))
         features[depth] = torch.stack([states[row] for row in range(len(weights))])
         batches = trainer.validation.all_batches(16)
-        trusted[depth] = torch.cat([row_features(trainer, batch, [depth])[0] for _, batch in batches])
+        trusted[depth] = torch.cat(
+            [row_features(trainer, trainer._prepare_inputs(batch), [depth])[0] for _, batch in batches]
+        )
     kinds = task.train["kind"]
     largest = weights.max()
     record = {
@@ -78,16 +81,19 @@ def measure(name: str, seed: int) -> dict:
     return record
 
 
+def jobs(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    for name in tasks:
+        for seed in seeds:
+            yield Job(FOLDER / f"{name}-seed{seed}.json", measure, (name, seed))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", default=["quality_large"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    add_arguments(parser)
     options = parser.parse_args()
-    folder = HERE / "results" / "amortised"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in options.tasks:
-        for seed in options.seeds:
-            (folder / f"{name}-seed{seed}.json").write_text(json.dumps(measure(name, seed), indent=1))
+    run_jobs(jobs(options.tasks, options.seeds), options)
 
 
 if __name__ == "__main__":

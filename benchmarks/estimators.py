@@ -6,19 +6,20 @@ On SmolLM2-135M-Instruct. Results go to `benchmarks/results/estimators`; `python
 """
 
 import argparse
-import json
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import provenance
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import make_task
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent / "results" / "estimators"
 TASKS = ("quality", "boilerplate", "scrambled", "truncated", "safety")
 SETTINGS: dict[str, dict] = {
     "value_function": {},
@@ -53,25 +54,21 @@ def measure(name: str, seed: int, setting: str) -> dict:
     }
 
 
+def jobs(tasks: Sequence[str], settings: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    for seed in seeds:
+        for name in tasks:
+            for setting in settings:
+                yield Job(FOLDER / f"{name}-{setting}-seed{seed}.json", measure, (name, seed, setting))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    add_arguments(parser)
     options = parser.parse_args()
-    folder = HERE / "results" / "estimators"
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for name in options.tasks:
-            for setting in options.settings:
-                target = folder / f"{name}-{setting}-seed{seed}.json"
-                if target.exists():
-                    continue
-                record = measure(name, seed, setting)
-                target.write_text(json.dumps(record, indent=1))
-                auc = {kind: round(value, 3) for kind, value in record["auc"].items()}
-                figures = f"on good rows {record['good_share']:.0%}, ESS among them {record['ess_good']:.0%}"
-                print(f"{name} {seed} {setting:20} {auc} {figures}, {record['seconds']:.0f} s", flush=True)
+    run_jobs(jobs(options.tasks, options.settings, options.seeds), options)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,17 @@ from scipy.stats import t as student
 from benchmarks import pareto
 from benchmarks.ablations import SETTINGS as ABLATIONS
 from benchmarks.estimators import SETTINGS
-from benchmarks.run import METHOD
+from benchmarks.jobs import is_older
 from benchmarks.texts import (
     ABLATION,
     ABOUT,
     ESTIMATORS,
     INTRODUCTION,
+    OLDER,
     READING,
     REFINE,
     SAFETY,
+    SAME,
     TRANSFER,
     YARDSTICK,
 )
@@ -34,9 +36,10 @@ SIZES = (1_088, 10_000, 100_000, 1_000_000)
 DOCS = HERE.parent / "docs"
 
 
-def load(name: str) -> dict[str, dict[int, dict]]:
+def load(name: str, folder: str = "") -> dict[str, dict[int, dict]]:
+    """Results of an experiment by arm and seed; with a folder, those made on another machine."""
     arms: dict[str, dict[int, dict]] = {}
-    for file in sorted((HERE / "results" / name).glob("*.json")):
+    for file in sorted((HERE / "results" / folder / name).glob("*.json")):
         record = json.loads(file.read_text())
         arms.setdefault(record["arm"], {})[record["seed"]] = record
     return arms
@@ -44,7 +47,7 @@ def load(name: str) -> dict[str, dict[int, dict]]:
 
 def older(records: Iterable[dict]) -> str:
     """A mark if any of the results has weights that the defaults do not give any more."""
-    return " †" if any(record.get("method", 1) < METHOD for record in records) else ""
+    return " †" if any(map(is_older, records)) else ""
 
 
 def mean(values: list[float], digits: int = 3) -> str:
@@ -98,7 +101,7 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
             auc = "; ".join(f"{kind} {per_seed([one[kind] for one in found], '.3f')}" for kind in kinds)
         share = [run["good_share"] for run in runs.values() if run.get("good_share") is not None]
         row = [
-            arm.replace("_", " ") + older(run for run in runs.values() if run["weights"] and run["pilot_steps"]),
+            arm.replace("_", " ") + older(runs.values()),
             ", ".join(map(str, runs)),
             mean(list(losses.values())),
             with_interval(gaps),
@@ -193,8 +196,7 @@ def cost() -> list[str]:
         f"gradient checkpointing on, batch {record['batch']}, {record['validation_rows']} validation rows. A run "
         "costs a constant (the pilot, the scored rows), given here in rows' worth of plain training, and so much per "
         f"row; counted with {counted} rows, computed for the others. The pilot's steps come on top here, while the "
-        "tables above take them off the run. `reliable`, and the look-ahead and alignment in `balanced`, were counted "
-        "with `pilot_smoothing=False`. `python -m benchmarks.cost`"
+        "tables above take them off the run. `python -m benchmarks.cost`"
         "\n\n" + "\n".join(lines) + "\n\n![Cost by number of rows](cost_rows.png)\n"
     ]
 
@@ -317,24 +319,47 @@ def yardstick() -> list[str]:
     return [YARDSTICK, *parts] if parts else []
 
 
-def about_machines() -> str:
-    """What the results were made on: each processor and each version that occurs in any of them."""
+def same_on_cpu() -> list[str]:
+    """Runs made on both machines, side by side."""
+    lines = []
+    for name in ABOUT:
+        here, there = load(name), load(name, "cpu")
+        for arm in (arm for arm in here if arm in there):
+            seeds = sorted(here[arm].keys() & there[arm].keys())
+            pairs = [[side[arm][seed] for seed in seeds] for side in (here, there)]
+            losses = [per_seed([run["test_loss"] for run in runs], ".3f") for runs in pairs]
+            found = [[run.get("auc") or run.get("influence_auc") for run in runs] for runs in pairs]
+            aucs = [per_seed([auc["all"] for auc in side], ".3f") if all(side) else "" for side in found]
+            cells = [name, arm.replace("_", " "), ", ".join(map(str, seeds)), *losses, *aucs]
+            lines.append("| " + " | ".join(cells) + " |")
+    return [SAME.format(table="\n".join(lines))] if lines else []
+
+
+def all_records() -> list[dict]:
+    """Every result that says what it was made with."""
     files = [json.loads(file.read_text()) for file in sorted((HERE / "results").rglob("*.json"))]
-    records = [record for record in files if isinstance(record, dict) and "versions" in record]
+    return [record for record in files if isinstance(record, dict) and "versions" in record]
+
+
+def about_machines(records: list[dict]) -> str:
+    """What the results were made on: each processor and each version that occurs in any of them."""
     found: dict[str, set[str]] = {}
     for record in records:
         for package, version in record["versions"].items():
             found.setdefault(package, set()).add(version)
-    processors = sorted({record["machine"]["processor"] for record in records if "machine" in record})
+    machines = [record["machine"] for record in records if "machine" in record]
+    processors = sorted({each["processor"] for each in machines if "gpu" not in each})
+    gpus = sorted({each["gpu"] for each in machines if "gpu" in each})
     versions = ", ".join(f"{package} {' or '.join(sorted(each))}" for package, each in found.items())
     return (
-        f"Made on 2 cores of: {'; '.join(processors)}. Versions: {versions}. Each JSON file names its own; bf16 "
-        "rounds otherwise on another processor.\n"
+        f"Made on {'; '.join(gpus)}, and on 2 cores of: {'; '.join(processors)}. Versions: {versions}. Each JSON file "
+        "names its own; bf16 rounds otherwise on another processor.\n"
     )
 
 
 def main() -> None:
-    parts = [INTRODUCTION]
+    records = all_records()
+    parts = [INTRODUCTION, *([OLDER] if any(map(is_older, records)) else [])]
     for name, about in ABOUT.items():
         arms = load(name)
         if arms:
@@ -366,7 +391,8 @@ def main() -> None:
             "| rows | microseconds | ratio | bytes held per row |\n"
             "|---|---|---|---|\n" + "\n".join(rows) + "\n"
         )
-    parts.append(about_machines())
+    parts += same_on_cpu()
+    parts.append(about_machines(records))
     (DOCS / "results.md").write_text("\n".join(parts))
     print(f"Wrote {DOCS / 'results.md'}.")
 

@@ -1,8 +1,8 @@
 """Run the experiments in `benchmarks/experiments` and write one JSON per run to `benchmarks/results`.
 
-python -m benchmarks.run [NAME ...] [--seeds 0 1 2] [--arms uniform bilevel] [--force]
+python -m benchmarks.run [NAME ...] [--seeds 0 1 2] [--arms uniform bilevel] [--force] [--jobs 1]
 
-A run whose result is there is skipped, so several of these commands side by side with other seeds share the work.
+A run whose result is there is skipped.
 The arm `dattri` is left out without that library (`pip install dattri`).
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,21 +21,20 @@ from typing import Any
 import torch
 
 from benchmarks.influence import influential_rows
+from benchmarks.jobs import METHOD, Job, add_arguments, run_jobs
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import REFINING, Budget, run_arm
 from trl_bilevel.demo.tasks import make_task
 
 HERE = Path(__file__).parent
-# Of the default weights, raised when they change. 2: smoothed (`pilot_smoothing`), full weight from the lower quartile
-# of trusted scores on; before it, from their mean on.
-METHOD = 2
 PACKAGES = ("trl-bilevel", "trl", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
 def machine() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"processor": name, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    found = {"processor": name, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def versions() -> dict[str, str]:
@@ -48,11 +48,15 @@ def provenance() -> dict[str, Any]:
 
 def known_weights(experiment: dict, seed: int) -> list[float] | None:
     """Weights that the `bilevel` arm of the same task and budget has learned; None if it has not run."""
-    file = HERE / "results" / experiment.get("weights_of", experiment["name"]) / f"bilevel-seed{seed}.json"
+    file = weights_file(experiment, seed)
     return json.loads(file.read_text())["weights"] if file.exists() else None
 
 
-def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: Path) -> None:
+def weights_file(experiment: dict, seed: int) -> Path:
+    return HERE / "results" / experiment.get("weights_of", experiment["name"]) / f"bilevel-seed{seed}.json"
+
+
+def run_one(experiment: dict, arm: str, variant: str | None, seed: int) -> dict[str, Any]:
     task = make_task(experiment["task"], seed)
     budget = Budget(**experiment["budget"])
     if variant is not None:
@@ -81,10 +85,33 @@ def run_one(experiment: dict, arm: str, variant: str | None, seed: int, target: 
         record["versions"]["dattri"] = version("dattri")
         record["choosing_seconds"] = chosen["choosing_seconds"]
         record["influence_auc"] = ranking_quality(influence, task.train["kind"])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record, indent=1))
-    figures = {k: record.get(k) for k in ("test_loss", "auc", "influence_auc", "good_share", "safety", "seconds")}
-    print(target.stem, json.dumps(figures), flush=True)
+    return record
+
+
+def experiments(names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Those of the names given, in that order; all by default."""
+    files = [HERE / "experiments" / f"{name}.json" for name in names] or sorted((HERE / "experiments").glob("*.json"))
+    return [json.loads(file.read_text()) | {"name": file.stem} for file in files]
+
+
+def jobs_of(
+    experiment: dict[str, Any], seeds: Sequence[int] | None = None, arms: Sequence[str] | None = None
+) -> Iterator[Job]:
+    """The runs of an experiment, seed by seed."""
+    # Variants are settings of one arm, each under a name of its own.
+    runs = [(arm, None) for arm in experiment["arms"]]
+    runs += [(experiment.get("variants_of", "refine"), variant) for variant in experiment.get("variants", {})]
+    for seed in experiment["seeds"] if seeds is None else seeds:
+        for arm, variant in runs:
+            name = variant or arm
+            if arms and name not in arms:
+                continue
+            if arm == "dattri" and find_spec("dattri") is None:
+                print(f"dattri-seed{seed}: left out, dattri is not installed (`pip install dattri`)", flush=True)
+                continue
+            target = HERE / "results" / experiment["name"] / f"{name}-seed{seed}.json"
+            needs = weights_file(experiment, seed) if arm in REFINING or variant is not None else None
+            yield Job(target, run_one, (experiment, arm, variant, seed), needs)
 
 
 def main() -> None:
@@ -92,25 +119,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="experiments; all by default")
     parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--arms", nargs="*")
-    parser.add_argument("--force", action="store_true", help="run again what has a result")
+    add_arguments(parser)
     options = parser.parse_args()
-    for file in sorted((HERE / "experiments").glob("*.json")):
-        if options.names and file.stem not in options.names:
-            continue
-        experiment = json.loads(file.read_text()) | {"name": file.stem}
-        # Variants are settings of one arm, each under a name of its own.
-        jobs = [(arm, None) for arm in experiment["arms"]]
-        jobs += [(experiment.get("variants_of", "refine"), variant) for variant in experiment.get("variants", {})]
-        for seed in experiment["seeds"] if options.seeds is None else options.seeds:
-            for arm, variant in jobs:
-                name = variant or arm
-                target = HERE / "results" / file.stem / f"{name}-seed{seed}.json"
-                if (options.arms and name not in options.arms) or (target.exists() and not options.force):
-                    continue
-                if arm == "dattri" and find_spec("dattri") is None:
-                    print(f"{target.stem}: left out, dattri is not installed (`pip install dattri`)", flush=True)
-                else:
-                    run_one(experiment, arm, variant, seed, target)
+    found = experiments(options.names)
+    run_jobs((job for each in found for job in jobs_of(each, options.seeds, options.arms)), options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Weights that a small model has learned, given to a bigger one.
 
-python -m benchmarks.transfer [--tasks boilerplate quality] [--seeds 0]
+python -m benchmarks.transfer [--tasks boilerplate quality] [--seeds 0] [--jobs 1]
 
 The tiny model (`benchmarks/tiny.py`: four layers, width 128, another tokenizer) runs a pilot and calibrates; its
 weights go to SmolLM2-135M-Instruct as fixed ones, with the budget of the `bilevel` arm of the same task: the steps of
@@ -12,9 +12,10 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
+from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import HERE, provenance
 from benchmarks.tiny import pretrained_tiny_model
 from trl_bilevel.demo.comparison import good_share, ranking_quality
@@ -22,6 +23,7 @@ from trl_bilevel.demo.experiment import Budget, make_trainer, run_arm
 from trl_bilevel.demo.tasks import Task, make_task
 
 FOLDER = HERE / "results" / "transfer"
+TASKS = ("boilerplate", "quality")
 # Pilot steps of the tiny model, which cost nothing beside those of the big one.
 PILOT_STEPS = 48
 
@@ -57,20 +59,19 @@ def measure(name: str, seed: int) -> dict:
     }
 
 
+def jobs(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    for seed in seeds:
+        for task in tasks:
+            yield Job(FOLDER / f"{task}-seed{seed}.json", measure, (task, seed))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", default=["boilerplate", "quality"])
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    add_arguments(parser)
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for task in options.tasks:
-            target = Path(FOLDER / f"{task}-seed{seed}.json")
-            if target.exists():
-                continue
-            record = measure(task, seed)
-            target.write_text(json.dumps(record, indent=1))
-            print(target.stem, {k: record[k] for k in ("test_loss", "auc", "good_share")}, flush=True)
+    run_jobs(jobs(options.tasks, options.seeds), options)
 
 
 if __name__ == "__main__":

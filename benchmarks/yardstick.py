@@ -9,9 +9,8 @@ under the ROC curve per kind of damage, and FLOPs of scoring a row over those of
 """
 
 import argparse
-import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import machine, versions
 from benchmarks.tiny import pretrained_tiny_model
 from trl_bilevel.demo.comparison import ranking_quality
@@ -29,7 +29,7 @@ from trl_bilevel.estimators import AlignmentEstimator, LookaheadEstimator, Value
 from trl_bilevel.trainer.passes import row_batches
 from trl_bilevel.trainer.pilot import make_pilot
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent / "results" / "yardstick"
 SMOLLM2 = "SmolLM2-135M-Instruct"
 # When rows are scored; the real model takes minutes for each.
 STEPS: dict[str, tuple[int, ...]] = {"tiny": (0, 6, 12, 24, 48), SMOLLM2: (0, 12, 24)}
@@ -126,7 +126,8 @@ class Probe(ValueFunctionEstimator):
         return {label: ranking_quality(out[seen, i].tolist(), kinds) for i, label in enumerate(columns)}
 
     def batches(self) -> Iterator[Any]:
-        return row_batches(self.host.trainer, self.rows, "Measuring")
+        trainer = self.host.trainer
+        return (trainer._prepare_inputs(batch) for batch in row_batches(trainer, self.rows, "Measuring"))
 
     def train_once(self, batch: Any) -> None:
         with self.averaged._gradients_aside(), torch.enable_grad():
@@ -164,25 +165,21 @@ def measure(model: str, name: str, seed: int) -> dict:
     }
 
 
+def jobs(models: Sequence[str], tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    for seed in seeds:
+        for model in models:
+            for name in tasks:
+                yield Job(FOLDER / f"{model}-{name}-seed{seed}.json", measure, (model, name, seed))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(STEPS), choices=STEPS)
     parser.add_argument("--tasks", nargs="*", default=["quality", "safety", "boilerplate"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--force", action="store_true", help="run again what has a result")
+    add_arguments(parser)
     options = parser.parse_args()
-    folder = HERE / "results" / "yardstick"
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for model in options.models:
-            for name in options.tasks:
-                target = folder / f"{model}-{name}-seed{seed}.json"
-                if target.exists() and not options.force:
-                    continue
-                record = measure(model, name, seed)
-                target.write_text(json.dumps(record, indent=1))
-                for signal, quality in record["auc"][STEPS[model][-1]].items():
-                    print(model, name, seed, f"{signal:50}", {k: round(v, 2) for k, v in quality.items()}, flush=True)
+    run_jobs(jobs(options.models, options.tasks, options.seeds), options)
 
 
 if __name__ == "__main__":

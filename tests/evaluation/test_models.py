@@ -123,7 +123,7 @@ def test_a_reward_model_scores_prompt_and_response(folder, settings):
     responses = [f"Answer {'long ' * n}" for n in range(6)]
     scores = judge.score(ROWS, responses)
     text = judge.tokenizer.apply_chat_template([*ROWS[3].prompt, *assistant(responses[3])], tokenize=False)
-    inputs = judge.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    inputs = judge.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(judge.model.device)
     with torch.no_grad():
         assert scores[3] == pytest.approx(judge.model(**inputs).logits.item(), rel=1e-4)
     assert not judge.stand_in

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from tests.conftest import base_arguments, losses, parameters
+from tests.conftest import ON_GPU, ROUNDING, base_arguments, losses, parameters
 from tests.invariant.test_trajectories import METHODS
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.core.scores import row_losses
@@ -131,8 +131,8 @@ def test_packed_training_equals_unpacked_training(name, train, equal_rows):
     padded = train(equal_rows, per_device_train_batch_size=8, **settings)
     packed = train(equal_rows, per_device_train_batch_size=2, packing=True, **settings)
     assert len(packed.train_dataset) == 10 and packed.train_dataset[0][SAMPLE_ID] == [0, 1, 2, 3]
-    tolerance = 3e-4 if "online" in name else 1e-5
-    torch.testing.assert_close(losses(packed), losses(padded), atol=1e-5, rtol=1e-5)
+    tolerance = max(ROUNDING, 3e-4) if "online" in name else ROUNDING
+    torch.testing.assert_close(losses(packed), losses(padded), atol=ROUNDING, rtol=ROUNDING)
     torch.testing.assert_close(packed.sample_weights(), padded.sample_weights(), atol=tolerance, rtol=tolerance)
     expected, found = (run.selection.state.score_mean for run in (padded, packed))
     torch.testing.assert_close(found, expected, atol=10 * tolerance, rtol=10 * tolerance, equal_nan=True)
@@ -144,8 +144,8 @@ def test_padding_free_training_equals_padded_training(name, train, train_rows):
         train(train_rows, max_length=None, padding_free=on, learning_rate=1e-2, **METHODS[name])
         for on in (False, True)
     )
-    tolerance = 3e-4 if "online" in name else 1e-5
-    torch.testing.assert_close(losses(free), losses(padded), atol=1e-5, rtol=1e-5)
+    tolerance = max(ROUNDING, 3e-4) if "online" in name else ROUNDING
+    torch.testing.assert_close(losses(free), losses(padded), atol=ROUNDING, rtol=ROUNDING)
     torch.testing.assert_close(free.sample_weights(), padded.sample_weights(), atol=tolerance, rtol=tolerance)
 
 
@@ -188,6 +188,7 @@ def test_uniform_weights_of_packed_rows_are_trls_packing(config, tiny_model, tra
         torch.testing.assert_close(losses(ours), losses(plain), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.xfail(ON_GPU, reason="seen on an H200: the last bit of a loss can differ", strict=False)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ["default", "online_value_function"])
 def test_resume_of_a_packed_run_is_exact(strategy, name, train, tiny_model, train_rows, tmp_path):

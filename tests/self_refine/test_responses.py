@@ -111,6 +111,7 @@ def test_the_gradient_of_a_step_is_that_of_the_objective(build):
         return losses, labels[:, 1:] != -100
 
     def mean(batches):
+        batches = [trainer.offline.trainer._prepare_inputs(batch) for batch in batches]
         parts = [token_losses(b["input_ids"], b["attention_mask"], b["labels"]) for b in batches]
         return sum((x * m).sum() for x, m in parts) / sum(m.sum() for _, m in parts)
 

@@ -162,7 +162,10 @@ def test_the_direction_is_the_validation_gradient(build):
     trainer = build(max_steps=1, alignment_direction="gradient")
     trainer.train()
     host, taps = TrainerHost(trainer), trainer.estimator.taps
-    loss = sum((weights * host.row_losses(batch).sums).sum() for batch, weights in host.validation_batches(0))
+    loss = sum(
+        (weights.to(trainer.model.device) * host.row_losses(batch).sums).sum()
+        for batch, weights in host.validation_batches(0)
+    )
     expected = unit_length(torch.autograd.grad(loss, taps.parameters))
     for found, gradient in zip(taps.direction, expected, strict=True):
         torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)
@@ -253,7 +256,7 @@ def test_response_scores_leave_the_gradients_alone(checkpointing, mode, build):
     with torch.no_grad():
         found = trainer.estimator.response_scores(batch)
         both = trainer.estimator.row_scores(batch)
-    torch.testing.assert_close(found, torch.tensor(list(scores.values())), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.cpu(), torch.tensor(list(scores.values())), rtol=1e-3, atol=1e-6)
     assert both.shape == (8, 2) and torch.equal(both[:, 0], found)
     assert bool(((both[:, 1] > 0) & (both[:, 1] < 1)).all())
     assert own[0].grad is marker and bool((marker == 1).all())

@@ -314,7 +314,7 @@ def test_nan_scores_of_the_pilot(refused, tiny_model, config, rows, validation_r
     PoisonRow(model, tokenizer("\u00ff")["input_ids"][-1], after=6)
     with refused(r"pilot run scored training rows \(sample_id\) \[17\]", NonFiniteScoreError):
         trainer.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.fixture

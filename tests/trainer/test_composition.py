@@ -217,7 +217,8 @@ def test_fixed_weights_take_the_step_computed_by_hand(build, train_rows, tiny_mo
             value.copy_(start)
     total = tokens = 0
     for row, weight in zip(trainer.train_dataset, weights / weights.mean(), strict=True):
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])[:, 1:]
+        device = trainer.model.device
+        ids, labels = torch.tensor([row["input_ids"]]).to(device), torch.tensor([row["labels"]])[:, 1:].to(device)
         logits = trainer.model(input_ids=ids).logits[:, :-1].float()
         losses_of_tokens = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         total = total + weight * losses_of_tokens.sum()

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tests.conftest import base_arguments
+from tests.conftest import ON_GPU, base_arguments
 from trl_bilevel.data.batches import concatenate_batches
 from trl_bilevel.data.identity import SAMPLE_ID, SEGMENTS, SampleIdCollator
 from trl_bilevel.trainer.checkpoints import LAST_FILE
@@ -50,7 +50,7 @@ def sft(tiny_model, train_rows, tokenizer, tmp_path):
 
 def test_the_fused_head_gives_what_the_weights_multiply(sft):
     trainer = sft()
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(3)]))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
     missing = [name for name in ("log_probs", "label_mask", "entropy", "is_top1") if not hasattr(outputs, name)]
@@ -247,8 +247,8 @@ def test_dora_is_known_by_its_name(tiny_model):
 
 
 def test_accelerate_takes_lists_of_tensors():
-    accelerator = Accelerator(cpu=True)
-    values = [torch.arange(3), torch.rand(3)]
+    accelerator = Accelerator(cpu=not ON_GPU)
+    values = [torch.arange(3, device=accelerator.device), torch.rand(3, device=accelerator.device)]
     for found in (accelerator.gather(values), accelerator.pad_across_processes(values, dim=0, pad_index=-2)):
         assert all(torch.equal(a, b) for a, b in zip(found, values, strict=True))
     assert "reduction" in inspect.signature(accelerator.reduce).parameters

@@ -244,7 +244,8 @@ def test_lambda_zero_trains_on_no_validation_row(build, tiny_model):
 def test_the_pilot_leaves_the_model_as_it_was(build, tiny_model):
     trainer = build()
     trainer.start_selection()
-    assert all(torch.equal(a, b) for a, b in zip(parameters(trainer), tiny_model().parameters(), strict=True))
+    fresh = tiny_model().to(trainer.model.device)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(trainer), fresh.parameters(), strict=True))
     assert all(p.grad is None for p in trainer.model.parameters())
 
 

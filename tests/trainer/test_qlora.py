@@ -43,7 +43,7 @@ def build(folder, config, train_rows, validation_rows, tokenizer):
 
 def gradients(trainer):
     rows = [{k: trainer.train_dataset[i][k] for k in ("input_ids", "labels")} for i in range(4)]
-    batch = trainer.data_collator(rows)
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.model.train()
     trainer.model.zero_grad()
     outputs = trainer.model(**batch, use_cache=False, fused_lm_head=True)

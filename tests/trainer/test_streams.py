@@ -108,7 +108,7 @@ def test_predicted_weights_multiply_the_losses(build):
     fresh = build(weight_estimator="none")
     per_row = fresh.row_losses(Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in first]))
     tokens = torch.tensor([sum(label != -100 for label in row["labels"][1:]) for row in first])
-    expected = (found["weights"] * per_row * tokens).sum() / tokens.sum()
+    expected = (found["weights"].cpu() * per_row * tokens).sum() / tokens.sum()
     assert losses(trainer)[0] == pytest.approx(float(expected), rel=1e-4)
 
 
