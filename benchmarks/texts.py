@@ -13,7 +13,8 @@ the safety task adds HarmBench requests answered by refusals or by compliance st
 (boilerplate: three) with linear decay, no validation row trained on (lambda = 0), so that only the choice of rows
 differs. **Budget:** all arms take the same number of optimizer steps; the steps of a pilot run are taken off the arms
 that have one (`quality_on_top` and `safety_on_top` leave them on). On top of that, those arms score every row with two
-forwards and train the tracker in the pilot (`make demo` prints the times). The same validation rows (32; 48 for safety) are known to all.
+forwards and train the tracker in the pilot (`make demo` prints the times). The same validation rows (32; 48 for
+safety) are known to all.
 
 The `loss` arm has the published selector's score, but this package's pilot run and calibration. On boilerplate, where
 that score ranks the bad rows above trusted ones, the calibration finds no score at which trusted rows are denser, and
@@ -30,8 +31,8 @@ token, in nats), per seed; from three seeds on with their mean and its 95% inter
 learned weights, undamaged rows against the damaged ones.
 """
 
-OLDER = """† Weights as they were before the default changed: each row's own score alone (`pilot_smoothing=False`), full weight
-from the mean trusted score on (now from their lower quartile on).
+OLDER = """† Weights as they were before the default changed: each row's own score alone (`pilot_smoothing=False`),
+full weight from the mean trusted score on (now from their lower quartile on).
 """
 
 ABOUT = {
@@ -109,9 +110,9 @@ benchmarks.estimators`
 In whole runs (tables above) the look-ahead does as well as the tracker on every quality task, with half of the pilot's
 rows. On safety it needs a pilot of some length: after 24 steps (this table) its weights are even among the good rows;
 after the 13 that the tables above leave it (K = 6), all benign rows together get less weight than the refused ones on
-two seeds of three, and their loss ends 8 to 10% above clean only's. With the tracker it is the other way round: after 24 steps on 212 rows, weights among
-the good ones spread more than after 13. `alignment` finds garbled and cut-off answers, and is unreliable elsewhere. So
-the tracker stays the default, and the look-ahead is in the `fast` preset.
+two seeds of three, and their loss ends 8 to 10% above clean only's. With the tracker it is the other way round: after
+24 steps on 212 rows, weights among the good ones spread more than after 13. `alignment` finds garbled and cut-off
+answers, and is unreliable elsewhere. So the tracker stays the default, and the look-ahead is in the `fast` preset.
 """
 
 
@@ -138,19 +139,20 @@ benchmarks.ablations`
 {table}
 
 **How many trusted rows a user needs:** 16 for one kind of obvious damage (AUC .997 and more; 8 give .974 and more), 32
-where answers are also swapped (AUC .93 to .95; 16: .91 to .93; 8: .79 to .91), and little is won beyond 128. **Bad rows
-among the trusted ones** (three of 32) cost little where the damage is of one kind (AUC .96 and more), and more where it
-is of three (.77 to .95): look at trusted rows before they are trusted. **Little damage** (10% of the rows) is hard to
-find on the quality task (AUC .79 to .82; swapped answers near or below chance on one seed, 13 rows of a kind): the
-pilot has seen too few bad rows to be drawn their way. Their share of the weight falls all the same, from 10% to 6 or 7%.
+where answers are also swapped (AUC .93 to .95; 16: .91 to .93; 8: .79 to .91), and little is won beyond 128. **Bad
+rows among the trusted ones** (three of 32) cost little where the damage is of one kind (AUC .96 and more), and more
+where it is of three (.77 to .95): look at trusted rows before they are trusted. **Little damage** (10% of the rows) is
+hard to find on the quality task (AUC .79 to .82; swapped answers near or below chance on one seed, 13 rows of a kind):
+the pilot has seen too few bad rows to be drawn their way. Their share of the weight falls all the same, from 10% to 6
+or 7%.
 """
 
 
 SAME = """## The same runs on a CPU
 
-Runs of the tables above that were also made on 2 cores of a CPU with the same commands (`benchmarks/results/cpu`): test
-loss and AUC per seed. bf16 rounds otherwise there; the order of rows, the adapters' first values and all settings are
-the same.
+Runs of the tables above that were also made on 2 cores of a CPU with the same commands (`benchmarks/results/cpu`):
+test loss and AUC per seed. bf16 rounds otherwise there; the order of rows, the adapters' first values and all settings
+are the same.
 
 | task | arm | seeds | test loss, GPU | test loss, CPU | AUC, GPU | AUC, CPU |
 |---|---|---|---|---|---|---|

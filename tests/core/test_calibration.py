@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_bilevel.core.calibration import _quantile, calibrated_logits, ending_logits
+from trl_bilevel.core.calibration import _lowest_kind, _quantile, calibrate, calibrated_logits, ending_logits
 from trl_bilevel.core.resampling import systematic_resample
 
 
@@ -68,6 +68,48 @@ def test_good_rows_of_a_rarer_kind_weigh_no_more(seed):
     means = [float(part.mean()) for part in weights.split([200, 60, 150])]
     assert means[1] / means[0] < 1.3
     assert means[2] < 0.02
+
+
+def two_kinds(seed):
+    """Scores of 40 rows of a kind that gains much from validation, 100 of one that gains little, and 80 bad ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count, mean, spread):
+        return mean + spread * torch.randn(count, generator=generator)
+
+    high, low, bad = (40, 1.4, 0.15), (100, 0.2, 0.15), (80, -1.0, 0.5)
+    return torch.cat([draw(*part) for part in (high, low, bad)]), draw
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_kind_in_the_minority_among_trusted_rows_keeps_its_weight(seed):
+    """A quarter of the trusted rows held back can by chance hold three rows of a kind that is a half of all."""
+    x, draw = two_kinds(seed)
+    trusted = torch.cat([draw(9, 1.4, 0.15), draw(3, 0.2, 0.15)])
+    assert len(_lowest_kind(trusted.double(), None, x.double())) == 3
+    found = calibrate(x, trusted)
+    high, low, bad = (float(part.mean()) for part in found.logits.exp().split([40, 100, 80]))
+    assert high == 1 and low > 0.6 and bad < 0.25
+    # What the trusted rows' mix says is not taken for the training rows'.
+    assert found.good_share == pytest.approx((40 * high + 100 * low + 80 * bad) / 220, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bad_trusted_rows_are_no_kind_of_their_own(seed):
+    """Nothing scores below them, so they do not set the level from which rows weigh in full."""
+    x, draw = two_kinds(seed)
+    trusted = torch.cat([draw(20, 0.2, 0.15), draw(4, -1.0, 0.05)])
+    assert len(_lowest_kind(trusted.double(), None, x.double())) == 24
+    assert float(calibrated_logits(x, trusted)[140:].exp().mean()) < 0.6
+
+
+@pytest.mark.parametrize("count", [24, 64])
+def test_trusted_rows_of_one_kind_are_one(count):
+    generator = torch.Generator().manual_seed(count)
+    x = torch.cat([torch.randn(100, generator=generator), torch.randn(100, generator=generator) - 6])
+    for _ in range(50):
+        trusted = torch.randn(count, generator=generator)
+        assert len(_lowest_kind(trusted.double(), None, x.double())) == count
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])

@@ -26,6 +26,16 @@ PRIOR_ROWS = 4.0
 PRIOR_SPREAD = 0.5
 # Share of the trusted rows that may score below the plateau of full weight.
 PLATEAU = 0.25
+# Trusted rows are of two kinds if their scores fall into groups this far apart (Ashman's D: distance of the means over
+# the root of the mean variance). Of 8 normally distributed scores, one set in twenty does by chance; of 12, one in
+# fifty; of 24, none. So it takes 12.
+KINDS_APART = 5.0
+LEAST_OF_KINDS = 12
+# Least size of one kind, in trusted rows and as a share of them.
+KIND_ROWS, KIND_SHARE = 3, 0.1
+# Share of the training rows that must score below the lower kind by half its distance to the higher one: else there is
+# nothing to select from, or these trusted rows are themselves bad.
+BELOW_KIND = 0.1
 # No row's weight falls below this share of the largest one: it keeps a trickle of signal, and the logits finite.
 FLOOR = 1e-3
 
@@ -57,6 +67,8 @@ def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | 
     scores: the posterior of being good ends in a plateau where trusted rows begin to be common. What the ratio does
     beyond is the error of a few trusted rows, or another mix of kinds among them than among the good training rows
     (refusals gain more from validation than plain answers do); it would spend the visits on a part of the good rows.
+    Where the scores of trusted rows fall into kinds that lie far apart, it is the lower quartile of the lowest kind
+    that has bad rows below it: else a kind that is in the minority among the few held-back rows would lose its weight.
 
     Args:
         scores (`Tensor` float32 `[N]`): one per row, finite.
@@ -83,10 +95,14 @@ def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | 
     good = _trusted_density(count, centre, variance, grid)
     ratio = isotonic_regression((good / train).numpy(), weights=train.numpy()).x
     logits = torch.from_numpy(ratio).clamp(min=0).add(1e-300).log()
-    plateau = _interpolate(grid, logits, _quantile(y, trusted_weights, PLATEAU).reshape(1))
-    logits = (logits - plateau).clamp(min=math.log(FLOOR), max=0.0)
-    good_share = float((-plateau).exp().clamp(max=1.0))
-    return Calibration(_interpolate(grid, logits, x).float().to(scores.device), good_share)
+    lowest = _lowest_kind(y, trusted_weights, x)
+    shares = None if trusted_weights is None else trusted_weights.cpu()[lowest]
+    plateau = _interpolate(grid, logits, _quantile(y[lowest], shares, PLATEAU).reshape(1))
+    logits = _interpolate(grid, (logits - plateau).clamp(min=math.log(FLOOR), max=0.0), x)
+    # The trusted rows' mix of kinds says nothing of the training rows': then the weights do, as posteriors.
+    one_kind = len(lowest) == len(y)
+    good_share = float((-plateau).exp().clamp(max=1.0) if one_kind else logits.exp().mean())
+    return Calibration(logits.float().to(scores.device), good_share)
 
 
 def ending_logits(
@@ -161,6 +177,32 @@ def _quantile(y: Tensor, weights: Tensor | None, level: float) -> Tensor:
     left = (right - 1).clamp(min=0)
     gap = (middle[right] - middle[left]).clamp(min=1e-12)
     return torch.lerp(y[order[left]], y[order[right]], ((level - middle[left]) / gap).clamp(0, 1))
+
+
+def _lowest_kind(y: Tensor, weights: Tensor | None, x: Tensor) -> Tensor:
+    """Places of the trusted scores that are of the lowest kind; all of them if they do not fall into kinds.
+
+    Args:
+        y (`Tensor` float64 `[c]`), weights (`Tensor` `[c]`, *optional*): trusted scores, and how much each counts.
+        x (`Tensor` float64 `[N]`): scores of the training rows.
+    """
+    shares = torch.ones_like(y) if weights is None else weights.to(y)
+    kind = y.argsort()
+    while True:
+        values, share = y[kind], shares[kind]
+        best, split = KINDS_APART, 0
+        places = range(KIND_ROWS, len(values) - KIND_ROWS + 1) if len(values) >= LEAST_OF_KINDS else ()
+        for place in places:
+            low, high = values[:place], values[place:]
+            spread = float(((low.var() + high.var()) / 2).sqrt())
+            smaller = float(torch.minimum(share[:place].sum(), share[place:].sum()) / shares.sum())
+            distance = float(high.mean() - low.mean())
+            below = float((x < float(low.mean()) - distance / 2).double().mean())
+            if distance > best * spread and smaller >= KIND_SHARE and below >= BELOW_KIND:
+                best, split = distance / max(spread, 1e-12), place
+        if split == 0:
+            return kind
+        kind = kind[:split]
 
 
 def _trusted_density(count: float, mean: Tensor, variance: Tensor, grid: Tensor) -> Tensor:
