@@ -31,8 +31,8 @@ token, in nats), per seed; from three seeds on with their mean and its 95% inter
 learned weights, undamaged rows against the damaged ones.
 """
 
-OLDER = """† Weights as they were before the default changed: each row's own score alone (`pilot_smoothing=False`),
-full weight from the mean trusted score on (now from their lower quartile on).
+OLDER = """† Run before the calibration knew kinds of trusted rows: full weight from the lower quartile of all
+trusted scores on, not from that of the lowest kind. Only the safety tasks have trusted rows of two kinds.
 """
 
 ABOUT = {

@@ -52,7 +52,9 @@ def test_weights_of_other_defaults_are_learned_again(tmp_path):
     target = tmp_path / "a.json"
     for record, done in (
         ({"good_share": 0.5, "pilot_steps": 24, "method": METHOD}, True),
-        ({"good_share": 0.5, "pilot_steps": 24, "method": METHOD - 1}, False),
+        ({"good_share": 0.5, "pilot_steps": 24, "method": 1}, False),
+        ({"good_share": 0.5, "pilot_steps": 24, "method": METHOD - 1, "task": "safety"}, False),
+        ({"good_share": 0.5, "pilot_steps": 24, "method": METHOD - 1, "task": "quality"}, True),
         ({"good_share_scored": 0.5}, False),
         # Without a pilot run: the published selector, or no weights at all.
         ({"good_share": 0.5, "pilot_steps": 0}, True),

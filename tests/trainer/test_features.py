@@ -313,7 +313,7 @@ def test_presets_set_what_they_say(config):
     balanced, fast, reliable = (config(selector_preset=name) for name in ("balanced", "fast", "reliable"))
     assert balanced == dataclasses.replace(config(), selector_preset="balanced")
     assert (reliable.pilot_scored_rows, reliable.validation_every) == (0, 1)
-    assert (fast.weight_estimator, fast.pilot_scored_rows, fast.pilot_feature_depth) == ("lookahead", 256, 0.2)
+    assert (fast.weight_estimator, fast.pilot_scored_rows, fast.pilot_feature_depth) == ("lookahead", 256, 0.1)
     assert (balanced.validation_loss_weight, config(weight_estimator="loss").validation_loss_weight) == (0.0, 0.5)
     paper, seal = config(selector_preset="paper"), config(selector_preset="seal")
     assert (paper.selector_learning_rate, seal.selector_learning_rate) == (1e-4, 5e-3)

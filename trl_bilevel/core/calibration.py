@@ -187,22 +187,25 @@ def _lowest_kind(y: Tensor, weights: Tensor | None, x: Tensor) -> Tensor:
         x (`Tensor` float64 `[N]`): scores of the training rows.
     """
     shares = torch.ones_like(y) if weights is None else weights.to(y)
+    ordered = x.sort().values
     kind = y.argsort()
-    while True:
-        values, share = y[kind], shares[kind]
-        best, split = KINDS_APART, 0
-        places = range(KIND_ROWS, len(values) - KIND_ROWS + 1) if len(values) >= LEAST_OF_KINDS else ()
-        for place in places:
-            low, high = values[:place], values[place:]
-            spread = float(((low.var() + high.var()) / 2).sqrt())
-            smaller = float(torch.minimum(share[:place].sum(), share[place:].sum()) / shares.sum())
-            distance = float(high.mean() - low.mean())
-            below = float((x < float(low.mean()) - distance / 2).double().mean())
-            if distance > best * spread and smaller >= KIND_SHARE and below >= BELOW_KIND:
-                best, split = distance / max(spread, 1e-12), place
-        if split == 0:
-            return kind
-        kind = kind[:split]
+    while len(kind) >= LEAST_OF_KINDS:
+        # Every split into a lower and a higher part, by the size of the lower one.
+        low = torch.arange(KIND_ROWS, len(kind) - KIND_ROWS + 1, dtype=y.dtype)
+        places, high = low.long() - 1, len(kind) - low
+        sums, squares, counts = (part.cumsum(0) for part in (y[kind], y[kind] ** 2, shares[kind]))
+        means = sums[places] / low, (sums[-1] - sums[places]) / high
+        spreads = squares[places] - low * means[0] ** 2, squares[-1] - squares[places] - high * means[1] ** 2
+        variance = (spreads[0] / (low - 1) + spreads[1] / (high - 1)) / 2
+        distance = means[1] - means[0]
+        apart = distance / variance.clamp(min=1e-24).sqrt()
+        smaller = torch.minimum(counts[places], counts[-1] - counts[places]) / shares.sum()
+        below = torch.searchsorted(ordered, means[0] - distance / 2) / len(x)
+        kinds = (apart > KINDS_APART) & (smaller >= KIND_SHARE) & (below >= BELOW_KIND)
+        if not bool(kinds.any()):
+            break
+        kind = kind[: int(low[torch.where(kinds, apart, 0).argmax()])]
+    return kind
 
 
 def _trusted_density(count: float, mean: Tensor, variance: Tensor, grid: Tensor) -> Tensor:

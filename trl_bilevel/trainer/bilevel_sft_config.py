@@ -24,7 +24,7 @@ DIRECTIONS = ("preconditioned", "gradient", "displacement")
 PRESETS: dict[str, dict[str, Any]] = {
     "reliable": {"pilot_scored_rows": 0, "validation_every": 1},
     "balanced": {"pilot_scored_rows": 512, "validation_every": 4},
-    "fast": {"weight_estimator": "lookahead", "pilot_scored_rows": 256, "pilot_feature_depth": 0.2},
+    "fast": {"weight_estimator": "lookahead", "pilot_scored_rows": 256, "pilot_feature_depth": 0.1},
     "paper": {
         "weight_estimator": "loss",
         "selector_update": "adam",
