@@ -77,7 +77,8 @@ def test_responses_are_trained_as_they_were_sampled(tmp_path):
 
 def test_boilerplate_gap_is_recovered():
     task = make_task("boilerplate", seed=0)
-    budget = Budget(epochs=3)
+    # Half of the passes of `benchmarks/experiments/boilerplate.json`: the gap is there, and CI has little time.
+    budget = Budget(epochs=1.5)
     results = {arm: run_arm(arm, task, seed=0, budget=budget) for arm in ("uniform", "clean_only", "bilevel")}
     loss = {arm: result.test_loss for arm, result in results.items()}
     print(loss)
