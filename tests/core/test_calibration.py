@@ -98,9 +98,17 @@ def test_a_kind_in_the_minority_among_trusted_rows_keeps_its_weight(seed):
 def test_bad_trusted_rows_are_no_kind_of_their_own(seed):
     """Nothing scores below them, so they do not set the level from which rows weigh in full."""
     x, draw = two_kinds(seed)
-    trusted = torch.cat([draw(20, 0.2, 0.15), draw(4, -1.0, 0.05)])
+    trusted = torch.cat([draw(19, 0.2, 0.15), draw(5, -1.0, 0.05)])
     assert len(_lowest_kind(trusted.double(), None, x.double())) == 24
     assert float(calibrated_logits(x, trusted)[140:].exp().mean()) < 0.6
+
+
+def test_a_tenth_of_the_trusted_rows_is_too_few_for_a_kind():
+    """They may be bad, and worse rows below them prove nothing."""
+    x, draw = two_kinds(0)
+    x = torch.cat([x, draw(60, -6.0, 0.5)])
+    trusted = torch.cat([draw(54, 0.2, 0.15), draw(6, -1.0, 0.05)])
+    assert len(_lowest_kind(trusted.double(), None, x.double())) == 60
 
 
 @pytest.mark.parametrize("count", [24, 64])

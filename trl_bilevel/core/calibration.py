@@ -31,8 +31,8 @@ PLATEAU = 0.25
 # fifty; of 24, none. So it takes 12.
 KINDS_APART = 5.0
 LEAST_OF_KINDS = 12
-# Least size of one kind, in trusted rows and as a share of them.
-KIND_ROWS, KIND_SHARE = 3, 0.1
+# Least size of one kind, in trusted rows and as a share of them: a tenth of the trusted rows may be bad.
+KIND_ROWS, KIND_SHARE = 3, 0.2
 # Share of the training rows that must score below the lower kind by half its distance to the higher one: else there is
 # nothing to select from, or these trusted rows are themselves bad.
 BELOW_KIND = 0.1
