@@ -100,7 +100,7 @@ def test_bad_trusted_rows_are_no_kind_of_their_own(seed):
     x, draw = two_kinds(seed)
     trusted = torch.cat([draw(19, 0.2, 0.15), draw(5, -1.0, 0.05)])
     assert len(_lowest_kind(trusted.double(), None, x.double())) == 24
-    assert float(calibrated_logits(x, trusted)[140:].exp().mean()) < 0.6
+    assert float(calibrated_logits(x, trusted)[140:].exp().mean()) < 0.8
 
 
 def test_a_tenth_of_the_trusted_rows_is_too_few_for_a_kind():
