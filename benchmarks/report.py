@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scipy.stats import t as student
 
-from benchmarks import pareto
+from benchmarks import pareto, scale
 from benchmarks.ablations import SETTINGS as ABLATIONS
 from benchmarks.estimators import SETTINGS
 from benchmarks.jobs import is_older
@@ -374,12 +374,11 @@ def main() -> None:
     runs = {task: load(task) for task in pareto.TASKS}
     parts.append(pareto.section(runs))
     pareto.plots(runs)
-    parts += (
-        yardstick() + estimators() + ablations() + transfer() + amortised() + cost() + speed() + speed_of_processes()
-    )
-    scale = HERE / "results" / "selector_scale.json"
-    if scale.exists():
-        record = json.loads(scale.read_text())
+    parts += yardstick() + estimators() + ablations() + transfer() + amortised() + cost() + [scale.section()] + speed()
+    parts += speed_of_processes()
+    selector = HERE / "results" / "selector_scale.json"
+    if selector.exists():
+        record = json.loads(selector.read_text())
         rows = [
             f"| {int(size):,} | {record['median_microseconds'][size]} | {record['ratio_to_smallest'][size]} | "
             f"{record['bytes_per_row'][size]} |"
