@@ -7,7 +7,8 @@ headings (`make evidence`: all runs of training; hours on 2 cores). The tables o
 H200, sixteen runs at a time (`make evidence JOBS=16`: seven minutes); [the same runs on a
 CPU](#the-same-runs-on-a-cpu), where they were made, give the same picture. All other tables were made on a CPU, and so
 were `bilevel`, `lookahead` and `alignment` of the safety task and `safety_on_top`, once the calibration knew kinds of
-trusted rows.
+trusted rows. Not run yet: random subset, perplexity, SEAL's two stages and dattri on `boilerplate`, `truncated` and
+`scrambled`, and `loss` on the last two.
 
 Model: SmolLM2-135M-Instruct (dequantised 4-bit weights, see `trl_bilevel/demo/assets.py`), LoRA r=8 on the top ten
 layers, bf16. Data: questions about Python's standard library answered by its docstrings, part of the answers damaged;
