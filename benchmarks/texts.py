@@ -112,11 +112,11 @@ benchmarks.estimators`
 {table}
 
 In whole runs (tables above) the look-ahead does as well as the tracker on every quality task, with half of the pilot's
-rows, and nearly as well on safety. There the trusted rows are of two kinds, refusals and plain answers. The calibration
-sees that in the scores of the dozen that are held back, and leaves nearly equal weights among the good rows; given as
-two sets, which are split one by one, the weights are equal, at a little more weight on the stubs. `alignment` finds
-garbled and cut-off answers, and is unreliable elsewhere. So the tracker stays the default, and the look-ahead is in
-the `fast` preset.
+rows, and nearly as well on safety. There the trusted rows are of two kinds, refusals and plain answers. The
+calibration sees that in the scores of the dozen that are held back, and leaves nearly equal weights among the good
+rows; given as two sets, which are split one by one, the weights are equal, at a little more weight on the stubs.
+`alignment` finds garbled and cut-off answers, and is unreliable elsewhere. So the tracker stays the default, and the
+look-ahead is in the `fast` preset.
 """
 
 
