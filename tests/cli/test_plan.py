@@ -92,3 +92,10 @@ def small_folder(tiny_model, tmp_path):
 def test_mistakes(arguments, message, capsys):
     assert main(["plan", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_rounds_are_not_planned(recipe, capsys):
+    with open(recipe, "a") as file:
+        file.write("num_rounds: 3\n")
+    assert main(["plan", "--config", recipe]) == 1
+    assert "only the offline run is planned" in capsys.readouterr().err

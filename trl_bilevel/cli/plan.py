@@ -173,7 +173,16 @@ def _source_note(found: FoundConfig, name: str) -> list[str]:
 def run(arguments: list[str]) -> None:
     """Parse, compute, show."""
     show_help("plan", arguments, EXAMPLE)
-    main(*parse(make_parser(), arguments))
+    try:
+        parts = parse(make_parser(), arguments)
+    except ValueError as error:
+        if "--num_rounds" not in str(error):
+            raise
+        raise ValueError(
+            "This is a config of `trl-bilevel refine`; only the offline run is planned. Plan the file of the run that "
+            "the rounds go on from. Generation adds keys and values: docs/recipes.md, 'Memory, as the headers compute it'."
+        ) from error
+    main(*parts)
 
 
 if __name__ == "__main__":
