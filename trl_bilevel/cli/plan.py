@@ -180,7 +180,7 @@ def run(arguments: list[str]) -> None:
             raise
         raise ValueError(
             "This is a config of `trl-bilevel refine`; only the offline run is planned. Plan the file of the run that "
-            "the rounds go on from. Generation adds keys and values: docs/recipes.md, 'Memory, as the headers compute it'."
+            "the rounds go on from. What generation adds is in docs/recipes.md, 'Memory, as the headers compute it'."
         ) from error
     main(*parts)
 
