@@ -77,11 +77,12 @@ def test_responses_are_trained_as_they_were_sampled(tmp_path):
 
 def test_boilerplate_gap_is_recovered():
     task = make_task("boilerplate", seed=0)
-    # Half of the passes of `benchmarks/experiments/boilerplate.json`: the gap is there, and CI has little time.
-    budget = Budget(epochs=1.5)
+    # Half of the passes of `benchmarks/experiments/boilerplate.json`, since CI has little time: too few to take the
+    # pilot's steps off them (that is measured there), so all arms train their model for 72 steps.
+    budget = Budget(epochs=1.5, pilot_on_top=True)
     results = {arm: run_arm(arm, task, seed=0, budget=budget) for arm in ("uniform", "clean_only", "bilevel")}
     loss = {arm: result.test_loss for arm, result in results.items()}
     print(loss)
     assert ranking_quality(results["bilevel"].weights, task.train["kind"])["lazy"] >= 0.95
-    assert loss["uniform"] - loss["bilevel"] >= 0.8 * (loss["uniform"] - loss["clean_only"])
+    assert loss["uniform"] - loss["bilevel"] >= 0.9 * (loss["uniform"] - loss["clean_only"])
     assert torch.isfinite(torch.tensor(list(loss.values()))).all()
