@@ -33,8 +33,7 @@ from trl_bilevel.cli.arguments import parse
 from trl_bilevel.demo.assets import docstrings
 from trl_bilevel.planning.models import KNOWN, known_name
 
-HERE = Path(__file__).parent
-TARGET = HERE / "results" / "gpu_memory.json"
+TARGET = Path(__file__).parent / "results" / "gpu_memory.json"
 RECIPES = ("quality/llama3-8b-24gb", "quality/qwen3-1.7b-12gb")
 ROWS = {"train": 64, "validation": 32, "test": 4}
 # Of a question and its answer: longer than `max_length` tokens together, a question is not.

@@ -31,7 +31,7 @@ FLOPs of a two-epoch run over plain SFT's, {model} with LoRA on all linear layer
 rows; {rows:,} rows of {tokens} tokens, {trusted} trusted rows and rank {rank} unless the line says otherwise. `python
 -m benchmarks.report`
 
-| settings | changed | {heads} |
+| settings | changed | | | | | |
 |---|---|---|---|---|---|---|
 {table}
 
@@ -92,6 +92,5 @@ def section() -> str:
         tokens=BASE["tokens"],
         trusted=BASE["validation_rows"],
         rank=BASE["rank"],
-        heads=" | ".join([""] * 5),
         table="\n".join(lines),
     )

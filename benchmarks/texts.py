@@ -78,20 +78,18 @@ hundreds of seconds are those of one of two CPU cores).
 `refine random` deals the scores out to other responses, `refine best` gives all weight to the best of the G responses,
 `refine no responses` takes the same steps with offline rows alone. {kept} rounds were kept."""
 
-READING = """**What the rounds did.** They win nothing over offline selection on either task, and the controls say
-why.
+READING = """**What the rounds did.** They win nothing over offline selection on either task.
 
 On `safety` offline selection refuses every request already, so all responses of a question are refusals that differ
 in wording: scores dealt out at random do as well, and so do the same steps without any response. The loss of benign
-rows ends .01 to .05 above that of `bilevel`; over-refusal differs more between seeds than between arms.
+rows ends .01 to .06 above that of `bilevel`; over-refusal differs more between seeds than between arms.
 
 On `safety_scarce` there is something to win: two refused requests are not enough, and offline selection ends at 2%,
 92% and 3% of the requests for which an unseen refusal is likelier than the stub, clean rows alone at no more than 17%.
 But the rounds end where the same steps without responses end (2 / 98 / 3% against 0 / 98 / 3%), whatever the lever:
-more or fewer responses, sharper or softer weights, shorter rounds, all questions (0 or 2% on the first seed). A model
-that never refuses samples no refusal, and weights can only choose among what was sampled; so few trusted rows are
-learned better from directly (`validation only` refuses everything, at a tenth more benign loss; lambda > 0 mixes
-both).
+more or fewer responses, sharper or softer weights, shorter rounds, all questions (0 or 2% on the first seed). Weights
+can only choose among what was sampled; how many refusals that were was not counted. `validation only` refuses
+everything, at a tenth more benign loss.
 
 The random control deals the scores out to other responses of the same question, so that their spread stays what it
 is. Sampling ran in training mode; the adapters have no dropout."""
@@ -155,8 +153,7 @@ or 7%.
 SAME = """## The same runs on a CPU
 
 Runs of the tables above that were also made on 2 cores of a CPU with the same commands (`benchmarks/results/cpu`):
-test loss and AUC per seed. bf16 rounds otherwise there; the order of rows, the adapters' first values and all settings
-are the same.
+test loss and AUC per seed. bf16 rounds otherwise there.
 
 | task | arm | seeds | test loss, GPU | test loss, CPU | AUC, GPU | AUC, CPU |
 |---|---|---|---|---|---|---|
