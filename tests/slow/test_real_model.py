@@ -3,6 +3,9 @@
 One seed here; three seeds, more arms and all tasks are in `benchmarks` (their results are under version control).
 """
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +16,8 @@ from trl_bilevel.demo.experiment import Budget, make_trainer, run_arm
 from trl_bilevel.demo.tasks import make_task
 
 pytestmark = pytest.mark.slow
+EXPERIMENTS = Path(__file__).parents[2] / "benchmarks" / "experiments"
+RESULTS = EXPERIMENTS.parent / "results"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,14 +80,17 @@ def test_responses_are_trained_as_they_were_sampled(tmp_path):
         assert end not in out["completion_ids"][row][: length - 1].tolist()
 
 
+def recorded_loss(arm):
+    """Test loss of an arm without selection, as the benchmarks measured it on a CPU with the same budget and seed."""
+    return json.loads((RESULTS / "cpu" / "boilerplate" / f"{arm}-seed0.json").read_text())["test_loss"]
+
+
 def test_boilerplate_gap_is_recovered():
-    task = make_task("boilerplate", seed=0)
-    # Half of the passes of `benchmarks/experiments/boilerplate.json`, since CI has little time: too few to take the
-    # pilot's steps off them (that is measured there), so all arms train their model for 72 steps.
-    budget = Budget(epochs=1.5, pilot_on_top=True)
-    results = {arm: run_arm(arm, task, seed=0, budget=budget) for arm in ("uniform", "clean_only", "bilevel")}
-    loss = {arm: result.test_loss for arm, result in results.items()}
-    print(loss)
-    assert ranking_quality(results["bilevel"].weights, task.train["kind"])["lazy"] >= 0.95
-    assert loss["uniform"] - loss["bilevel"] >= 0.8 * (loss["uniform"] - loss["clean_only"])
-    assert torch.isfinite(torch.tensor(list(loss.values()))).all()
+    """At equal budget, the pilot's steps taken off. CI has no time to train both ends of the gap again: machines
+    differ by .003 there (docs/results.md), the margin leaves .026."""
+    task, experiment = make_task("boilerplate", seed=0), json.loads((EXPERIMENTS / "boilerplate.json").read_text())
+    result = run_arm("bilevel", task, seed=0, budget=Budget(**experiment["budget"]))
+    uniform, clean = recorded_loss("uniform"), recorded_loss("clean_only")
+    print(uniform, result.test_loss, clean)
+    assert ranking_quality(result.weights, task.train["kind"])["lazy"] >= 0.95
+    assert uniform - result.test_loss >= 0.8 * (uniform - clean)
