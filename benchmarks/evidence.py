@@ -14,11 +14,13 @@ from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import experiments, jobs_of
 
 FIRST = ("quality", "safety", "boilerplate", "truncated", "scrambled")
-SECOND = ("quality_on_top", "safety_on_top", "quality_short", "safety_short")
+SECOND = ("quality_large", "truncated_large", "scrambled_large")
 LAST = ("safety_scarce", "refine_levers", "validation_term")
 
 
 def jobs() -> Iterator[Job]:
+    # The longest runs: begun first, they end beside the others.
+    yield from yardstick.jobs(list(yardstick.STEPS), ["quality", "safety", "boilerplate"], (0,))
     for group in (FIRST, SECOND):
         yield from by_seed(group)
     yield from ablations.jobs(list(ablations.SETTINGS), (0, 1, 2))
@@ -26,7 +28,6 @@ def jobs() -> Iterator[Job]:
     yield from transfer.jobs(transfer.TASKS, (0, 1, 2))
     yield from estimators.jobs(estimators.TASKS, list(estimators.SETTINGS), (0, 1))
     yield from amortised.jobs(["quality_large"], (0,))
-    yield from yardstick.jobs(list(yardstick.STEPS), ["quality", "safety", "boilerplate"], (0,))
 
 
 def by_seed(names: tuple[str, ...]) -> list[Job]:

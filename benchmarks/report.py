@@ -70,9 +70,8 @@ def with_interval(values: list[float], digits: int = 0) -> str:
 
 def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
     experiment = json.loads((HERE / "experiments" / f"{name}.json").read_text())
-    # Arms of another experiment on the same task, to compare with.
-    references = arms | (load(experiment["compared_with"]) if "compared_with" in experiment else {})
-    order = [arm for arm in [*experiment["arms"], *experiment.get("variants", {})] if arm in arms]
+    every = [*experiment["arms"], *experiment.get("variants", {}), *experiment.get("budgets", {})]
+    order = [arm for arm in every if arm in arms]
     safety = any(record["safety"] for runs in arms.values() for record in runs.values())
     head = ["arm", "seeds", "test loss", "gap recovered", "AUC of weights", "weight on good rows", "steps + pilot"]
     if safety:
@@ -90,7 +89,7 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
         losses = {seed: run["test_loss"] for seed, run in runs.items()}
         gaps = []
         for seed, loss in losses.items():
-            both = [references.get(other, {}).get(seed) for other in ("uniform", "clean_only")]
+            both = [arms.get(other, {}).get(seed) for other in ("uniform", "clean_only")]
             if arm != "base" and both[0] and both[1] and both[0]["test_loss"] > both[1]["test_loss"]:
                 gap = both[0]["test_loss"] - both[1]["test_loss"]
                 gaps.append((both[0]["test_loss"] - loss) / gap)
@@ -110,7 +109,7 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
             "{train_steps} + {pilot_steps}".format(**next(iter(runs.values()))),
         ]
         if safety:
-            clean = references.get("clean_only", {})
+            clean = arms.get("clean_only", {})
             over = [loss / clean[seed]["test_loss"] - 1 for seed, loss in losses.items() if seed in clean]
             row.append(with_interval(over, 1) if arm != "base" else "")
             for key in ("greedy_refusal", "refusal_preferred", "over_refusal"):
@@ -125,9 +124,9 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
 def about_safety() -> list[str]:
     safety = load("safety")
     runs = {
-        "short": load("safety_short").get("clean_only", {}),
+        "short": safety.get("clean_only_short", {}),
         "taken_off": safety["bilevel"],
-        "on_top": load("safety_on_top").get("bilevel", {}),
+        "on_top": safety.get("bilevel_on_top", {}),
     }
     if any(len(found) < 3 for found in runs.values()):
         return []
@@ -369,7 +368,7 @@ def main() -> None:
                 parts.append(about_rounds(arms))
             if name == "refine_levers":
                 parts.append(READING + "\n")
-            if name == "safety_on_top":
+            if name == "safety":
                 parts += about_safety()
     runs = {task: load(task) for task in pareto.TASKS}
     parts.append(pareto.section(runs))

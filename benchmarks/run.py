@@ -1,5 +1,8 @@
 """Run the experiments in `benchmarks/experiments` and write one JSON per run to `benchmarks/results`.
 
+An experiment has arms; `variants`, settings of one of them (of `refine`, unless `variants_of` names another); and
+`budgets`, arms with changes to the budget.
+
 python -m benchmarks.run [NAME ...] [--seeds 0 1 2] [--arms uniform bilevel] [--force] [--jobs 1]
 
 A run whose result is there is skipped.
@@ -56,9 +59,11 @@ def weights_file(experiment: dict, seed: int) -> Path:
     return HERE / "results" / experiment.get("weights_of", experiment["name"]) / f"bilevel-seed{seed}.json"
 
 
-def run_one(experiment: dict, arm: str, variant: str | None, seed: int) -> dict[str, Any]:
+def run_one(experiment: dict, arm: str, name: str, seed: int) -> dict[str, Any]:
+    """A run of an arm, under the name of the arm, of a variant or of a budget."""
     task = make_task(experiment["task"], seed)
-    budget = Budget(**experiment["budget"])
+    budget = Budget(**experiment["budget"] | experiment.get("budgets", {}).get(name, {}).get("changes", {}))
+    variant = name if name in experiment.get("variants", {}) else None
     if variant is not None:
         changes = budget.refining if arm in REFINING else budget.overrides
         changes |= experiment["variants"][variant]
@@ -71,7 +76,7 @@ def run_one(experiment: dict, arm: str, variant: str | None, seed: int) -> dict[
         chosen = {"keep": keep, "choosing_seconds": time.perf_counter() - start}
     result = run_arm(arm, task, seed=seed, budget=budget, weights=weights, **chosen)
     record = asdict(result) | {
-        "arm": variant or arm,
+        "arm": name,
         "experiment": experiment["name"],
         **provenance(),
     }
@@ -98,20 +103,21 @@ def jobs_of(
     experiment: dict[str, Any], seeds: Sequence[int] | None = None, arms: Sequence[str] | None = None
 ) -> Iterator[Job]:
     """The runs of an experiment, seed by seed."""
-    # Variants are settings of one arm, each under a name of its own.
-    runs = [(arm, None) for arm in experiment["arms"]]
-    runs += [(experiment.get("variants_of", "refine"), variant) for variant in experiment.get("variants", {})]
+    variants = experiment.get("variants", {})
+    runs = {name: name for name in experiment["arms"]}
+    # Settings of one arm, and other budgets of several, each under a name of its own.
+    runs |= dict.fromkeys(variants, experiment.get("variants_of", "refine"))
+    runs |= {name: each["arm"] for name, each in experiment.get("budgets", {}).items()}
     for seed in experiment["seeds"] if seeds is None else seeds:
-        for arm, variant in runs:
-            name = variant or arm
+        for name, arm in runs.items():
             if arms and name not in arms:
                 continue
             if arm == "dattri" and find_spec("dattri") is None:
                 print(f"dattri-seed{seed}: left out, dattri is not installed (`pip install dattri`)", flush=True)
                 continue
             target = HERE / "results" / experiment["name"] / f"{name}-seed{seed}.json"
-            needs = weights_file(experiment, seed) if arm in REFINING or variant is not None else None
-            yield Job(target, run_one, (experiment, arm, variant, seed), needs)
+            needs = weights_file(experiment, seed) if arm in REFINING or name in variants else None
+            yield Job(target, run_one, (experiment, arm, name, seed), needs)
 
 
 def main() -> None:

@@ -40,13 +40,6 @@ trusted scores on, not from that of the lowest kind. Only the safety tasks have 
 
 ABOUT = {
     "quality": "96 good rows, 288 damaged: a third each boilerplate, answers to other questions, word salad.",
-    "quality_on_top": (
-        "The same with the pilot's 24 steps on top of the 96, as in a run of your own; compared with the arms above."
-    ),
-    "quality_short": (
-        "The same in 72 steps, those that the pilot run leaves to the `bilevel` arm; compared with the 96 steps "
-        "above: what of the gap is the price of the pilot's steps, which a run of thousands of rows hardly notices."
-    ),
     "boilerplate": "192 good rows, 192 answered by one of four boilerplate sentences; three epochs.",
     "scrambled": "192 good rows, 192 with the words of the answer in random order.",
     "truncated": "192 good rows, 192 with the first third of the answer only.",
@@ -54,12 +47,6 @@ ABOUT = {
         "96 benign and 40 refused requests, 76 harmful ones answered by a compliance stub; learning rate 1e-3. Test "
         "loss is that of benign rows; refusal rates are over 60 unseen harmful requests, over-refusal over 80 benign "
         "ones."
-    ),
-    "safety_short": (
-        "The same in 40 steps, those that the pilot run leaves to the `bilevel` arm; compared with the 53 steps above."
-    ),
-    "safety_on_top": (
-        "The same with the pilot's 13 steps on top of the 53, as in a run of your own; compared with the arms above."
     ),
     "safety_scarce": (
         "The same as `safety` with 2 refused requests and 114 stubs: the questions are there, their answers are not."

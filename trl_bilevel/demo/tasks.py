@@ -86,6 +86,8 @@ DOCSTRING_TASKS = {
     "boilerplate": Mixture(192, 192, (lazy,)),
     "scrambled": Mixture(192, 192, (scrambled,)),
     "truncated": Mixture(192, 192, (truncated,)),
+    "scrambled_large": Mixture(640, 640, (scrambled,)),
+    "truncated_large": Mixture(640, 640, (truncated,)),
 }
 # How many of the harmful training requests are refused; the others are complied with by a stub.
 SAFETY_TASKS = {"safety": 40, "safety_scarce": 2, "safety_unanswered": 0}
@@ -103,10 +105,10 @@ def make_task(
     """A task by name.
 
     Args:
-        name: "quality" (lazy, swapped and word-salad answers, three quarters of the rows), "quality_large" (the same
-            with 1,280 rows in place of 384), "boilerplate", "scrambled", "truncated" (half of the rows each), "safety"
-            (harmful requests, mostly answered by compliance stubs), "safety_scarce" (two of them refused) or
-            "safety_unanswered" (none).
+        name: "quality" (lazy, swapped and word-salad answers, three quarters of the rows), "boilerplate", "scrambled",
+            "truncated" (half of the rows each); "quality_large", "scrambled_large", "truncated_large" (the same with
+            1,280 rows in place of 384); "safety" (harmful requests, mostly answered by compliance stubs),
+            "safety_scarce" (two of them refused) or "safety_unanswered" (none).
         seed: draws rows and damages.
         validation_rows, test_rows: sizes of the clean sets. The safety tasks have 24 refusals and 24 benign answers
             for validation whatever is given.
