@@ -10,13 +10,14 @@ from pathlib import Path
 
 from scipy.stats import t as student
 
-from benchmarks import pareto, scale
+from benchmarks import pareto, scale, summary
 from benchmarks.ablations import SETTINGS as ABLATIONS
 from benchmarks.estimators import SETTINGS
 from benchmarks.jobs import is_older
 from benchmarks.texts import (
     ABLATION,
     ABOUT,
+    COMPARED,
     ESTIMATORS,
     INTRODUCTION,
     OLDER,
@@ -45,9 +46,11 @@ def load(name: str, folder: str = "") -> dict[str, dict[int, dict]]:
     return arms
 
 
-def older(records: Iterable[dict]) -> str:
-    """A mark if any of the results has weights that the defaults do not give any more."""
-    return " †" if any(map(is_older, records)) else ""
+def marks(records: Iterable[dict]) -> str:
+    """† if any of the results has weights that the defaults do not give any more, ‡ if any was made on a CPU."""
+    found = list(records)
+    on_cpu = any("gpu" not in record.get("machine", {}) for record in found)
+    return (" †" if any(map(is_older, found)) else "") + (" ‡" if on_cpu else "")
 
 
 def mean(values: list[float], digits: int = 3) -> str:
@@ -87,12 +90,7 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
     for arm in order:
         runs = dict(sorted(arms[arm].items()))
         losses = {seed: run["test_loss"] for seed, run in runs.items()}
-        gaps = []
-        for seed, loss in losses.items():
-            both = [arms.get(other, {}).get(seed) for other in ("uniform", "clean_only")]
-            if arm != "base" and both[0] and both[1] and both[0]["test_loss"] > both[1]["test_loss"]:
-                gap = both[0]["test_loss"] - both[1]["test_loss"]
-                gaps.append((both[0]["test_loss"] - loss) / gap)
+        gaps = [] if arm == "base" else list(summary.recovered(arms, arm).values())
         auc = ""
         found = [run.get("auc") or run.get("influence_auc") for run in runs.values()]
         if found[0]:
@@ -100,7 +98,7 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
             auc = "; ".join(f"{kind} {per_seed([one[kind] for one in found], '.3f')}" for kind in kinds)
         share = [run["good_share"] for run in runs.values() if run.get("good_share") is not None]
         row = [
-            arm.replace("_", " ") + older(runs.values()),
+            arm.replace("_", " ") + marks(runs.values()),
             ", ".join(map(str, runs)),
             mean(list(losses.values())),
             with_interval(gaps),
@@ -165,7 +163,7 @@ def amortised() -> list[str]:
             lines.append(f"| {depth:.0%} of the layers | " + " | ".join(cells) + " |")
         parts.append(
             "## Weights of rows that were not scored\n\n"
-            f"Task {record['task']}{older([record])}, seed {record['seed']}: AUC, and share of weight on good rows, "
+            f"Task {record['task']}{marks([record])}, seed {record['seed']}: AUC, and share of weight on good rows, "
             f"of weights predicted for the other rows of the {record['rows']:,} (mean of 4 draws). Scored themselves, "
             f"all rows have {record['auc_scored']['all']:.3f}, "
             f"{record['good_share_scored']:.0%}. The default reads features after {DEPTH:.0%} of the layers, and "
@@ -266,7 +264,7 @@ def estimators() -> list[str]:
     for r in sorted(records, key=lambda r: (r["task"], r["seed"], order.index(r["setting"]))):
         auc = "; ".join(f"{kind} {value:.3f}" for kind, value in r["auc"].items())
         share = f"{r['good_share']:.0%} | {r['ess_good']:.0%}"
-        lines.append(f"| {r['task']} | {r['seed']} | {r['setting']}{older([r])} | {auc} | {share} |")
+        lines.append(f"| {r['task']} | {r['seed']} | {r['setting']}{marks([r])} | {auc} | {share} |")
     return [ESTIMATORS.format(table="\n".join(lines))]
 
 
@@ -279,7 +277,7 @@ def ablations() -> list[str]:
             worst = [min(value for kind, value in r["auc"].items() if kind != "all") for r in runs]
             aucs = " / ".join(f"{r['auc']['all']:.3f} ({low:.3f})" for r, low in zip(runs, worst, strict=True))
             shares = " / ".join(f"{r['good_share']:.0%}" for r in runs)
-            lines.append(f"| {setting}{older(runs)} | {', '.join(str(r['seed']) for r in runs)} | {aucs} | {shares} |")
+            lines.append(f"| {setting}{marks(runs)} | {', '.join(str(r['seed']) for r in runs)} | {aucs} | {shares} |")
     return [ABLATION.format(table="\n".join(lines))] if lines else []
 
 
@@ -295,7 +293,7 @@ def transfer() -> list[str]:
         shares = [f"{(uniform['test_loss'] - run['test_loss']) / gap:.0%}" for run in (record, own)]
         aucs = [f"{run['auc']['all']:.3f}" for run in (record, own)]
         lines.append(
-            f"| {record['task']}{older([record, own])} | {seed} | {aucs[0]} | {shares[0]} | {aucs[1]} | {shares[1]} |"
+            f"| {record['task']}{marks([record, own])} | {seed} | {aucs[0]} | {shares[0]} | {aucs[1]} | {shares[1]} |"
         )
     return [TRANSFER.format(table="\n".join(lines))] if lines else []
 
@@ -359,6 +357,9 @@ def about_machines(records: list[dict]) -> str:
 def main() -> None:
     records = all_records()
     parts = [INTRODUCTION, *([OLDER] if any(map(is_older, records)) else [])]
+    chosen = {task: load(task) for task in summary.TASKS}
+    parts.append(summary.section(chosen, COMPARED))
+    summary.plot(chosen)
     for name, about in ABOUT.items():
         arms = load(name)
         if arms:

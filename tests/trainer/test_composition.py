@@ -116,7 +116,7 @@ def test_early_stopping_and_the_best_model(build, tmp_path):
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
-        "learning_rate": 20.0,
+        "learning_rate": 5.0,
         "lr_scheduler_type": "constant",
         "max_steps": 8,
     }
