@@ -67,8 +67,8 @@ def found(runs: Runs, task: str, name: str) -> dict[int, tuple[dict, bool]]:
     return dict(sorted(out.items()))
 
 
-def section(runs: Runs) -> str:
-    """The table; `runs` by task, arm and seed."""
+def table(runs: Runs) -> str:
+    """Estimators by task; `runs` by task, arm and seed."""
     head = ["estimator", "FLOPs", *(f"{task}" for task in TASKS), "quality, worst kind"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, (_, _, setting) in ESTIMATORS.items():
@@ -78,7 +78,12 @@ def section(runs: Runs) -> str:
             values = [(auc(run)[kind], whole) for run, whole in found(runs, task, name).values()]
             cells.append(" / ".join(f"{value:.3f}" if whole else f"({value:.3f})" for value, whole in values))
         lines.append("| " + " | ".join(cells) + " |")
-    return TEXT.format(at=AT, table="\n".join(lines))
+    return "\n".join(lines)
+
+
+def section(runs: Runs) -> str:
+    """The table with what it shows."""
+    return TEXT.format(at=AT, table=table(runs))
 
 
 def plots(runs: Runs) -> None:

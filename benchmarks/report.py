@@ -354,6 +354,28 @@ def about_machines(records: list[dict]) -> str:
     )
 
 
+def with_table(page: str, name: str, content: str) -> str:
+    """A page with a table between the two comments that mark its place.
+
+    Raises:
+        ValueError: if the page has no such place.
+    """
+    begin, end = f"<!-- {name}: made by python -m benchmarks.report -->\n\n", f"\n\n<!-- end of {name} -->"
+    before, found, rest = page.partition(begin)
+    _, also, after = rest.partition(end)
+    if not (found and also):
+        raise ValueError(f"No place for the table {name!r}: {begin.strip()} ... {end.strip()}")
+    return before + begin + content + end + after
+
+
+def quoted_tables() -> dict[Path, tuple[str, str]]:
+    """Tables that other pages quote: by page, their name and their lines."""
+    return {
+        HERE.parent / "README.md": ("headline", summary.headline({task: load(task) for task in summary.HEADLINE})),
+        DOCS / "estimators.md": ("estimators", pareto.table({task: load(task) for task in pareto.TASKS})),
+    }
+
+
 def main() -> None:
     records = all_records()
     parts = [INTRODUCTION, *([OLDER] if any(map(is_older, records)) else [])]
@@ -393,7 +415,9 @@ def main() -> None:
     parts += same_on_cpu()
     parts.append(about_machines(records))
     (DOCS / "results.md").write_text("\n".join(parts))
-    print(f"Wrote {DOCS / 'results.md'}.")
+    for page, (name, content) in quoted_tables().items():
+        page.write_text(with_table(page.read_text(), name, content))
+    print(f"Wrote {DOCS / 'results.md'} and the tables that other pages quote.")
 
 
 if __name__ == "__main__":

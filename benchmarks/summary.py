@@ -25,6 +25,16 @@ ARMS = (
 # Of the plot: arms that a user can choose between, and a floor under what is far worse than no choice.
 PLOTTED = ("bilevel_on_top", "bilevel", "dattri", "perplexity", "seal", "loss", "seal_two_stage", "random_subset")
 FLOOR = -1.0
+# What README says of each task.
+HEADLINE = {
+    "quality": "quality: 3/4 of the answers lazy, swapped or word salad",
+    "boilerplate": "boilerplate: half of the answers are one of four sentences",
+    "truncated": "truncated: half of the answers stop after a third",
+    "scrambled": "scrambled: half of the answers have their words shuffled",
+    "safety": "safety: 2/3 of harmful requests complied with; loss of benign rows",
+    "truncated_large": "truncated, 1,280 rows",
+    "scrambled_large": "scrambled, 1,280 rows",
+}
 Runs = Mapping[str, Mapping[int, dict]]
 
 TEXT = """## At a glance
@@ -55,6 +65,28 @@ def recovered(arms: Runs, arm: str) -> dict[int, float]:
             gap = ends[0]["test_loss"] - ends[1]["test_loss"]
             found[seed] = (ends[0]["test_loss"] - run["test_loss"]) / gap
     return found
+
+
+def headline(runs: Mapping[str, Runs]) -> str:
+    """README's table: losses and gap as in a run of one's own, and with the pilot's steps taken off."""
+    head = ["task", "uniform mixing", "bilevel", "clean only (oracle)", "gap recovered, per seed"]
+    head += ["the same, pilot's steps taken off", "AUC of weights, per seed"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for task, about in HEADLINE.items():
+        arms = runs[task]
+        own = "bilevel_on_top" if "bilevel_on_top" in arms else "bilevel"
+        losses = [
+            statistics.mean(run["test_loss"] for run in arms[arm].values()) for arm in ("uniform", own, "clean_only")
+        ]
+        # Where only the run with the pilot's steps taken off was made, its loss is shown.
+        shares = [recovered(arms, arm).values() if arm in arms else () for arm in ("bilevel_on_top", "bilevel")]
+        aucs = [run["auc"]["all"] for _, run in sorted(arms["bilevel"].items())]
+        cells = [about, *(f"{loss:.3f}" for loss in losses)]
+        cells[2] = f"**{cells[2]}**"
+        cells += [" / ".join(f"{share:.0%}" for share in each) for each in shares]
+        cells.append(" / ".join(f"{auc:.3f}" for auc in aucs))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def section(runs: Mapping[str, Runs], reading: str) -> str:
