@@ -14,7 +14,7 @@ from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import experiments, jobs_of
 
 FIRST = ("quality", "safety", "boilerplate", "truncated", "scrambled")
-SECOND = ("quality_large", "truncated_large", "scrambled_large")
+SECOND = ("quality_large", "truncated_large", "scrambled_large", "quality_tenth", "quality_undamaged")
 LAST = ("safety_scarce", "refine_levers", "validation_term")
 
 
