@@ -14,7 +14,7 @@ from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import experiments, jobs_of
 
 FIRST = ("quality", "safety", "boilerplate", "truncated", "scrambled")
-SECOND = ("quality_large", "truncated_large", "scrambled_large", "quality_tenth", "quality_undamaged")
+SECOND = ("quality_large", "truncated_large", "scrambled_large", "quality_undamaged")
 LAST = ("safety_scarce", "refine_levers", "validation_term")
 
 
@@ -27,6 +27,7 @@ def jobs() -> Iterator[Job]:
     yield from by_seed(LAST)
     yield from transfer.jobs(transfer.TASKS, (0, 1, 2))
     yield from estimators.jobs(estimators.TASKS, list(estimators.SETTINGS), (0, 1))
+    yield from estimators.jobs([estimators.PRESET_TASK], list(estimators.PRESETS), (0, 1, 2))
     yield from amortised.jobs(["quality_large"], (0,))
 
 

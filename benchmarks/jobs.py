@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_jobs(jobs: Iterable[Job], options: argparse.Namespace) -> None:
-    """Run what has no result yet, in the order given as far as `needs` allows; a failed run does not end the others.
+    """Run what has no result yet, in the order given as far as `needs` allows; an error in a run ends no other.
 
     Raises:
         SystemExit: at the end, if a run failed.

@@ -49,10 +49,16 @@ def provenance() -> dict[str, Any]:
     return {"method": METHOD, "versions": versions(), "machine": machine()}
 
 
-def known_weights(experiment: dict, seed: int) -> list[float] | None:
-    """Weights that the `bilevel` arm of the same task and budget has learned; None if it has not run."""
+def known_weights(experiment: dict, seed: int) -> dict[str, Any]:
+    """Result of the `bilevel` arm of the same task and budget, whose weights are taken.
+
+    Raises:
+        FileNotFoundError: if that arm has not run: another run's weights would be others.
+    """
     file = weights_file(experiment, seed)
-    return json.loads(file.read_text())["weights"] if file.exists() else None
+    if not file.exists():
+        raise FileNotFoundError(f"{file.name} of {file.parent.name} comes first: its weights are needed.")
+    return json.loads(file.read_text())
 
 
 def weights_file(experiment: dict, seed: int) -> Path:
@@ -68,18 +74,20 @@ def run_one(experiment: dict, arm: str, name: str, seed: int) -> dict[str, Any]:
         changes = budget.refining if arm in REFINING else budget.overrides
         changes |= experiment["variants"][variant]
     reuses = arm in REFINING or (variant is not None and "weights_of" in experiment)
-    weights = known_weights(experiment, seed) if reuses else None
+    known = known_weights(experiment, seed) if reuses else {}
     chosen: dict[str, Any] = {}
     if arm == "dattri":
         start = time.perf_counter()
         keep, influence = influential_rows(task, seed=seed, budget=budget, count=sum(task.good))
         chosen = {"keep": keep, "choosing_seconds": time.perf_counter() - start}
-    result = run_arm(arm, task, seed=seed, budget=budget, weights=weights, **chosen)
+    result = run_arm(arm, task, seed=seed, budget=budget, weights=known.get("weights"), **chosen)
     record = asdict(result) | {
         "arm": name,
         "experiment": experiment["name"],
         **provenance(),
     }
+    # Weights that were taken are as old as the run that learned them.
+    record["method"] = known.get("method", 1) if known else METHOD
     record["history"] = [entry for entry in result.history if "loss" in entry]
     if result.weights is not None:
         kinds = task.train["kind"]

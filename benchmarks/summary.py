@@ -74,6 +74,8 @@ def headline(runs: Mapping[str, Runs]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for task, about in HEADLINE.items():
         arms = runs[task]
+        if not {"uniform", "clean_only", "bilevel"} <= arms.keys():
+            continue
         own = "bilevel_on_top" if "bilevel_on_top" in arms else "bilevel"
         losses = [
             statistics.mean(run["test_loss"] for run in arms[arm].values()) for arm in ("uniform", own, "clean_only")

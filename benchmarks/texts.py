@@ -47,7 +47,6 @@ ABOUT = {
         "As quality, 320 good rows and 960 damaged. There is no gap to recover: clean data alone are the same 320 "
         "rows eight times over, and end above uniform mixing of four times as many; weighted rows end below both."
     ),
-    "quality_tenth": "As quality, but only a tenth of the 384 rows is damaged.",
     "quality_undamaged": "As quality, without damage: what selection costs where there is nothing to select.",
     "truncated_large": "As truncated, 640 rows of each: the pilot takes 24 of 320 steps.",
     "scrambled_large": "As scrambled, 640 rows of each: the pilot takes 24 of 320 steps.",

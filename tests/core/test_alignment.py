@@ -187,6 +187,30 @@ def test_tokens_that_cannot_be_told_apart_are_refused():
     torch.testing.assert_close(sink.products, sink.products[:1].expand(3))
 
 
+def test_gradients_that_come_by_another_way_are_refused():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.borrowed, self.idle = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            return self.called(x) + nn.functional.linear(x, self.borrowed.weight)
+
+    net = Odd()
+    taps = GradientTaps(net)
+    random_direction(taps)
+    message = "'borrowed' have a gradient, but the layer was not called.*'lookahead'"
+    with pytest.raises(ValueError, match=message), taps.watch(3):
+        net(torch.ones(3, 2, 4)).sum().backward()
+    net.zero_grad()
+    net.borrowed.requires_grad_(False)
+    taps = GradientTaps(net)
+    random_direction(taps)
+    for _ in range(2):
+        with taps.watch(3):
+            net(torch.ones(3, 2, 4)).sum().backward()
+
+
 def test_packed_segments_equal_separate_rows(tiny_model):
     model = tiny_model()
     taps = GradientTaps(model, untappable_layers(model))

@@ -24,11 +24,18 @@ ONLINE = {
 }
 
 
+# LoRA with more than matrices of one rank.
+ADAPTERS = {
+    "lora_biased": {"lora_bias": True},
+    "lora_patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 2, "up_proj": 7}, "alpha_pattern": {"v_proj": 3}},
+}
+
+
 @pytest.fixture
 def build(tiny_model, config, train_rows, validation_rows, tokenizer, tmp_path):
     def make(kind="lora", train=train_rows, model=None, fresh=False, **overrides):
         # A fresh adapter has `lora_B = 0`, and so no gradient of `lora_A`.
-        adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=fresh)
+        adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=fresh, **ADAPTERS.get(kind, {}))
         extra = {} if kind == "full" else {"peft_config": adapter}
         if kind.startswith("nf4"):
             pytest.importorskip("bitsandbytes")
@@ -123,6 +130,16 @@ SETTINGS = {
     },
     "nf4": {"kind": "nf4"},
     "nf4_accumulated": {"kind": "nf4", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    **{
+        f"nf4_{'reentrant' if reentrant else 'non_reentrant'}": {
+            "kind": "nf4",
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+        }
+        for reentrant in (True, False)
+    },
+    "lora_biased": {"kind": "lora_biased"},
+    "lora_patterns": {"kind": "lora_patterns"},
 }
 
 

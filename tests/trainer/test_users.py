@@ -151,6 +151,13 @@ def test_dora_with_alignment(refused, build):
         build(weight_estimator="alignment", peft_config=adapter)
 
 
+@pytest.mark.bad_input(SUPPORT, "LoRA on bare parameters (`target_parameters`), with `weight_estimator='alignment'`")
+def test_target_parameters_with_alignment(refused, build):
+    adapter = LoraConfig(target_modules=[], target_parameters=["q_proj.weight", "v_proj.weight"])
+    with refused("does not support LoRA with `target_parameters`"):
+        build(weight_estimator="alignment", peft_config=adapter)
+
+
 @pytest.mark.bad_input(SUPPORT, "trainable parameters in float16")
 def test_full_fine_tuning_in_fp16(refused, config, tiny_model, train_rows, validation_rows, tokenizer):
     with refused(r"trainable parameters are float16.*bfloat16"):

@@ -29,8 +29,8 @@ class AlignmentEstimator(Estimator):
     embeddings. Left out of direction and score are norm weights, the LM head, tied embeddings, and other layers'
     parameters (`estimator.taps.left_out` names them).
 
-    Less reliable than a difference of losses: on the real model its weights had an AUC of .71 where the tracker's had
-    .92 (quality task, one seed: docs/results.md).
+    Less reliable than a difference of losses: on the real model its weights had an AUC of .74 / .72 / .80 where the
+    tracker's had .93 / .94 / .95 (quality task, three seeds: docs/results.md).
 
     Cost: a thin product per adapter matrix with LoRA; for full fine-tuning one product per layer as large as its
     forward; `draws` validation batches, forward and backward, per refresh.

@@ -34,6 +34,7 @@ class RowSink:
             backward multiplied it with.
         square_norms (`Tensor` float32 `[rows]`, *optional*): `|c_i grad L_i|^2` over the tapped parameters.
         factors (`Tensor` float32 `[rows]`, *optional*): `c_i n_i`, `n_i` the row's scored tokens; see `attach`.
+        called (`set[str]`): names of the tapped layers that took part.
     """
 
     def __init__(self, rows: int, device: torch.device, segments: Tensor | None = None, norms: bool = False):
@@ -42,6 +43,7 @@ class RowSink:
         self.products = torch.zeros(rows, device=device)
         self.square_norms = torch.zeros(rows, device=device) if norms else None
         self.factors: Tensor | None = None
+        self.called: set[str] = set()
         self._seen: set[int] = set()
 
     def attach(self, log_probs: Tensor, scored: Tensor) -> None:
@@ -189,7 +191,8 @@ class GradientTaps:
         direction (`list[Tensor]`, *optional*): float32 `U`, one tensor per parameter.
 
     Raises:
-        ValueError: if no trainable parameter can be tapped.
+        ValueError: if no trainable parameter can be tapped; after the first backward, if one has a gradient though its
+            layer was not called.
     """
 
     def __init__(self, model: nn.Module, skip: Iterable[nn.Module] = ()):
@@ -223,6 +226,7 @@ class GradientTaps:
                 if place.weight is not None or place.bias is not None:
                     self.places.append(place)
         self.direction: list[Tensor] | None = None
+        self._checked = False
 
     @contextmanager
     def watch(self, rows: int, *, segments: Tensor | None = None, norms: bool = False) -> Iterator[RowSink]:
@@ -238,6 +242,7 @@ class GradientTaps:
         if norms and segments is not None:
             raise ValueError("`norms` of packed segments are not supported: give one row per sequence.")
         sink = RowSink(rows, self.parameters[0].device, segments, norms)
+        unchecked = not self._checked and all(parameter.grad is None for parameter in self.parameters)
         handles = [
             place.layer.register_forward_hook(self._hook(place, sink, self.direction), with_kwargs=True)
             for place in self.places
@@ -248,6 +253,20 @@ class GradientTaps:
         finally:
             for handle in handles:
                 handle.remove()
+        if unchecked:
+            self._checked = True
+            self._check_called(sink)
+
+    def _check_called(self, sink: RowSink) -> None:
+        """Once, after a backward: refuse a gradient that came by another way than a call of its layer."""
+        for place in self.places:
+            own = [self.parameters[i] for i in (place.weight, place.bias) if i is not None]
+            if place.name not in sink.called and any(p.grad is not None and bool(p.grad.any()) for p in own):
+                raise ValueError(
+                    f"The parameters of {place.name!r} have a gradient, but the layer was not called: the model uses "
+                    "them in another way, and the rows' gradients cannot be read off it. Use "
+                    "`weight_estimator='lookahead'` or 'value_function'."
+                )
 
     @staticmethod
     def _hook(place: Place, sink: RowSink, direction: list[Tensor]) -> Any:
@@ -255,6 +274,7 @@ class GradientTaps:
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return None
             place.check_rows(sink, output)
+            sink.called.add(place.name)
             inputs = args[0] if args else kwargs["input"]
             # A bias needs no input; nothing is kept for it.
             kept = inputs.detach() if place.weight is not None else output.new_empty(0)

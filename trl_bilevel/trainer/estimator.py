@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..estimators import (
     ESTIMATORS,
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of LoRA: matrices that are multiplied without a call of their layers, compressed or sampled on the way, or that see
+# some tokens only.
+UNREADABLE_SETTINGS = (
+    "target_parameters",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "use_bdlora",
+    "alora_invocation_tokens",
+)
 # Validation steps of a look-ahead that is taken again and again during training.
 ONLINE_LOOKAHEAD = 4
 
@@ -62,6 +72,17 @@ def make_estimator(args: BilevelSFTConfig, host: EstimatorHost, lookahead_steps:
     return ESTIMATORS[args.weight_estimator](host)
 
 
+def unreadable_adapter(model: Any) -> str | None:
+    """What the adapter is, if its linear layers see other inputs than the rows', or none at all."""
+    if any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
+        return "DoRA (`use_dora=True`)"
+    for config in getattr(model, "peft_config", {}).values():
+        for setting in UNREADABLE_SETTINGS:
+            if getattr(config, setting, None):
+                return f"LoRA with `{setting}`"
+    return None
+
+
 def check_alignment(trainer: BilevelSFTTrainer) -> None:
     """Refuse models whose rows' gradients cannot be read off the backward."""
     if trainer.aux_loss_enabled:
@@ -74,10 +95,11 @@ def check_alignment(trainer: BilevelSFTTrainer) -> None:
             "`weight_estimator='alignment'` does not support `torch_compile=True`: it reads the backward of single "
             "layers. Unset it, or use 'value_function' or 'lookahead'."
         )
-    if any("lora_magnitude_vector" in name for name, _ in trainer.model.named_parameters()):
+    kind = unreadable_adapter(trainer.model)
+    if kind is not None:
         raise ValueError(
-            "`weight_estimator='alignment'` does not support DoRA (`use_dora=True`): its layers see other inputs than "
-            "the rows. Use plain LoRA, or 'value_function' or 'lookahead'."
+            f"`weight_estimator='alignment'` does not support {kind}: the gradients of its matrices cannot be read "
+            "off their layers. Use plain LoRA, or 'value_function' or 'lookahead'."
         )
     taps = GradientTaps(trainer.model, untappable_layers(trainer.model))
     if taps.left_out:
