@@ -321,7 +321,7 @@ def test_presets_set_what_they_say(config):
         assert (preset.weight_estimator, preset.selector_update, preset.selector_betas) == (
             "loss",
             "adam",
-            (0.9, 0.95),
+            [0.9, 0.95],
         )
 
 

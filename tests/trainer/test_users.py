@@ -4,9 +4,11 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
+from transformers import HfArgumentParser
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tests.errors_table import CHECKPOINTS, DATA, REFINE_DATA, SUPPORT, bad_input
-from trl_bilevel import BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 
 
 @pytest.fixture
@@ -206,3 +208,127 @@ def test_several_eval_sets_for_rounds(refused, tiny_model, train_rows, validatio
             {"a": validation_rows},
             processing_class=tokenizer,
         )
+
+
+@pytest.mark.bad_input(DATA, "a column `sample_lengths`")
+def test_a_column_of_lengths_is_not_taken_for_ours(refused, build, train_rows):
+    """It would say where packed rows end."""
+    with refused(r"has the column\(s\) \['sample_lengths'\]"):
+        build(train=train_rows.add_column("sample_lengths", [[3]] * 40), padding_free=True, max_length=None)
+
+
+def test_plain_runs_take_columns_of_any_name(build, train_rows):
+    named = train_rows.add_column("sample_id", list(range(40)))
+    build(train=named, weight_estimator="none", max_steps=1).train()
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_format_of_the_rows_does_not_matter(format, packing, build, train_rows):
+    def weights(rows, trusted):
+        with pytest.warns(UserWarning, match="20 of 20 rows .* are also training rows"):
+            trainer = build(rows, trusted, packing=packing, max_length=64, max_steps=2, pilot_scored_rows=0)
+        trainer.train()
+        return trainer.sample_weights()
+
+    overlapping = train_rows.select(range(20))
+    plain = weights(train_rows, overlapping)
+    torch.testing.assert_close(weights(train_rows.with_format(format), overlapping.with_format(format)), plain)
+
+
+def test_the_best_rows_are_rows_with_a_weight(build, rows):
+    short = Dataset.from_list([*rows[:30], *({"prompt": "long " * 200, "completion": "x"} for _ in range(10))])
+    trainer = build(short, max_length=64)
+    assert int(trainer.sample_weights().isnan().sum()) == 10
+    best = trainer.weighted_dataset(36)
+    assert len(best) == 30 and None not in best["data_weight"][:]
+
+
+@pytest.mark.bad_input(DATA, "fixed weights of 0 for all rows that preparation keeps")
+def test_no_kept_row_with_weight(refused, build, rows):
+    data = [*(row | {"data_weight": 0.0} for row in rows[:10])]
+    data.append({"prompt": "long " * 200, "completion": "x", "data_weight": 1.0})
+    with refused("is 0 for all 10 rows that preparation has kept"):
+        build(Dataset.from_list(data), weight_estimator="none", validation_loss_weight=0.0, max_length=64)
+
+
+@pytest.mark.bad_input(DATA, "rows none of which has a token to learn from")
+def test_no_row_is_kept(refused, build, rows):
+    long = Dataset.from_list([{"prompt": "long " * 200, "completion": "x"}] * 10)
+    with refused("None of the 10 rows.*max_length=64"):
+        build(long, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("which", "column", "value"),
+    [
+        bad_input(DATA, "a training row without an answer", "train", "completion", None),
+        bad_input(DATA, "a trusted row without a question", "validation", "prompt", None),
+        bad_input(DATA, "a conversation without a turn", "train", "messages", []),
+    ],
+)
+def test_missing_texts(refused, build, rows, which, column, value):
+    def chat(row):
+        turns = (("user", row["prompt"]), ("assistant", row["completion"]))
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+    sets = [rows[:40], rows[40:60]]
+    if column == "messages":
+        sets = [[chat(row) for row in each] for each in sets]
+    sets[which == "validation"][3] = sets[which == "validation"][3] | {column: value}
+    with refused(rf"`{column}` of `{which}.* 1 of .* rows: \[3\].*filter"):
+        build(*(Dataset.from_list(each) for each in sets))
+
+
+@pytest.mark.parametrize("setting", [{}, {"selector_update": "sparse_centred", "validation_loss_weight": 0.5}])
+def test_a_collator_may_need_other_columns(setting, config, tiny_model, tokenizer, train_rows, validation_rows):
+    class Measured(DataCollatorForLanguageModeling):
+        def __call__(self, examples):
+            assert all(row["length"] > 0 for row in examples)
+            return super().__call__(examples)
+
+    def measured(rows):
+        return rows.map(lambda row: {"length": len(row["prompt"])})
+
+    trainer = BilevelSFTTrainer(
+        tiny_model(),
+        config(remove_unused_columns=False, pilot_steps=2, max_steps=2, selector_warmup_steps=0, **setting),
+        data_collator=Measured(pad_token_id=0),
+        train_dataset=measured(train_rows),
+        validation_dataset=measured(validation_rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.row_losses(measured(validation_rows)).isfinite().all()
+
+
+def test_batches_of_the_pilot_shrink_with_those_of_training(build):
+    """Out of memory with more than four rows that need a gradient."""
+    trainer = build(auto_find_batch_size=True, pilot_batch_size=8, max_steps=2)
+    forward = trainer.model.forward
+
+    def limited(*args, **kwargs):
+        if torch.is_grad_enabled() and len(kwargs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = limited
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.selection.calibrated
+
+
+@pytest.mark.parametrize("given", [["0.9", "0.95"], None])
+def test_betas_by_command_line_and_by_hand(given, tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    if given:
+        words += ["--selector_betas", *given]
+    (args,) = HfArgumentParser(BilevelSFTConfig).parse_args_into_dataclasses(words)
+    assert args.selector_betas == ([0.9, 0.95] if given else [0.9, 0.999])
+
+
+def test_betas_that_are_those_of_a_preset_are_no_contradiction(config, caplog):
+    for betas in ((0.9, 0.95), [0.9, 0.95]):
+        assert config(selector_preset="seal", selector_betas=betas).selector_betas == [0.9, 0.95]
+    assert "selector_betas" not in caplog.text
+    with pytest.raises(ValueError, match="two numbers"):
+        config(selector_betas=[0.9])

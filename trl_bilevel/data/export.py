@@ -24,7 +24,7 @@ def weighted_dataset(rows: Dataset, weights: Tensor, top_k: int | None = None) -
     Args:
         rows (`Dataset`): the caller's rows.
         weights (`Tensor` float32 `[len(rows)]`).
-        top_k (`int`, *optional*): keep the rows of rank below `top_k` only.
+        top_k (`int`, *optional*): keep the rows of rank below `top_k` only; never rows without a weight.
 
     Raises:
         ValueError: if `top_k` is not between 1 and the number of rows.
@@ -35,4 +35,6 @@ def weighted_dataset(rows: Dataset, weights: Tensor, top_k: int | None = None) -
     out = rows.add_column(SAMPLE_ID, list(range(len(rows))))
     values = [None if weight != weight else weight for weight in weights.tolist()]
     out = out.add_column(DATA_WEIGHT, values, feature=Value("float32")).add_column(DATA_RANK, ranks.tolist())
-    return out if top_k is None else out.select((ranks < top_k).nonzero().squeeze(1).tolist())
+    if top_k is None:
+        return out
+    return out.select(((ranks < top_k) & ~torch.isnan(weights)).nonzero().squeeze(1).tolist())

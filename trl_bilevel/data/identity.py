@@ -17,7 +17,7 @@ SAMPLE_LENGTHS = "sample_lengths"
 SEGMENTS = "segments"
 DATA_WEIGHT = "data_weight"
 DATA_RANK = "data_rank"
-RESERVED_COLUMNS = (SAMPLE_ID, DATA_WEIGHT, DATA_RANK)
+RESERVED_COLUMNS = (SAMPLE_ID, DATA_WEIGHT, DATA_RANK, SAMPLE_LENGTHS)
 
 # Marks validation rows in a concatenated batch: they have no sample weight.
 VALIDATION_ID = -1
@@ -27,7 +27,7 @@ def add_sample_ids(dataset: Dataset) -> Dataset:
     """The dataset with a `sample_id` column: the row number, 0 to `len(dataset) - 1`.
 
     Raises:
-        ValueError: if the dataset has a column of one of our names (`sample_id`, `data_weight`, `data_rank`).
+        ValueError: if the dataset has a column of one of our names (`RESERVED_COLUMNS`).
     """
     taken = [name for name in RESERVED_COLUMNS if name in dataset.column_names]
     if taken:
@@ -68,9 +68,9 @@ class SampleIdCollator:
         batch = self.collator([{k: v for k, v in feature.items() if k not in own} for feature in features])
         ids = [feature[SAMPLE_ID] for feature in features]
         if self.merges:
-            lengths = [feature.get(SAMPLE_LENGTHS, [len(feature["input_ids"])]) for feature in features]
+            lengths = [_plain(feature.get(SAMPLE_LENGTHS, [len(feature["input_ids"])])) for feature in features]
             batch[SEGMENTS] = _segments(lengths, batch["input_ids"].shape)
-            ids = [number for row in ids for number in (row if isinstance(row, list) else [row])]
+            ids = [number for row in map(_plain, ids) for number in (row if isinstance(row, list) else [row])]
         elif len(batch["input_ids"]) != len(ids):
             raise ValueError(
                 f"The data collator {type(self.collator).__name__} turned {len(ids)} rows into "
@@ -78,6 +78,11 @@ class SampleIdCollator:
             )
         batch[SAMPLE_ID] = torch.tensor(ids, dtype=torch.int64)
         return batch
+
+
+def _plain(value: Any) -> Any:
+    """A list or a number of a row, whatever format its dataset gives."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _segments(lengths: list[list[int]], shape: torch.Size) -> torch.Tensor:
@@ -98,7 +103,7 @@ def fingerprint(dataset: Dataset, rows: int = 1024) -> str:
     count = len(dataset)
     digest = hashlib.sha256(str(count).encode())
     step = max(1, -(-count // rows))
-    for row in dataset.select(range(0, count, step)):
+    for row in dataset.with_format(None).select(range(0, count, step)):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 
@@ -106,6 +111,7 @@ def fingerprint(dataset: Dataset, rows: int = 1024) -> str:
 def count_overlap(train: Dataset, validation: Dataset, batch_size: int = 1000) -> int:
     """Number of rows of `validation` whose token sequence also occurs in `train` (both prepared)."""
     wanted: dict[bytes, int] = {}
+    train, validation = train.with_format(None), validation.with_format(None)
     for ids in validation["input_ids"]:
         key = _key(ids)
         wanted[key] = wanted.get(key, 0) + 1

@@ -25,7 +25,8 @@ def content_order(dataset: Dataset, seed: int, batch_size: int = 1000) -> Tensor
     """
     keys: list[tuple[bytes, int]] = []
     salt = str(seed).encode()
-    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=batch_size):
+    tokens = dataset.select_columns(["input_ids", "labels"]).with_format(None)
+    for batch in tokens.iter(batch_size=batch_size):
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             digest = hashlib.blake2b(repr((ids, labels)).encode(), digest_size=16, key=salt).digest()
             keys.append((digest, len(keys)))

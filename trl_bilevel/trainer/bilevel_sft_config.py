@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,7 +21,8 @@ MIN_SCORED_ROWS = 16
 UPDATES = ("calibrated", "sparse_centred", "adam")
 DIRECTIONS = ("preconditioned", "gradient", "displacement")
 
-# What each preset sets; an explicit argument that contradicts one is overridden, and the config says so.
+# What each preset sets; an argument that contradicts one is overridden, and the config says so, unless the argument is
+# the default: a dataclass cannot tell that from nothing given.
 PRESETS: dict[str, dict[str, Any]] = {
     "reliable": {"pilot_scored_rows": 0, "validation_every": 1},
     "balanced": {"pilot_scored_rows": 512, "validation_every": 4},
@@ -29,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_estimator": "loss",
         "selector_update": "adam",
         "selector_learning_rate": 1e-4,
-        "selector_betas": (0.9, 0.95),
+        "selector_betas": [0.9, 0.95],
         "selector_entropy_coef": 0.0,
         "selector_warmup_steps": 0,
         "validation_every": 1,
@@ -38,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_estimator": "loss",
         "selector_update": "adam",
         "selector_learning_rate": 5e-3,
-        "selector_betas": (0.9, 0.95),
+        "selector_betas": [0.9, 0.95],
         "selector_entropy_coef": 0.0,
         "selector_warmup_steps": 0,
         "validation_every": 1,
@@ -104,8 +106,8 @@ class BilevelSFTConfig(SFTConfig):
             Step size of the logits for `"sparse_centred"` and `"adam"`.
         selector_entropy_coef (`float`, *optional*, defaults to `0.02`):
             Strength of the pull towards uniform weights for `"sparse_centred"` and `"adam"`.
-        selector_betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Moment decays for `"adam"`.
+        selector_betas (`list[float]`, *optional*, defaults to `[0.9, 0.999]`):
+            Two moment decays in [0, 1) for `"adam"`.
         selector_granularity (`str`, *optional*, defaults to `"sample"`):
             `"sample"`: a weight per row; `"group"`: one per value of `selector_group_column`.
         selector_group_column (`str`, *optional*):
@@ -225,8 +227,8 @@ class BilevelSFTConfig(SFTConfig):
     selector_entropy_coef: float = field(
         default=0.02, metadata={"help": "Pull towards uniform weights for 'sparse_centred' and 'adam'."}
     )
-    selector_betas: tuple[float, float] = field(
-        default=(0.9, 0.999), metadata={"help": "Moment decays for 'adam'.", "nargs": 2, "type": float}
+    selector_betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.999], metadata={"help": "Two moment decays for 'adam'."}
     )
     selector_granularity: str = field(
         default="sample", metadata={"help": "'sample': a weight per row; 'group': per value of the group column."}
@@ -299,16 +301,18 @@ class BilevelSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A tuple or a list, by Python or by a config file.
+        self.selector_betas = [float(beta) for beta in self.selector_betas]
         if self.selector_preset is not None:
             _one_of("selector_preset", self.selector_preset, PRESETS)
-            defaults = {field.name: field.default for field in fields(self)}
+            defaults = {field.name: field.default for field in fields(self)} | {"selector_betas": [0.9, 0.999]}
             for name, value in PRESETS[self.selector_preset].items():
                 if getattr(self, name) not in (value, defaults[name]):
                     logger.warning(
                         f"`selector_preset={self.selector_preset!r}` sets `{name}={value!r}`, in place of "
                         f"{getattr(self, name)!r}. Leave one of them out."
                     )
-                setattr(self, name, value)
+                setattr(self, name, copy.copy(value))
         _one_of("weight_estimator", self.weight_estimator, [*ESTIMATORS, "none"])
         _one_of("selector_granularity", self.selector_granularity, GRANULARITIES)
         _one_of("selector_activation", self.selector_activation, ACTIVATIONS)
@@ -338,7 +342,8 @@ class BilevelSFTConfig(SFTConfig):
                 "say how often each is drawn. Use `selector_weighting='loss'`, or `padding_free=True` with "
                 "`max_length=None` in place of packing."
             )
-        self.selector_betas = (float(self.selector_betas[0]), float(self.selector_betas[1]))
+        if len(self.selector_betas) != 2 or not all(0 <= beta < 1 for beta in self.selector_betas):
+            raise ValueError(f"`selector_betas` must be two numbers in [0, 1), got {self.selector_betas!r}.")
         _in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
         _in_range("filter_rate", self.filter_rate, 0.0, 1.0)
         _in_range("ess_alarm", self.ess_alarm, 0.0, 1.0)

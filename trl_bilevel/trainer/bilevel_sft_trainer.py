@@ -147,6 +147,7 @@ class BilevelSFTTrainer(SFTTrainer):
             table=table,
         )
         if fixed_weights is not None:
+            checks.check_kept_weights(fixed_weights, kept)
             self.selection.set_weights(fixed_weights)
         formatting = sft_arguments.get("formatting_func")
         self.validation, self.pulling = setup.prepare_validation(self, validation, formatting)
@@ -256,7 +257,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def collate_rows(self, rows: list[int]) -> dict[str, Any]:
         """Some of `rows`, by position, as a padded batch on the device."""
-        columns = ("input_ids", "labels", SAMPLE_ID)
+        columns = setup.row_columns(self.args, self.rows)
         batch = self.row_collator([{k: self.rows[row][k] for k in columns} for row in rows])
         return self._prepare_inputs(batch)
 

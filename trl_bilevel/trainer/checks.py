@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftModel
@@ -17,6 +19,7 @@ from ..data.streams import columns
 from ..estimators import ESTIMATORS
 from .amortise import decoder_layers, reads_states
 from .bilevel_sft_config import BilevelSFTConfig
+from .errors import row_list
 from .estimator import check_alignment
 
 if TYPE_CHECKING:
@@ -59,6 +62,19 @@ def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None
     return train.remove_columns(ours), torch.nan_to_num(weights, nan=0.0)
 
 
+def check_kept_weights(weights: Tensor, kept: Tensor) -> None:
+    """Refuse fixed weights that are 0 for all rows that preparation has kept.
+
+    Args:
+        weights (`Tensor` `[rows]`), kept (`Tensor` bool `[rows]`).
+    """
+    if bool(kept.any()) and float(weights[kept].sum()) <= 0:
+        raise ValueError(
+            f"`data_weight` of `train_dataset` is 0 for all {int(kept.sum())} rows that preparation has kept: those "
+            "with weight have no token to learn from within `max_length`. Raise it, or give other weights."
+        )
+
+
 def check_columns(args: BilevelSFTConfig, rows: Dataset | IterableDataset, name: str, formatted: bool) -> None:
     """Refuse rows in none of the formats that TRL knows."""
     found = columns(rows)
@@ -70,6 +86,30 @@ def check_columns(args: BilevelSFTConfig, rows: Dataset | IterableDataset, name:
         f"or `prompt` and `completion`, or `{args.dataset_text_field}` (`dataset_text_field`); or give a "
         "`formatting_func`."
     )
+
+
+def check_filled(args: BilevelSFTConfig, rows: Dataset, name: str) -> None:
+    """Refuse rows in which a text is missing, or a conversation has no turn: TRL would fail on them without a name."""
+    formats = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {args.dataset_text_field})
+    used = next((format for format in formats if format <= set(rows.column_names)), set())
+    if (args.dataset_kwargs or {}).get(SKIP):
+        return
+    for column in sorted(used):
+        bad: list[int] = []
+        seen = 0
+        for table in rows.select_columns(column).with_format("arrow").iter(10_000):
+            values = table[column].combine_chunks()
+            missing = pc.is_null(values)
+            if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                missing = pc.or_(missing, pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0))
+            bad += [seen + place for place in pc.indices_nonzero(missing).to_pylist()]
+            seen += len(values)
+        if bad:
+            raise ValueError(
+                f"`{column}` of {name} is missing or has no turn in {len(bad)} of {len(rows)} rows: "
+                f"{row_list(torch.tensor(bad))}. "
+                f"Leave them out: `rows.filter(lambda row: row[{column!r}])`."
+            )
 
 
 def check_datasets(
@@ -98,19 +138,21 @@ def check_datasets(
         raise ValueError("`train_dataset` is empty.")
     names = columns(train)
     taken = [name for name in RESERVED_COLUMNS if name in names]
-    if taken:
+    needed = args.weight_estimator != "none" or args.validation_loss_weight > 0
+    if taken and needed:
         raise ValueError(
             f"`train_dataset` has the column(s) {taken}, which BilevelSFTTrainer writes itself. Rename them, e.g. "
             f'`train_dataset.rename_column("{taken[0]}", "my_{taken[0]}")`; or, to train with the weights of an '
             "earlier run (`data_weight`), set `weight_estimator='none'`."
         )
     check_columns(args, train, "`train_dataset`", formatted)
+    if needed and not formatted and isinstance(train, Dataset):
+        check_filled(args, train, "`train_dataset`")
     for setting in ("selector_group_column", "selector_key_column"):
         column = getattr(args, setting)
         used = args.selector_granularity == "group" or setting == "selector_key_column"
         if used and column is not None and column not in names:
             raise ValueError(f"`{setting}={column!r}` is not a column of `train_dataset`, which has {names}.")
-    needed = args.weight_estimator != "none" or args.validation_loss_weight > 0
     if validation is None:
         if needed:
             raise ValueError(
@@ -130,6 +172,8 @@ def check_datasets(
         if len(dataset) == 0:
             raise ValueError(f"`validation_dataset` {name!r} is empty: give at least a few dozen trusted rows.")
         check_columns(args, dataset, f"`validation_dataset` {name!r}", formatted)
+        if not formatted:
+            check_filled(args, dataset, f"`validation_dataset` {name!r}")
     weights = args.validation_weights
     if weights is not None:
         assert isinstance(weights, dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,14 @@ class TrainerHost:
         return self.trainer.pulling
 
     def validation_batches(self, step: int) -> Sequence[WeightedBatch]:
-        """This process's validation rows of a step, in as many micro-batches as the step has, with their weights."""
+        """This process's validation rows of a step, in as many micro-batches as the step has, with their weights.
+
+        In more of them where `auto_find_batch_size` has shrunk those of training.
+        """
         args = self.trainer.args
-        drawn = self.validation.step_batch(step, args.gradient_accumulation_steps, args.process_index, args.world_size)
+        shrunk = math.ceil(args.per_device_train_batch_size / self.trainer._train_batch_size)
+        micro_batches = args.gradient_accumulation_steps * max(1, shrunk)
+        drawn = self.validation.step_batch(step, micro_batches, args.process_index, args.world_size)
         return [
             (self.trainer._prepare_inputs(dict(batch)), weights)
             for batch, weights in zip(drawn.batches, drawn.row_weights, strict=True)

@@ -26,6 +26,9 @@ def row_batches(trainer: BilevelSFTTrainer, positions: Tensor, description: str)
     lengths = [n for table in tokens.iter(10_000) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
     mine = sorted(positions.tolist(), key=lengths.__getitem__)[args.process_index :: args.world_size]
     size = args.per_device_eval_batch_size
+    if args.auto_find_batch_size:
+        # Grows smaller when memory runs out.
+        size = min(size, trainer._train_batch_size)
     starts = range(0, len(mine), size)
     for start in progress(trainer, starts, description):
         yield trainer.collate_rows(mine[start : start + size])

@@ -146,7 +146,8 @@ class Pilot:
         for step in progress(self.trainer, range(self.steps), "Pilot run"):
             self.host.step = step
             rows = self.order[self.sampler.rows(step)][args.process_index :: args.world_size].tolist()
-            size = args.per_device_train_batch_size
+            # `auto_find_batch_size` tries smaller ones when memory runs out, here as in training.
+            size = min(args.per_device_train_batch_size, self.trainer._train_batch_size)
             train = [self.trainer.collate_rows(rows[start : start + size]) for start in range(0, len(rows), size)]
             if self.estimator.follows_training:
                 self.estimator.begin_step(train)

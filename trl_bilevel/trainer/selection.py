@@ -155,7 +155,7 @@ class Selection:
                 scores,
                 learning_rate=config.selector_learning_rate,
                 entropy_coef=config.selector_entropy_coef,
-                betas=config.selector_betas,
+                betas=(config.selector_betas[0], config.selector_betas[1]),
             )
         else:
             core.update_sparse_centred(

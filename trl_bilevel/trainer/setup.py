@@ -22,7 +22,6 @@ from trl import SFTConfig, SFTTrainer
 from ..data.identity import (
     RESERVED_COLUMNS,
     SAMPLE_ID,
-    SAMPLE_LENGTHS,
     add_sample_ids,
     count_overlap,
     fingerprint,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OWN_COLUMNS = (*RESERVED_COLUMNS, SAMPLE_LENGTHS)
 # Validation rows that calibration needs at least.
 MIN_CALIBRATION_ROWS = 8
 
@@ -156,7 +154,7 @@ def without_numbers(rows: Any) -> Any:
         return {name: without_numbers(part) for name, part in rows.items()}
     if not isinstance(rows, Dataset):
         return rows
-    return rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names])
+    return rows.remove_columns([name for name in RESERVED_COLUMNS if name in rows.column_names])
 
 
 def with_scored_tokens(rows: Any) -> Any:
@@ -195,6 +193,11 @@ def kept_rows(trainer: BilevelSFTTrainer) -> Tensor:
         logger.warning(
             f"{dropped} of {len(kept)} training rows were dropped in preparation (nothing to learn from within "
             "`max_length`). They keep their row number and have no weight (NaN in `sample_weights()`)."
+        )
+    if trainer._tracks_rows and not bool(kept.any()):
+        raise ValueError(
+            f"None of the {len(kept)} rows of `train_dataset` has a token to learn from within "
+            f"`max_length={args.max_length}`. Raise it, or look at the rows: are their answers empty?"
         )
     if trainer._tracks_rows and len(trainer.train_dataset) < batch_rows and not args.packing:
         raise ValueError(
@@ -284,7 +287,7 @@ def validation_sets(
     given = args.validation_weights or dict.fromkeys(datasets, 1.0)
     total = sum(given[name] for name in datasets)
     return ValidationSets(
-        datasets,
+        {name: rows.select_columns(row_columns(args, rows)) for name, rows in datasets.items()},
         {name: given[name] / total for name in datasets},
         batch_size=batch_size,
         collate=collate or trainer.row_collator,
@@ -317,6 +320,13 @@ def prepare_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Dataset:
     ).sort(SAMPLE_ID)
 
 
+def row_columns(args: BilevelSFTConfig, rows: Dataset) -> list[str]:
+    """What a collator is given of prepared rows: all columns where they are kept (`remove_unused_columns=False`)."""
+    if not args.remove_unused_columns:
+        return list(rows.column_names)
+    return [name for name in ("input_ids", "labels", SAMPLE_ID) if name in rows.column_names]
+
+
 @torch.no_grad()
 def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
     """Mean loss per token of every row that preparation keeps, float32 on the CPU, by forwards in eval mode."""
@@ -331,7 +341,7 @@ def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
     size = args.per_device_eval_batch_size
     for start in range(0, len(dataset), size):
         rows = [dataset[row] for row in range(start, min(start + size, len(dataset)))]
-        batch = trainer.row_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
+        batch = trainer.row_collator([{k: row[k] for k in row_columns(args, dataset)} for row in rows])
         losses.append(host.row_losses(batch).means().cpu())
     trainer.model.train(training)
     return torch.cat(losses)

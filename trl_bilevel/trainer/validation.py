@@ -33,7 +33,7 @@ class ValidationSets:
     """Several prepared validation sets and their weights in `L_val = sum_d omega_d L_d`, `L_d` a mean per token.
 
     Args:
-        datasets (`dict[str, Dataset]`): prepared rows (`input_ids`, `labels`).
+        datasets (`dict[str, Dataset]`): prepared rows, with what the collator needs of them (`input_ids`, `labels`).
         weights (`dict[str, float]`): omega, summing to one.
         batch_size (`int`): validation rows per optimizer step, over all processes; split evenly over the sets.
         collate: the trainer's data collator (of rows with a `sample_id`).
@@ -51,7 +51,7 @@ class ValidationSets:
         seed: int,
         pad_token_id: int,
     ):
-        self.datasets = {name: dataset.select_columns(["input_ids", "labels"]) for name, dataset in datasets.items()}
+        self.datasets = dict(datasets)
         self.weights = dict(weights)
         self.collate = collate
         self.pad_token_id = pad_token_id
