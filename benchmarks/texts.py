@@ -90,12 +90,12 @@ On `safety` offline selection refuses every request already, so all responses of
 in wording: scores dealt out at random do as well, and so do the same steps without any response. The loss of benign
 rows ends .01 to .05 above that of `bilevel`; over-refusal differs more between seeds than between arms.
 
-On `safety_scarce` there is something to win: two refused requests are not enough, and offline selection ends at 2%, 7%
-and 3% of the requests for which an unseen refusal is likelier than the stub, clean rows alone at 8 to 17%. The rounds
-(first seed, with these weights) end where the same steps without responses end (5% against 3%, 2% with scores dealt out
-at random), whatever the lever: more or fewer responses, sharper or softer weights, shorter rounds, all questions (2% to
-7%). Weights can only choose among what was sampled; how many refusals that were was not counted. `validation only`
-refuses everything, at a tenth more benign loss.
+On `safety_scarce` there is something to win: two refused requests are not enough, and offline selection ends at 2%,
+7% and 3% of the requests for which an unseen refusal is likelier than the stub, clean rows alone at 8 to 17%. The
+rounds (first seed, with these weights) end where the same steps without responses end (5% against 3%, 2% with scores
+dealt out at random), whatever the lever: more or fewer responses, sharper or softer weights, shorter rounds, all
+questions (2% to 7%). Weights can only choose among what was sampled; how many refusals that were was not counted.
+`validation only` refuses everything, at a tenth more benign loss.
 
 The random control deals the scores out to other responses of the same question, so that their spread stays what it
 is. Sampling ran in training mode; the adapters have no dropout."""
