@@ -229,8 +229,9 @@ def speed() -> list[str]:
         f"## Step time and memory\n\nSmolLM2-135M-Instruct, LoRA, bf16, gradient checkpointing, {record['batch']} "
         f"rows of {record['tokens_per_row']} tokens per step, on {processor}: medians of {repeats} runs of "
         f"{record['steps']} steps, each a process of its own, alternating. Peak memory is that of the process while "
-        "it trains, with a short pilot run (8 steps, 32 of 128 rows scored; its time is in no step). (With lambda = 0.5 "
-        "the validation rows join every fourth step, which a median does not see.) `python -m benchmarks.speed`\n\n" + "\n".join(lines) + "\n"
+        "it trains, with a short pilot run (8 steps, 32 of 128 rows scored; its time is in no step). (With lambda = "
+        "0.5 the validation rows join every fourth step, which a median does not see.) `python -m benchmarks.speed`"
+        "\n\n" + "\n".join(lines) + "\n"
     ]
 
 
