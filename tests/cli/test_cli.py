@@ -74,17 +74,17 @@ streaming: true
 stream_sample_rows: 64
 selector_granularity: group
 selector_group_column: source
-weighted_dataset_path: {run_folder}/weighted.parquet
+weighted_dataset_path: {run_folder}/out/weighted.parquet
 datasets:
   - path: {run_folder}/mixed.jsonl
   - path: {run_folder}/lazy.jsonl
 """
     )
     assert main(["sft", "--config", f"{run_folder}/stream.yaml"]) == 0
-    rows = Dataset.from_parquet(f"{run_folder}/weighted.parquet")
+    rows = Dataset.from_parquet(f"{run_folder}/out/weighted.parquet")
     assert len(rows) == 90 and len(set(rows["source"])) == 2 and None not in rows["data_weight"]
     best = run_folder / "best.jsonl"
-    assert main(["export", f"{run_folder}/weighted.parquet", "--top-k", "40", "--output", str(best)]) == 0
+    assert main(["export", f"{run_folder}/out", "--top-k", "40", "--output", str(best)]) == 0
     assert len({json.loads(line)["source"] for line in best.read_text().splitlines()}) == 1
     capsys.readouterr()
     # Nobody asked for a copy of this stream.
@@ -207,6 +207,34 @@ def test_weighted_rows_are_written_as_their_name_says(run_folder):
     assert main([*common, f"{run_folder}/w.jsonl"]) == 0
     assert len((run_folder / "w.jsonl").read_text().splitlines()) == 40
     assert json.loads((run_folder / "w.jsonl").read_text().splitlines()[0])["data_weight"] >= 0
+
+
+def names_told(folder, rows):
+    """How many rows a report holds the text of."""
+    page = (folder / "report.html").read_text()
+    return sum(row["prompt"].split("`")[1] in page for row in rows)
+
+
+def test_a_second_run_in_the_same_folder(run_folder, rows, capsys):
+    """What the first one left is neither shown nor exported as the second one's."""
+    Dataset.from_list(rows[70:110]).to_json(run_folder / "other.jsonl")
+    out, sft = run_folder / "out", ["sft", "--config", f"{run_folder}/run.yaml"]
+    export = ["export", str(out), "--output", f"{run_folder}/x.jsonl"]
+    assert main(sft) == 0 and main(export) == 0
+    assert names_told(out, rows[:40]) > 30 and (out / "selector.safetensors").is_file()
+    other = ["--dataset_name", f"{run_folder}/other.jsonl", "--weighted_dataset_path", f"{run_folder}/w.jsonl"]
+    assert main([*sft, *other]) == 0
+    assert names_told(out, rows[:40]) < 5 and "has other weights than this run" in (out / "report.html").read_text()
+    capsys.readouterr()
+    assert main(export) == 1
+    error = capsys.readouterr().err
+    assert "weighted.parquet has other weights than this run" in error and f"rows to {run_folder}/w.jsonl" in error
+    assert main(["export", f"{out}/weighted.parquet", "--output", f"{run_folder}/x.jsonl"]) == 0
+    assert main([*sft, *other[:2], "--weight_estimator", "none"]) == 0
+    page = (out / "report.html").read_text()
+    assert names_told(out, rows[:40]) < 5 and "all rows count the same" in page
+    assert not (out / "selector.safetensors").exists() and not (out / "selector.json").exists()
+    assert main(export) == 1 and "of which no weights are known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
