@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from tests.errors_table import bad_input, note
-from trl_bilevel.cli.data import load_rows
+from trl_bilevel.cli.data import load_rows, write_rows
 from trl_bilevel.cli.main import main
 
 COMMANDS = "Commands"
@@ -74,17 +74,17 @@ streaming: true
 stream_sample_rows: 64
 selector_granularity: group
 selector_group_column: source
-weighted_dataset_path: {run_folder}/weighted.parquet
+weighted_dataset_path: {run_folder}/out/weighted.parquet
 datasets:
   - path: {run_folder}/mixed.jsonl
   - path: {run_folder}/lazy.jsonl
 """
     )
     assert main(["sft", "--config", f"{run_folder}/stream.yaml"]) == 0
-    rows = Dataset.from_parquet(f"{run_folder}/weighted.parquet")
+    rows = Dataset.from_parquet(f"{run_folder}/out/weighted.parquet")
     assert len(rows) == 90 and len(set(rows["source"])) == 2 and None not in rows["data_weight"]
     best = run_folder / "best.jsonl"
-    assert main(["export", f"{run_folder}/weighted.parquet", "--top-k", "40", "--output", str(best)]) == 0
+    assert main(["export", f"{run_folder}/out", "--top-k", "40", "--output", str(best)]) == 0
     assert len({json.loads(line)["source"] for line in best.read_text().splitlines()}) == 1
     capsys.readouterr()
     # Nobody asked for a copy of this stream.
@@ -207,6 +207,69 @@ def test_weighted_rows_are_written_as_their_name_says(run_folder):
     assert main([*common, f"{run_folder}/w.jsonl"]) == 0
     assert len((run_folder / "w.jsonl").read_text().splitlines()) == 40
     assert json.loads((run_folder / "w.jsonl").read_text().splitlines()[0])["data_weight"] >= 0
+
+
+def test_csv_files_keep_their_texts(tmp_path):
+    """What pandas would take for a missing value is an answer; a weight may be missing, and numbers stay numbers."""
+    said = ["None", "NA", "null", "nan", "N/A", "", "7", "#N/A"]
+    rows = [
+        {"prompt": str(n), "completion": text, "kind": text, "score": n + 0.5, "data_weight": None if n < 2 else 1.0}
+        for n, text in enumerate(said)
+    ]
+    write_rows(Dataset.from_list(rows), tmp_path / "a.csv")
+    back = load_rows(f"{tmp_path}/a.csv")
+    assert back.to_list() == rows and back.features["score"].dtype == "float64"
+    # Answers that are all numbers are texts as well; a number may be missing in a column of numbers.
+    (tmp_path / "b.csv").write_text("prompt,completion,score\n1+1,2,\n2+2,4,5\n,,6\n")
+    back = load_rows(f"{tmp_path}/b.csv")
+    assert back["prompt"][:] == ["1+1", "2+2", ""] and back["completion"][:] == ["2", "4", ""]
+    assert back["score"][:] == [None, 5, 6]
+    assert len(list(load_rows(f"{tmp_path}/b.csv", streaming=True))) == 3
+    # Rows are read ten thousand at a time: a later one does not change a column's kind.
+    lines = [f"a,{n},{n},1\n" for n in range(11_000)] + ["b,NA,,\n"]
+    (tmp_path / "c.csv").write_text("prompt,completion,score,data_weight\n" + "".join(lines))
+    back = load_rows(f"{tmp_path}/c.csv")
+    assert back[11_000] == {"prompt": "b", "completion": "NA", "score": None, "data_weight": None}
+
+
+def names_told(folder, rows):
+    """How many rows a report holds the text of."""
+    page = (folder / "report.html").read_text()
+    return sum(row["prompt"].split("`")[1] in page for row in rows)
+
+
+def test_a_second_run_in_the_same_folder(run_folder, rows, capsys):
+    """What the first one left is neither shown nor exported as the second one's."""
+    Dataset.from_list(rows[70:110]).to_json(run_folder / "other.jsonl")
+    out, sft = run_folder / "out", ["sft", "--config", f"{run_folder}/run.yaml"]
+    export = ["export", str(out), "--output", f"{run_folder}/x.jsonl"]
+    assert main(sft) == 0 and main(export) == 0
+    assert names_told(out, rows[:40]) > 30 and (out / "selector.safetensors").is_file()
+    other = ["--dataset_name", f"{run_folder}/other.jsonl", "--weighted_dataset_path", f"{run_folder}/w.jsonl"]
+    assert main([*sft, *other]) == 0
+    assert names_told(out, rows[:40]) < 5 and "has other weights than this run" in (out / "report.html").read_text()
+    capsys.readouterr()
+    assert main(export) == 1
+    error = capsys.readouterr().err
+    assert "weighted.parquet has other weights than this run" in error and f"rows to {run_folder}/w.jsonl" in error
+    assert main(["export", f"{out}/weighted.parquet", "--output", f"{run_folder}/x.jsonl"]) == 0
+    assert main([*sft, *other[:2], "--weight_estimator", "none"]) == 0
+    page = (out / "report.html").read_text()
+    assert names_told(out, rows[:40]) < 5 and "all rows count the same" in page
+    assert not (out / "selector.safetensors").exists() and not (out / "selector.json").exists()
+    assert main(export) == 1 and "of which no weights are known" in capsys.readouterr().err
+
+
+@pytest.mark.bad_input(COMMANDS, "`trl-bilevel sft` with `--weighted_dataset_path w.csv`, rows with messages")
+def test_csv_of_chats_is_refused_before_training(run_folder, monkeypatch, capsys, request):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Dataset.from_list([{"messages": chat}] * 40).to_json(run_folder / "chat.jsonl")
+    monkeypatch.setattr("trl_bilevel.trainer.bilevel_sft_trainer.BilevelSFTTrainer", None)
+    arguments = ["--dataset_name", f"{run_folder}/chat.jsonl", "--weighted_dataset_path", f"{run_folder}/w.csv"]
+    assert main(["sft", "--config", f"{run_folder}/run.yaml", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "cannot hold the columns ['messages']" in error
+    note(request, "exit 1", error)
 
 
 @pytest.mark.parametrize(

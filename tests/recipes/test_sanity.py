@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from tests.errors_table import bad_input, note
 from trl_bilevel.cli import sanity
 from trl_bilevel.cli.main import main
 from trl_bilevel.core.statistics import auc_standard_error
 from trl_bilevel.demo.assets import docstrings
+
+SANITY = "`trl-bilevel sanity`"
 
 
 def chats(rows):
@@ -80,6 +83,25 @@ def test_inverted_weights_fail(files, weigh, capsys):
     kinds = json.loads((files / "out.json").read_text())["kinds"]
     assert kinds["lazy"]["verdict"] == "inverted" and kinds["swapped"]["verdict"] == "not told apart"
     assert "do not trust the weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        bad_input(SANITY, "`--rows 20`", ["--rows", "20"], "`--rows` must be at least 32, got 20"),
+        bad_input(SANITY, "`--estimator none`", ["--estimator", "none"], "there is nothing to measure"),
+        bad_input(
+            SANITY, "`--json nowhere/x.json`", ["--json", "nowhere/x.json"], "folder of `--json` does not exist"
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(more, message, files, monkeypatch, capsys, request):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(sanity, "_load", None)
+    assert main(arguments(files, *more)) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    note(request, "exit 1", error)
 
 
 def test_rows_without_weight_do_not_count():

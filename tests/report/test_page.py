@@ -130,7 +130,11 @@ def test_many_values_are_summed_up_for_a_group_column(make_run):
     [
         ({}, ["How the weights are spread", "Where the scores lie", "Eval loss", "Weight by source"], ["Rounds"]),
         ({"pilot": False}, ["How the weights are spread", "Eval loss"], ["Where the scores lie"]),
-        ({"record": False}, ["How many rows carry the weight", "has no record"], ["Eval loss", "All settings"]),
+        (
+            {"record": False, "pilot": False},
+            ["How many rows carry the weight", "has no record"],
+            ["Eval loss", "All settings"],
+        ),
         ({"weighted": False}, ["The texts of the rows are not in this folder"], ["Weight by source"]),
         ({"log_history": [], "evaluation": {}}, ["Loss on trusted rows"], ["Eval loss"]),
         ({"finished": False}, ["This run was interrupted at step 40"], []),

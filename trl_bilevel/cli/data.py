@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Columns of a CSV file that are text whatever stands in them; what stands for no number in columns of numbers.
+TEXTS = ("prompt", "completion", "text")
+NO_NUMBER = ("", "NA", "N/A", "NaN", "nan", "None", "null")
+# Rows that `datasets` reads at a time: the first of them tell what kind a column is.
+FIRST_ROWS = 10_000
 WRITERS = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
 SOURCE = "source"
 
@@ -30,6 +35,8 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
             raise FileNotFoundError(f"There is no data file {name}.")
         part = _local_split(name, split)
         try:
+            if path.suffix == ".csv":
+                kwargs = _csv_settings(path) | kwargs
             return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=part, **kwargs)
         except Exception as error:
             raise ValueError(
@@ -48,6 +55,24 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
             f"Could not load the data set {name!r} (split {split!r}): {error}. Give a hub name, a file "
             f"({', '.join(FILE_FORMATS)}), or a folder written by `Dataset.save_to_disk`."
         ) from error
+
+
+def _csv_settings(path: Path) -> dict[str, Any]:
+    """How pandas is to read a CSV file: answers as "None", "NA" or "" stay text; an empty weight is a missing one.
+
+    A column is numbers if the first rows say so and it is none of `TEXTS`; in the others nothing is missing.
+    """
+    import pandas as pd
+
+    from ..data.identity import DATA_WEIGHT
+
+    first = pd.read_csv(path, nrows=FIRST_ROWS, keep_default_na=False, na_values=[""])
+    numbers = [name for name in first if pd.api.types.is_numeric_dtype(first[name]) and first[name].notna().any()]
+    return {
+        "keep_default_na": False,
+        "na_values": {name: list(NO_NUMBER) for name in [DATA_WEIGHT, *numbers] if name not in TEXTS},
+        "converters": {name: str for name in TEXTS if name in first},
+    }
 
 
 def _local_split(name: str, split: str) -> str:
@@ -148,22 +173,26 @@ def write_rows(rows: Dataset, path: str | Path) -> None:
     Raises:
         ValueError: if the name ends in none of `WRITERS`, or a CSV file cannot hold the rows.
     """
-    from datasets import ClassLabel, Value
-
     from ..data.files import atomically
 
-    suffix = check_writable(path)
-    nested = [name for name, kind in (rows.features or {}).items() if not isinstance(kind, Value | ClassLabel)]
-    if suffix == ".csv" and nested:
-        raise ValueError(f"A CSV file cannot hold the columns {nested}, which are lists: use .jsonl or .parquet.")
+    suffix = check_writable(path, rows)
     atomically(Path(path), lambda file: getattr(rows, WRITERS[suffix])(str(file)))
 
 
-def check_writable(path: str | Path) -> str:
-    """The ending of a file that rows are to be written to."""
+def check_writable(path: str | Path, rows: Any = None) -> str:
+    """The ending of a file that rows are to be written to; with `rows`, the file must be able to hold their columns.
+
+    Columns of a stream may not be known.
+    """
+    from datasets import ClassLabel, Value
+
     suffix = Path(path).suffix
     if suffix not in WRITERS:
         raise ValueError(f"Rows can be written to files that end in {', '.join(WRITERS)}, got {str(path)!r}.")
+    features = {} if rows is None else rows.features or {}
+    nested = [name for name, kind in features.items() if not isinstance(kind, Value | ClassLabel)]
+    if suffix == ".csv" and nested:
+        raise ValueError(f"A CSV file cannot hold the columns {nested}, which are lists: use .jsonl or .parquet.")
     return suffix
 
 

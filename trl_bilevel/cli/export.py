@@ -75,8 +75,12 @@ def run(arguments: list[str], api: Any = None) -> None:
 
         disable_progress_bars()
     path = _rows_path(options.weighted)
+    if path != options.weighted and options.selector is None:
+        _check_run(options.weighted, path)
     rows = _ranked(_weighted(path, options))
     kept = _kept(rows, options)
+    if not kept and options.format != "seal":
+        raise ValueError(_nothing_left(rows, options))
     chosen = rows if options.format == "seal" else rows.select(_drawn(rows, kept, options))
     if options.resample is not None:
         # The weights have done their work: they must not count a second time.
@@ -100,6 +104,8 @@ def run(arguments: list[str], api: Any = None) -> None:
 def _check(options: argparse.Namespace) -> None:
     from .data import check_writable
 
+    if options.min_weight is not None and options.min_weight != options.min_weight:
+        raise ValueError("`--min-weight` must be a number, got nan: no weight is at least that.")
     for name in ("top_k", "resample"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(options, name)}.")
@@ -127,6 +133,39 @@ def _rows_path(given: Path) -> Path:
             f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
         )
     return path
+
+
+def _check_run(folder: Path, path: Path) -> None:
+    """Of a folder, the rows of its run are meant: a file that an earlier run left there is refused."""
+    if not (folder / "_record" / "run.json").is_file():
+        return
+    from ..report.run import load_run, mismatch
+
+    run = load_run(folder)
+    noted = run.record.get("rows_file")
+    if run.record.get("data", {}).get("streamed") and noted and Path(noted).name == path.name:
+        # The record holds weights of the stream's sample only; that this run wrote the file must do.
+        return
+    wrong = mismatch(run, path)
+    if wrong is not None:
+        own = f" This run wrote its rows to {noted}." if noted and Path(noted) != path.resolve() else ""
+        raise ValueError(
+            f"{path} {wrong}: the last run in {str(folder)!r} did not write it.{own} Name the file in place of the "
+            "folder to export it all the same."
+        )
+
+
+def _nothing_left(rows: Dataset, options: argparse.Namespace) -> str:
+    weights = _weights(rows)
+    known = weights[~weights.isnan()]
+    if not len(known):
+        return f"No row has a weight: {options.weighted} has {len(rows)} rows, and all lack their data_weight."
+    if options.min_weight is None:
+        return f"No row is left to write: none of the rows has a data_rank below `--top-k {options.top_k}`."
+    text = f"No row is left to write: lower `--min-weight`, which is {options.min_weight:g}; "
+    if options.top_k is not None:
+        return text + f"none of the {options.top_k} best rows (`--top-k`) weighs as much."
+    return text + f"the highest weight is {known.max():.4g}."
 
 
 def _weighted(path: Path, options: argparse.Namespace) -> Dataset:

@@ -54,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(arguments: list[str]) -> int:
     """Damage, weigh, tell; returns the exit code."""
     options = make_parser().parse_args(arguments)
+    _check(options)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     from datasets import disable_progress_bars
@@ -79,6 +80,16 @@ def run(arguments: list[str]) -> int:
 
         atomically(options.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
     return 0 if result["passed"] else 1
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    if options.rows < MIN_ROWS:
+        raise ValueError(f"`--rows` must be at least {MIN_ROWS}, got {options.rows}: of fewer, ranks say little.")
+    if options.estimator == "none":
+        raise ValueError("`--estimator none` learns no weights, so there is nothing to measure: leave it out.")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise ValueError(f"The folder of `--json` does not exist: {str(options.json)!r}. Make it first.")
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:

@@ -46,6 +46,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     path = script_args.weighted_dataset_path or f"{training_args.output_dir}/weighted.parquet"
     check_writable(path)
     train, validation, evaluation = load_sets(script_args, dataset_args)
+    if training_args.weight_estimator != "none":
+        check_writable(path, train)
     set_model_arguments(training_args, model_args)
     trainer = BilevelSFTTrainer(
         model_args.model_name_or_path,

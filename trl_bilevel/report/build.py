@@ -44,21 +44,26 @@ def write_report(
             Folder of a run with uniform weights (`weight_estimator="none"`), all else equal, to compare with.
         output (`str` or `Path`, *optional*): file to write; default `report.html` in the run's folder.
         png (`bool`, defaults to `False`): also write the charts as PNG into `report_png` beside the report.
-        rows_file (`str` or `Path`, *optional*): parquet file of the weighted rows, if not `weighted.parquet`.
+        rows_file (`str` or `Path`, *optional*):
+            Parquet file of the weighted rows, if not `weighted.parquet`. Of a trainer, its record only notes a file of
+            another format.
 
     Returns:
         `Path`: of the report.
 
     Raises:
         FileNotFoundError: if a folder or file is not there.
-        ValueError: if a folder holds no run, or one that this version cannot read.
+        ValueError: if a folder holds no run, or one that this version cannot read, or a file has the wrong ending.
         ImportError: if matplotlib is not installed.
     """
-    folder = Path(run) if isinstance(run, str | Path) else _save(run, rows_file)
+    trained = not isinstance(run, str | Path)
+    folder = _save(run, rows_file) if trained else Path(run)
     target = Path(output) if output is not None else folder / REPORT_FILE
-    if not isinstance(run, str | Path) and not run.args.should_save:
+    if trained and not run.args.should_save:
         return target
-    found = load_run(folder, rows_file if rows_file is None or Path(rows_file).suffix == ".parquet" else None)
+    if trained and rows_file is not None and Path(rows_file).suffix != ".parquet":
+        rows_file = None
+    found = load_run(folder, rows_file)
     other = None if baseline is None else load_run(baseline)
     if target.suffix not in (".html", ".htm"):
         raise ValueError(f"The report is an HTML file: give a name that ends in .html, got {str(target)!r}.")

@@ -79,7 +79,8 @@ def verdict(run: Run, comparisons: Sequence[Comparison], baseline: str | None) -
         title = f"This run was interrupted at step {step}" if step else "This run was interrupted"
         return Verdict("neutral", title, "What follows is what it had written by then.")
     if run.record and not run.learned:
-        what = "the weights were given in the column data_weight" if len(run.live) else "all rows count the same"
+        given = run.record.get("weights", {}).get("given")
+        what = "the weights were given in the column data_weight" if given else "all rows count the same"
         title = "No weights were learned in this run"
         return Verdict("neutral", title, f"By its settings, {what}. It can be the baseline of another run's report.")
     if comparisons:

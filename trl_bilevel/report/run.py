@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 RECORD = "_record"
 FORMAT = 1
 WEIGHTED_FILE = "weighted.parquet"
+WEIGHT = "data_weight"
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -32,7 +33,7 @@ class Run:
         scores (`ndarray` float64 `[N]`, *optional*): NaN for rows without a score.
         traces (`dict[int, tuple[ndarray, ndarray]]`): weights and mean scores, float64 `[N]`, by step, where they were
             learned in training; NaN for rows that were not followed.
-        rows_file (`Path`, *optional*): parquet file with the rows' texts.
+        rows_file (`Path`, *optional*): parquet file with the rows' texts, whose weights are those of this run.
         ledger (`list[dict]`): rounds of a self-refining run.
         missing (`list[str]`): sentences that say what the report lacks, and why.
     """
@@ -108,7 +109,7 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
 
     Raises:
         FileNotFoundError: if the folder is not there, or `rows_file`.
-        ValueError: if it holds no run of ours, or the record has another format.
+        ValueError: if it holds no run of ours, the record has another format, or `rows_file` does not end in .parquet.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -123,52 +124,97 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
                 f"The run record in {folder} has format {part.get('format')!r}, this version reads {FORMAT}. Make the "
                 "report with the version of trl-bilevel that wrote it."
             )
-    run.rows_file = _rows_file(run, rows_file)
+    files = _rows_files(run, rows_file)
     run.history = _history(run)
     run.ledger = [entry for entry in _lines(folder / "ledger.jsonl") if isinstance(entry, dict)]
-    run.weights = _weights(run)
+    run.weights = _weights(run, files)
+    run.rows_file = next((path for path in files if mismatch(run, path) is None), None)
     run.scores = _scores(run)
     run.traces = _traces(run)
-    if not (run.record or run.history or run.ledger or run.weights is not None):
+    if not (run.record or run.pilot or run.history or run.ledger or run.weights is not None):
         raise ValueError(
             f"{folder} holds no run: no {RECORD}/run.json, no checkpoint, no {WEIGHTED_FILE}, no ledger.jsonl. Give "
             "the `output_dir` of `trl-bilevel sft` or `refine`, or of one of their trainers."
         )
-    _note_missing(run)
+    _note_missing(run, files)
     return run
 
 
-def _rows_file(run: Run, given: str | Path | None) -> Path | None:
+def mismatch(run: Run, path: Path) -> str | None:
+    """What is wrong with a file as that of the run's rows, to follow its name; None if nothing is.
+
+    Its weights tell: a folder that was used before may hold the rows of an earlier run, and as many of them.
+    """
+    count = _row_count(path)
+    if count is None:
+        return "cannot be read"
+    if run.weights is None:
+        return "is not of this run, of which no weights are known"
+    if count != len(run.weights):
+        return f"has {count} rows, the run had {len(run.weights)}"
+    values = _numbers(path, WEIGHT)
+    if values is None:
+        return f"has no column {WEIGHT}, by which its rows could be told from others"
+    if not _same_weights(values, run.weights):
+        return "has other weights than this run: it is of another one"
+    return None
+
+
+def _same_weights(values: np.ndarray, own: np.ndarray) -> bool:
+    """True if a column holds the run's weights, to the accuracy of float32.
+
+    Weights that were given may have another mean, and may have been given to rows that were then dropped.
+    """
+    known = ~np.isnan(own)
+    values, own = values[known], own[known]
+    if not np.isfinite(values).all() or not values.sum() > 0 or not own.sum() > 0:
+        return bool(np.array_equal(values, own))
+    return np.allclose(values / values.mean(), own / own.mean(), rtol=1e-5, atol=1e-6)
+
+
+def _rows_files(run: Run, given: str | Path | None) -> list[Path]:
+    """The files that may hold the run's rows."""
     if given is not None:
         path = Path(given)
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path} with the weighted rows.")
         if path.suffix != ".parquet":
-            raise ValueError(f"Rows are read from .parquet files, got {str(path)!r}.")
-        return path
+            raise ValueError(
+                f"`rows_file` (`--rows`) must be a .parquet file with the weighted rows, got {str(path)!r}. Leave it "
+                f"out if the run's folder has its {WEIGHTED_FILE}, or convert the file: "
+                "`datasets.load_dataset('json', data_files=FILE, split='train').to_parquet(...)`."
+            )
+        return [path]
     noted = run.record.get("rows_file")
-    for path in [run.folder / WEIGHTED_FILE, *([Path(noted)] if noted else [])]:
-        if path.is_file() and path.suffix == ".parquet":
-            return path
-    return None
+    paths = [run.folder / WEIGHTED_FILE, *([Path(noted)] if noted else [])]
+    return [path for path in paths if path.suffix == ".parquet" and path.is_file()]
 
 
 def _history(run: Run) -> list[dict[str, Any]]:
-    """The log that reaches furthest: of the record, or of the newest checkpoint that can be read."""
+    """The log of the record, or without one, the log that reaches furthest of the checkpoints that can be read.
+
+    Beside a record, or what a pilot left, checkpoints may be those of an earlier run in the same folder.
+    """
     found = [run.record.get("log_history") or []]
-    for path in run.folder.glob("checkpoint-*"):
+    for path in [] if run.record or run.pilot else run.folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
             found.append(_read(path / TRAINER_STATE).get("log_history") or [])
     entries = [[e for e in log if isinstance(e, dict) and isinstance(e.get("step"), int)] for log in found]
     return max(entries, key=lambda log: max((e["step"] for e in log), default=-1))
 
 
-def _weights(run: Run) -> np.ndarray | None:
-    for path in (run.folder / RECORD / "weights.parquet", run.rows_file):
-        values = _numbers(path, "data_weight")
-        if values is not None and len(values):
-            return values
-    return None
+def _weights(run: Run, files: list[Path]) -> np.ndarray | None:
+    """Those of the record. The first file of rows speaks for a run without a record, or one that was given them."""
+    told = run.record.get("weights", {})
+    if told and not (told.get("learned") or told.get("given")):
+        return None
+    own = _numbers(run.folder / RECORD / "weights.parquet", WEIGHT)
+    if own is not None and len(own):
+        return own
+    if told.get("learned") or (run.pilot and not run.record):
+        return None
+    found = [values for values in (_numbers(path, WEIGHT) for path in files) if values is not None and len(values)]
+    return found[0] if found else None
 
 
 def _scores(run: Run) -> np.ndarray | None:
@@ -229,23 +275,29 @@ def _row_count(path: Path) -> int | None:
         return None
 
 
-def _note_missing(run: Run) -> None:
+def _note_missing(run: Run, files: list[Path]) -> None:
     if not run.record:
         run.missing.append(
             "This run has no record (it was made by an older version or another trainer, or stopped before its first "
             "checkpoint): settings, scores, validation losses and times are not known."
         )
+    if run.record.get("weights", {}).get("learned") and run.weights is None:
+        run.missing.append(f"The weights that this run learned are not in this folder ({RECORD}/weights.parquet).")
+    for path in files:
+        wrong = mismatch(run, path)
+        if wrong is not None:
+            run.missing.append(f"{path.name} {wrong}. Its rows are left out.")
     if run.weights is not None and run.rows_file is None:
-        run.missing.append(
-            f"The texts of the rows are not in this folder: there is no {WEIGHTED_FILE}. "
-            "`trl-bilevel report RUN_DIR --rows FILE.parquet` reads them from elsewhere."
-        )
-    elif run.rows_file is not None and run.weights is not None:
-        count = _row_count(run.rows_file)
-        if count != len(run.weights):
-            says = "cannot be read" if count is None else f"has {count} rows, the run had {len(run.weights)}"
-            run.missing.append(f"{run.rows_file.name} {says}: the texts of the rows are left out.")
-            run.rows_file = None
+        noted = Path(run.record.get("rows_file") or WEIGHTED_FILE)
+        if noted.suffix != ".parquet":
+            run.missing.append(
+                f"The rows of this run are in {noted.name}, and a report reads .parquet files: it lacks their texts."
+            )
+        elif not files:
+            run.missing.append(
+                f"The texts of the rows are not in this folder: there is no {WEIGHTED_FILE}. "
+                "`trl-bilevel report RUN_DIR --rows FILE.parquet` reads them from elsewhere."
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:

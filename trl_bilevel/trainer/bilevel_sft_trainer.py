@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -397,11 +398,17 @@ class BilevelSFTTrainer(SFTTrainer):
         return super().train(resume_point(resume_from_checkpoint, self.args.output_dir, files), *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's files, and the selector's state beside them."""
+        """The parent's files, and the selector's state beside them; none that another run left there."""
         super().save_model(output_dir, _internal_call)
-        if self.weighs and self.args.should_save:
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        if self.weighs:
             tensors = {} if self.estimator is None else self.estimator.tensors()
-            self.selection.save(output_dir or self.args.output_dir, tensors)
+            self.selection.save(folder, tensors)
+        else:
+            for name in (STATE_FILE, SUMMARY_FILE):
+                (Path(folder) / name).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's card, with a section on the selection: method, settings, data, results."""

@@ -244,6 +244,7 @@ def describe(trainer: Any) -> dict[str, Any]:
         "steps": {"done": state.global_step, "planned": state.max_steps},
         "data": {
             "rows": side.row_count,
+            "streamed": side.streams,
             "rows_trained_on": int(selection.kept.sum()),
             "fingerprint": selection.fingerprint,
             "validation_fingerprint": selection.validation_fingerprint,
