@@ -332,3 +332,15 @@ def test_betas_that_are_those_of_a_preset_are_no_contradiction(config, caplog):
     assert "selector_betas" not in caplog.text
     with pytest.raises(ValueError, match="two numbers"):
         config(selector_betas=[0.9])
+
+
+def test_training_again_keeps_what_the_pilot_found(build, tmp_path):
+    trainer = build(max_steps=1)
+    trainer.train()
+    weights, record = trainer.sample_weights(), tmp_path / "out" / "_record"
+    found = (record / "pilot.json").read_bytes()
+    trainer.train()
+    torch.testing.assert_close(trainer.sample_weights(), weights)
+    assert (record / "pilot.json").read_bytes() == found
+    build(max_steps=1, weight_estimator="none").train()
+    assert not (record / "pilot.json").exists()

@@ -76,6 +76,7 @@ class RecordCallback(TrainerCallback):
         self.traces = Traces()
         self._began: float | None = None
         self._chosen = False
+        self._used = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the record of an earlier run in the same folder, or go on with that of the run that is resumed."""
@@ -84,17 +85,21 @@ class RecordCallback(TrainerCallback):
         self.evaluation, self.finished = {}, False
         self.traces = Traces()
         if state.global_step == 0:
+            old = [RUN_FILE, WEIGHTS_FILE, TRACES_FILE]
+            # A second `train()` keeps the weights of the first one's pilot, and so what it found.
+            if not self._used:
+                old += [PILOT_FILE, SCORES_FILE]
             if args.should_save:
                 # Where this fails, writing will fail too, and tell.
                 with suppress(OSError):
-                    for name in (RUN_FILE, PILOT_FILE, SCORES_FILE, WEIGHTS_FILE, TRACES_FILE):
+                    for name in old:
                         (folder / name).unlink(missing_ok=True)
         else:
             earlier = _read(folder / RUN_FILE)
             self.seconds |= earlier.get("seconds", {})
             self.validation = [e for e in earlier.get("validation", []) if e["step"] <= state.global_step]
             self.traces.read(folder, state.global_step)
-        self._began, self._chosen = time.perf_counter() - self.seconds["total"], False
+        self._began, self._chosen, self._used = time.perf_counter() - self.seconds["total"], False, True
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Weights are chosen by now: note the time, and the validation loss of the untrained model."""
