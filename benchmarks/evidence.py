@@ -14,7 +14,7 @@ from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import experiments, jobs_of
 
 FIRST = ("quality", "safety", "boilerplate", "truncated", "scrambled")
-SECOND = ("quality_large", "truncated_large", "scrambled_large", "quality_undamaged")
+SECOND = ("quality_large", "truncated_large", "scrambled_large")
 LAST = ("safety_scarce", "refine_levers", "validation_term")
 
 

@@ -67,7 +67,7 @@ def weights_file(experiment: dict, seed: int) -> Path:
 
 def run_one(experiment: dict, arm: str, name: str, seed: int) -> dict[str, Any]:
     """A run of an arm, under the name of the arm, of a variant or of a budget."""
-    task = make_task(experiment["task"], seed, **experiment.get("task_arguments", {}))
+    task = make_task(experiment["task"], seed)
     budget = Budget(**experiment["budget"] | experiment.get("budgets", {}).get(name, {}).get("changes", {}))
     variant = name if name in experiment.get("variants", {}) else None
     if variant is not None:
@@ -91,8 +91,7 @@ def run_one(experiment: dict, arm: str, name: str, seed: int) -> dict[str, Any]:
     record["history"] = [entry for entry in result.history if "loss" in entry]
     if result.weights is not None:
         kinds = task.train["kind"]
-        # Without damage there is nothing to rank.
-        record["auc"] = ranking_quality(result.weights, kinds) if not all(task.good) else None
+        record["auc"] = ranking_quality(result.weights, kinds)
         record["good_share"] = good_share(result.weights, kinds)
         record["weights"] = [round(weight, 4) for weight in result.weights]
     if chosen:
