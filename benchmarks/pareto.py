@@ -35,6 +35,10 @@ quality boilerplate truncated scrambled safety quality_large; python -m benchmar
 
 {presets}
 
+`reliable` scores all rows: AUC .927 and 63% on the first seed, in the study of unscored rows below. The others predict
+the weights of 768 and 1,024 of the 1,280 rows, and pay for it where damage is of three kinds, most of all in swapped
+answers.
+
 `lookahead` is a little cheaper than the tracker of `value_function` and ranks as well. The tracker stays the default
 because it was never worse beyond noise on any task; the look-ahead was, on one seed of the safety task (gap recovered
 2% against 34%, benign loss 2.6% above clean only's against 1.7%).
