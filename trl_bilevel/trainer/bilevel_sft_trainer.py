@@ -259,7 +259,7 @@ class BilevelSFTTrainer(SFTTrainer):
     def collate_rows(self, rows: list[int]) -> dict[str, Any]:
         """Some of `rows`, by position, as a padded batch on the device."""
         columns = setup.row_columns(self.args, self.rows)
-        batch = self.row_collator([{k: self.rows[row][k] for k in columns} for row in rows])
+        batch = self.row_collator([{k: v for k, v in self.rows[row].items() if k in columns} for row in rows])
         return self._prepare_inputs(batch)
 
     # The training step

@@ -339,9 +339,9 @@ def evaluate_rows(trainer: BilevelSFTTrainer, dataset: Dataset) -> Tensor:
     trainer.model.eval()
     losses = []
     size = args.per_device_eval_batch_size
+    dataset = dataset.select_columns(row_columns(args, dataset))
     for start in range(0, len(dataset), size):
-        rows = [dataset[row] for row in range(start, min(start + size, len(dataset)))]
-        batch = trainer.row_collator([{k: row[k] for k in row_columns(args, dataset)} for row in rows])
+        batch = trainer.row_collator([dataset[row] for row in range(start, min(start + size, len(dataset)))])
         losses.append(host.row_losses(batch).means().cpu())
     trainer.model.train(training)
     return torch.cat(losses)
