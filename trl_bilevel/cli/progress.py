@@ -115,7 +115,7 @@ def time_spent(trainer: Any) -> list[tuple[str, str]]:
 
 def _carrying(trainer: Any) -> float:
     """Share of the rows that hold 80% of the weight."""
-    from ..report.findings import rows_carrying
+    from ..core.statistics import rows_carrying
     from ..trainer.record import offline_part
 
     weights = offline_part(trainer).selection.sampled_weights().cpu().numpy()

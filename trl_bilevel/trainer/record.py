@@ -5,9 +5,7 @@ The folder's name starts with an underscore, so that `push_to_hub` leaves it out
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,10 +23,9 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, SFTConfig
 
 from .._version import __version__
-from ..core.statistics import evenly_spaced
+from ..core.statistics import data_ranks, evenly_spaced
 from ..data.cards import selection_section
-from ..data.export import data_ranks
-from ..data.files import atomically
+from ..data.files import atomically, read_json, write_json
 from ..data.identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID, fingerprint
 from .bilevel_sft_config import BilevelSFTConfig
 from .self_refine_config import SelfRefineConfig
@@ -95,7 +92,7 @@ class RecordCallback(TrainerCallback):
                     for name in old:
                         (folder / name).unlink(missing_ok=True)
         else:
-            earlier = _read(folder / RUN_FILE)
+            earlier = read_json(folder / RUN_FILE)
             self.seconds |= earlier.get("seconds", {})
             self.validation = [e for e in earlier.get("validation", []) if e["step"] <= state.global_step]
             self.traces.read(folder, state.global_step)
@@ -201,7 +198,7 @@ class RecordCallback(TrainerCallback):
             self.seconds["total"] = time.perf_counter() - self._began
         folder = Path(trainer.args.output_dir) / FOLDER
         # A trainer that has not trained, but loaded a run that had ended, knows only the rest of it.
-        earlier = _read(folder / RUN_FILE)
+        earlier = read_json(folder / RUN_FILE)
         seconds = {name: round(value, 2) for name, value in self.seconds.items()}
         facts = describe(trainer) | {
             "finished": self.finished if self.seconds else earlier.get("finished", False),
@@ -212,13 +209,13 @@ class RecordCallback(TrainerCallback):
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / RUN_FILE, facts)
+            write_json(folder / RUN_FILE, facts)
             side = offline_part(trainer)
             if side.weighs:
                 # Of a stream, the rows of its sample: nobody can list the others.
                 table_of = side.selection.table
                 weights = side.sample_weights() if table_of is None else side.selection.seen_weights(table_of.sample)
-                table = {DATA_WEIGHT: _column(weights), DATA_RANK: pa.array(data_ranks(weights).numpy())}
+                table = {DATA_WEIGHT: _column(weights), DATA_RANK: pa.array(data_ranks(weights))}
                 if side.learns_online and table_of is None:
                     table["mean_score"] = _column(side.selection.state.score_mean[side.selection.units(_all(side))])
                 _write_table(folder / WEIGHTS_FILE, table)
@@ -318,21 +315,10 @@ def write_pilot(pilot: Pilot, scores: Tensor, trusted: Tensor, shares: Tensor, s
         table["ending"] = _column(scores[known][:, 1])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / PILOT_FILE, facts)
+        write_json(folder / PILOT_FILE, facts)
         _write_table(folder / SCORES_FILE, table)
     except (OSError, pa.ArrowException) as error:
         logger.warning(f"The record of the pilot in {folder} could not be written ({error}): a report will lack it.")
-
-
-def finite(value: Any) -> Any:
-    """NaN and infinity are no JSON: null in their place, at any depth; what JSON cannot hold as text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def callback_of(trainer: Any) -> RecordCallback:
@@ -377,17 +363,3 @@ def _column(values: Tensor) -> pa.Array:
 
 def _write_table(path: Path, columns: Mapping[str, pa.Array]) -> None:
     atomically(path, lambda file: pq.write_table(pa.table(dict(columns)), file))
-
-
-def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    text = json.dumps(finite(facts), indent=1, allow_nan=False)
-    atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of the record; nothing if it is not there or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -303,13 +303,13 @@ class Selection:
         if self.table is None:
             return self._kept_sample
         seen = (~torch.isneginf(self.state.logits)).nonzero().squeeze(1)
-        return seen[evenly_spaced(len(seen), STATISTICS_ROWS).to(seen.device)]
+        return seen[torch.from_numpy(evenly_spaced(len(seen), STATISTICS_ROWS)).to(seen.device)]
 
     @cached_property
     def _kept_sample(self) -> Tensor:
         rows = self.kept.nonzero().squeeze(1) if not bool(self.kept.all()) else None
         count = len(self.kept) if rows is None else len(rows)
-        index = evenly_spaced(count, STATISTICS_ROWS)
+        index = torch.from_numpy(evenly_spaced(count, STATISTICS_ROWS))
         return index if rows is None else rows[index]
 
     def metrics(self) -> dict[str, float]:
@@ -320,7 +320,7 @@ class Selection:
         weights = self.sampled_weights()
         out = {"selector/ess": ess, "selector/entropy": float(core.weight_entropy(self.state))}
         levels = (0.05, 0.25, 0.5, 0.75, 0.95)
-        for level, value in zip(levels, weight_quantiles(weights, levels).tolist(), strict=True):
+        for level, value in zip(levels, weight_quantiles(weights.cpu(), levels).tolist(), strict=True):
             out[f"selector/weight_q{round(100 * level):02d}"] = value
         if self._recent:
             mean, std = torch.stack(self._recent).mean(0).tolist()

@@ -42,7 +42,7 @@ class Traces:
             return
         if not last and step not in moments(max_steps):
             return
-        rows = evenly_spaced(side.row_count, NUMBERS // (2 * MOMENTS))
+        rows = torch.from_numpy(evenly_spaced(side.row_count, NUMBERS // (2 * MOMENTS)))
         if not torch.equal(rows, self.rows):
             # A run that is resumed with other rows (`ignore_selector_fingerprint`): the past is of none of these.
             self.rows, self.taken = rows, {}
