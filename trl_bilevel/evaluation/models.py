@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.scores import row_losses
-from .rows import Row, Text, Tokens, digest, encode, render
+from ..data.formats import Part
+from .rows import Row, Tokens, digest, encode, render
 
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 
@@ -202,7 +203,7 @@ def generate(
 
 
 def responses(
-    model: Any, tokenizer: Any, prompts: Sequence[Text], settings: Settings, what: str = "Responses"
+    model: Any, tokenizer: Any, prompts: Sequence[Part], settings: Settings, what: str = "Responses"
 ) -> list[str]:
     """The model's responses to prompts, in their order, without the thoughts that a reasoning model writes first."""
     texts = [render(prompt, tokenizer, settings.template) for prompt in prompts]

@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..data.formats import Part
 from ..demo.assets import PackagedFile, fetch, harmful_requests
-from .rows import Text
 
 ADVBENCH = PackagedFile(
     "pyrit==1.1.0",
@@ -36,7 +36,7 @@ PROMPT_COLUMNS = ("prompt", "question", "instruction", "goal", "behavior", "requ
 LABELS = {"harmful": "unsafe", "benign": "safe"}
 
 
-def harmful_prompts(name: str, split: str = "train") -> list[Text]:
+def harmful_prompts(name: str, split: str = "train") -> list[Part]:
     """Harmful requests: `"harmbench"` (200), `"advbench"` (520), both fetched and checked by hash, or a set of yours.
 
     Args:
@@ -53,7 +53,7 @@ def harmful_prompts(name: str, split: str = "train") -> list[Text]:
     return _named(name, split, "harmful")
 
 
-def benign_prompts(name: str, split: str = "train") -> list[Text]:
+def benign_prompts(name: str, split: str = "train") -> list[Part]:
     """Benign requests that look harmful: `"lookalikes"` (60, ours), `"xstest"` (250, on the hub), or a set of yours.
 
     Args:
@@ -66,7 +66,7 @@ def benign_prompts(name: str, split: str = "train") -> list[Text]:
     return _named(XSTEST if name == "xstest" else name, split, "benign")
 
 
-def _named(name: str, split: str, kind: str) -> list[Text]:
+def _named(name: str, split: str, kind: str) -> list[Part]:
     from ..cli.data import load_rows
 
     if Path(name).suffix == ".txt":
@@ -80,7 +80,7 @@ def _named(name: str, split: str, kind: str) -> list[Text]:
     return found
 
 
-def prompts_of(rows: Iterable[Mapping[str, Any]], name: str, label: str) -> list[Text]:
+def prompts_of(rows: Iterable[Mapping[str, Any]], name: str, label: str) -> list[Part]:
     """The rows' requests, of one label where they are labelled.
 
     Raises:
@@ -101,5 +101,5 @@ def prompts_of(rows: Iterable[Mapping[str, Any]], name: str, label: str) -> list
     )
 
 
-def _lines(text: str) -> list[Text]:
+def _lines(text: str) -> list[Part]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
