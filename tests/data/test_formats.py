@@ -10,7 +10,17 @@ from datasets import Dataset
 
 from trl_bilevel.data import formats
 from trl_bilevel.data.files import finite, read_json, write_json
-from trl_bilevel.data.formats import answered, assistant, content, layout_of, parts, turns, user, with_answer
+from trl_bilevel.data.formats import (
+    answered,
+    assistant,
+    content,
+    layout_of,
+    parts,
+    question_and_answer,
+    turns,
+    user,
+    with_answer,
+)
 
 PARTED = [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}]
 SHARED = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -101,6 +111,28 @@ def test_rows_without_text_are_refused(row):
 )
 def test_parts_as_text(part, text, named):
     assert content(part) == text and turns(part) == named
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "completion": "a"}, ("q", "a")),
+        ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"content": "a"}]}, ("q", "a")),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ("q", "a")),
+        (
+            {"messages": [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]},
+            ("system: s\nuser: u", "a"),
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ("q", "a")),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "part"}]}]}, ("", "part")),
+        ({"text": "all of it"}, ("", "all of it")),
+        ({"question": "q", "answer": "a", "n": 3}, ("", "question: q\nanswer: a")),
+        ({"prompt": None, "completion": None}, ("", "")),
+        ({"n": 3}, ("", "(no text in this row)")),
+    ],
+)  # fmt: skip
+def test_rows_of_any_format_can_be_read(row, expected):
+    assert question_and_answer(row) == expected
 
 
 def test_another_answer():

@@ -118,7 +118,7 @@ def test_categories(make_run):
 
 def test_many_values_are_summed_up_for_a_group_column(make_run):
     names = [f"site {n}" for n in range(50)]
-    settings = {"selector_group_column": "source", "selector_granularity": "group"}
+    settings = {"selector_group_column": "source"}
     folder = make_run(rows=300, sources=names, settings=settings)
     (category,) = categories_of(load_run(folder))
     assert len(category.values) == 13 and category.values[-1] == "(38 others)" and sum(category.rows) == 300

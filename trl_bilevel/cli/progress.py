@@ -102,7 +102,7 @@ def weight_facts(trainer: Any) -> list[tuple[str, str]]:
 
 def time_spent(trainer: Any) -> list[tuple[str, str]]:
     """For the summary: how long the run took, and how much of it went into the weights."""
-    from ..report.findings import duration
+    from ..report.text import duration
     from ..trainer.record import callback_of
 
     seconds = callback_of(trainer).seconds

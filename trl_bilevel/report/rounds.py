@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from ..data.formats import question_and_answer
 from .rows import read_rows
 from .run import Run
-from .text import clean, question_and_answer
+from .text import clean
 
 # Questions that are shown of a round, and of all rounds; characters of a response.
 PER_ROUND, IN_ALL = 6, 48
@@ -64,7 +65,7 @@ def _questions(run: Run, path: Path, limit: int) -> tuple[list[dict[str, Any]], 
         groups.setdefault(row.get("sample_id"), []).append(row)
     chosen = sorted(groups, key=lambda key: -_spread(groups[key]))[:limit]
     offline: dict[int, dict[str, Any]] = {}
-    own = run.record.get("weights", {}).get("asks_own_rows") is not False
+    own = run.told("weights", "asks_own_rows") is not False
     if own and run.rows_file is not None:
         offline = read_rows(run.rows_file, [key for key in chosen if isinstance(key, int)])
     out = []

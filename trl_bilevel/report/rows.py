@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.formats import question_and_answer
 from .run import Run
-from .text import CONVERSATIONS, clean, question_and_answer
+from .text import clean
 
 # Rows of each kind that are embedded; up to three times as many are all embedded.
 SAMPLE = 500
@@ -78,30 +79,20 @@ def row_table(run: Run, categories: Sequence[Category]) -> dict[str, Any]:
     numbers, sampled = chosen_rows(run)
     rows = {} if run.rows_file is None else read_rows(run.rows_file, numbers.tolist())
     scores = np.full(len(numbers), np.nan) if run.scores is None else run.scores[numbers]
+    # More digits than a reader compares make the file longer.
+    weights, scores = np.round(run.weights[numbers], 6), np.round(scores, 6)
     texts = [question_and_answer(rows[n]) if n in rows else ("", "") for n in numbers.tolist()]
     labels = [c.column for c in categories]
     return {
         "row": numbers.tolist(),
-        "weight": run.weights[numbers].tolist(),
+        "weight": weights.tolist(),
         "rank": (run.ranks[numbers] + 1).tolist(),
         "score": scores.tolist(),
         "random": sampled.astype(int).tolist(),
         "question": [clean(question, QUESTION) for question, _ in texts],
         "answer": [clean(answer, ANSWER) for _, answer in texts],
-        "steps": list(run.traces),
-        "trace": _traces(run, numbers),
         "labels": {name: [clean(rows.get(n, {}).get(name, ""), 60) for n in numbers.tolist()] for name in labels},
     }
-
-
-def _traces(run: Run, numbers: np.ndarray) -> list[list[list[float]] | None]:
-    """Of each row: its weights and its mean scores at the steps of `run.traces`; None if it was not followed."""
-    if not run.traces:
-        return []
-    pairs = np.stack([np.stack([part[numbers] for part in pair]) for pair in run.traces.values()])
-    followed = ~np.isnan(pairs[:, 0]).any(0)
-    values = np.round(pairs.transpose(2, 1, 0), 4).tolist()
-    return [value if known else None for value, known in zip(values, followed.tolist(), strict=True)]
 
 
 def categories_of(run: Run) -> list[Category]:
@@ -121,10 +112,9 @@ def categories_of(run: Run) -> list[Category]:
 
 
 def _may_be_categorical(field: pa.Field) -> bool:
-    kind = field.type
-    plain = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
-    plain = plain or pa.types.is_boolean(kind) or pa.types.is_integer(kind)
-    return plain and field.name not in (*OWN_COLUMNS, "prompt", "completion", "text", *CONVERSATIONS)
+    kinds = ("is_string", "is_large_string", "is_dictionary", "is_boolean", "is_integer")
+    plain = any(getattr(pa.types, kind)(field.type) for kind in kinds)
+    return plain and field.name not in (*OWN_COLUMNS, "prompt", "completion", "text")
 
 
 def _category(name: str, values: pa.ChunkedArray, weights: np.ndarray) -> Category:

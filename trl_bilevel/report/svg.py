@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,13 +22,8 @@ if TYPE_CHECKING:
 
 ROLES = ("ink", "muted", "grid", "surface", "main", "other", "trusted", "warn")
 _PLACEHOLDERS = {role: f"#0102{16 + n:02x}" for n, role in enumerate(ROLES)}
-_PAPER = dict(
-    zip(
-        ROLES,
-        ("#1b1f24", "#59636e", "#dfe3e8", "#ffffff", "#2a5db0", "#6e7781", "#1a7f4e", "#b35900"),
-        strict=True,
-    )
-)
+_INKS = ("#1b1f24", "#59636e", "#dfe3e8", "#ffffff", "#2a5db0", "#6e7781", "#1a7f4e", "#b35900")
+_PAPER = dict(zip(ROLES, _INKS, strict=True))
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 # Inches: small, so that the text stays readable where the chart is as narrow as a telephone.
@@ -50,8 +45,7 @@ def render(draw: Draw, name: str, label: str, size: tuple[float, float] = SIZE) 
     import matplotlib
 
     buffer = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": None}
-    with matplotlib.rc_context({k: v for k, v in settings.items() if k in matplotlib.rcParams}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         _figure(draw, _PLACEHOLDERS, size).savefig(buffer, format="svg", metadata=metadata)
     ET.register_namespace("", _SVG)
@@ -63,8 +57,8 @@ def render(draw: Draw, name: str, label: str, size: tuple[float, float] = SIZE) 
                 parent.remove(child)
     for element in root.iter():
         _restyle(element)
-    for size_name in ("width", "height"):
-        root.attrib.pop(size_name, None)
+    for attribute in ("width", "height"):
+        root.attrib.pop(attribute, None)
     root.attrib.update({"class": "chart", "role": "img", "aria-label": label, "focusable": "false"})
     return Markup(ET.tostring(root, encoding="unicode"))
 
@@ -138,17 +132,3 @@ def _restyle(element: ET.Element) -> None:
             classes.append(f"{key}-{role}")
     if classes:
         element.set("class", " ".join(classes))
-
-
-def data_table(caption: str, header: list[str], rows: list[list[str]]) -> Markup:
-    """The numbers of a chart as a table."""
-    head = Markup("").join(Markup('<th scope="col">{}</th>').format(cell) for cell in header)
-    body = Markup("").join(
-        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
-            row[0], Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row[1:])
-        )
-        for row in rows
-    )
-    return Markup("<table><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(
-        escape(caption), head, body
-    )
