@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,15 +83,11 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
     from peft import AutoPeftModelForCausalLM, PeftConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..cli.data import is_adapter
-
-    settings = {"device_map": device(), **load}
+    adapter = (Path(name) / "adapter_config.json").is_file()
+    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     revision = {"revision": load["revision"]} if load.get("revision") else {}
     try:
-        if is_adapter(name):
-            model = AutoPeftModelForCausalLM.from_pretrained(name, **settings)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, **settings)
+        model = loader.from_pretrained(name, **{"device_map": device(), **load})
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"Could not load the model {name!r}: {error} Give a hub name, a folder of a model, or a folder of a PEFT "
@@ -99,7 +96,7 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **revision)
     except (OSError, ValueError):
-        if not is_adapter(name):
+        if not adapter:
             raise
         # Adapters are saved without a tokenizer, too.
         tokenizer = AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path)

@@ -15,19 +15,6 @@ ADVBENCH = PackagedFile(
     "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
     "ccf76355d0d661bcf81f57f70baa1db9299da8aa9352f39b3672cf3da560d3e0",
 )
-# 105 and 64 responses labelled as refusal or not by people: what a refusal judge can be checked with (MIT licence).
-LABELLED_REFUSALS = (
-    PackagedFile(
-        "pyrit==1.1.0",
-        "pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv",
-        "1ebc42ef7dadd97962cc00d04edd6a52a321f7936c063ff3453d2bbcef30a5d7",
-    ),
-    PackagedFile(
-        "pyrit==1.1.0",
-        "pyrit/datasets/scorer_evals/refusal_scorer/refusal_extra.csv",
-        "6ce7f61a8205eb8c29b1a247b52b3730501349f9adf0674a696efb004658a18a",
-    ),
-)
 # Of the authors, CC-BY-4.0. The hub could not be reached where this was written: the name is from documentation.
 XSTEST = "Paul/XSTest"
 

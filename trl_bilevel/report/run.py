@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -141,7 +142,7 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
             )
     files = _rows_files(run, rows_file)
     run.history = _history(run)
-    run.ledger = [entry for entry in _lines(folder / "ledger.jsonl") if isinstance(entry, dict)]
+    run.ledger = _ledger(folder / "ledger.jsonl")
     run.weights = _weights(run, files)
     run.rows_file = next((path for path in files if mismatch(run, path) is None), None)
     run.scores = _scores(run)
@@ -150,7 +151,7 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
             f"{folder} holds no run: no {RECORD}/run.json, no checkpoint, no {WEIGHTED_FILE}, no ledger.jsonl. Give "
             "the `output_dir` of `trl-bilevel sft`, `refine` or `rank`, or of one of their trainers."
         )
-    _note_missing(run, files)
+    run.missing = list(_missing(run, files))
     return run
 
 
@@ -159,8 +160,9 @@ def mismatch(run: Run, path: Path) -> str | None:
 
     Its weights tell: a folder that was used before may hold the rows of an earlier run, and as many of them.
     """
-    count = _row_count(path)
-    if count is None:
+    try:
+        count = pq.read_metadata(path).num_rows
+    except (OSError, ValueError):
         return "cannot be read"
     if run.weights is None:
         return "is not of this run, of which no weights are known"
@@ -222,13 +224,10 @@ def _weights(run: Run, files: list[Path]) -> np.ndarray | None:
     told = run.told("weights", otherwise={})
     if told and not (told.get("learned") or told.get("given")):
         return None
-    own = _numbers(run.folder / RECORD / "weights.parquet", WEIGHT)
-    if own is not None and len(own):
-        return own
-    if told.get("learned") or (run.pilot and not run.record):
-        return None
-    found = [values for values in (_numbers(path, WEIGHT) for path in files) if values is not None and len(values)]
-    return found[0] if found else None
+    own = run.folder / RECORD / "weights.parquet"
+    others = [] if told.get("learned") or (run.pilot and not run.record) else files
+    found = (_numbers(path, WEIGHT) for path in [own, *others])
+    return next((values for values in found if values is not None and len(values)), None)
 
 
 def _scores(run: Run) -> np.ndarray | None:
@@ -247,59 +246,43 @@ def _scores(run: Run) -> np.ndarray | None:
     return scores
 
 
-def _numbers(path: Path | None, column: str) -> np.ndarray | None:
-    """A column of a parquet file as float64, NaN where missing; None if it cannot be read."""
-    if path is None or not path.is_file():
-        return None
+def _numbers(path: Path, column: str) -> np.ndarray | None:
+    """A column of a parquet file as float64, NaN where missing; None if it is not there or cannot be read."""
     try:
         with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                return None
             return file.read([column])[column].to_numpy().astype(np.float64)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def _row_count(path: Path) -> int | None:
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.metadata.num_rows
-    except (OSError, ValueError):
-        return None
-
-
-def _note_missing(run: Run, files: list[Path]) -> None:
+def _missing(run: Run, files: list[Path]) -> Iterator[str]:
+    """Sentences that say what a report of the run lacks, and why."""
     if not run.record:
-        run.missing.append(
+        yield (
             "This run has no record (it was made by an older version or another trainer, or stopped before its first "
             "checkpoint): settings, scores, validation losses and times are not known."
         )
     if run.told("weights", "learned") and run.weights is None:
-        run.missing.append(f"The weights that this run learned are not in this folder ({RECORD}/weights.parquet).")
+        yield f"The weights that this run learned are not in this folder ({RECORD}/weights.parquet)."
     for path in files:
         wrong = mismatch(run, path)
         if wrong is not None:
-            run.missing.append(f"{path.name} {wrong}. Its rows are left out.")
+            yield f"{path.name} {wrong}. Its rows are left out."
     if run.weights is not None and run.rows_file is None:
         noted = Path(run.told("rows_file", otherwise=WEIGHTED_FILE))
         if noted.suffix != ".parquet":
-            run.missing.append(
-                f"The rows of this run are in {noted.name}, and a report reads .parquet files: it lacks their texts."
-            )
+            yield f"The rows of this run are in {noted.name}, and a report reads .parquet files: it lacks their texts."
         elif not files:
-            run.missing.append(
+            yield (
                 f"The texts of the rows are not in this folder: there is no {WEIGHTED_FILE}. "
                 "`trl-bilevel report RUN_DIR --rows FILE.parquet` reads them from elsewhere."
             )
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return
-    for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
-            continue
+def _ledger(path: Path) -> list[dict[str, Any]]:
+    """The lines that can be read: of a run that was killed, the last may be cut off."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]
