@@ -114,17 +114,11 @@ def versions() -> dict[str, str]:
 def shown(estimate: Estimate, share: bool, sign: bool = False, gap: str = " ") -> str:
     """A figure and its interval."""
 
+    plus = "+" if sign else ""
+
     def number(value: float) -> str:
-        if math.isnan(value):
-            return "?"
-        plus = "+" if sign else ""
-        return (
-            f"{100 * value:{plus}.1f}%"
-            if share
-            else f"{value:{plus}.4g}"
-            if abs(value) >= 100
-            else f"{value:{plus}.4f}"
-        )
+        form = ".1%" if share else ".4g" if abs(value) >= 100 else ".4f"
+        return "?" if math.isnan(value) else f"{value:{plus}{form}}"
 
     return f"{number(estimate.value)}{gap}[{number(estimate.low)}, {number(estimate.high)}]"
 
@@ -231,8 +225,6 @@ def _table(console: Any, title: str, section: Mapping[str, Any], models: Sequenc
         cells = [shown(figures[name], share, gap="\n") if name in figures else "" for figures in section["figures"]]
         if differences:
             change = differences.get(name)
-            cells += (
-                ["", ""] if change is None else [shown(change, share, sign=True, gap="\n"), f"{change.p_value:.2g}"]
-            )
+            cells += [shown(change, share, sign=True, gap="\n"), f"{change.p_value:.2g}"] if change else ["", ""]
         table.add_row(label, *(Text(cell) for cell in cells))
     console.print(table)

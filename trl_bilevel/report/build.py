@@ -106,7 +106,7 @@ def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
         data=script_json({"rows": table, "trusted": _trusted(run), "why": _why(run)}) if table else None,
         rounds=rounds_of(run),
         costs=_costs(run),
-        settings=_settings(run),
+        settings=[(clean(name), clean(value, 200)) for name, value in run.settings.items() if value is not None],
         facts=_facts(run),
         style=Markup(style),
         script=Markup(script),
@@ -188,32 +188,29 @@ def _costs(run: Run) -> list[tuple[str, str, str]]:
     return [(label, duration(value), f"{value / total:.1%}") for label, value in [*parts, ("Total", total)]]
 
 
-def _settings(run: Run) -> list[tuple[str, str]]:
-    return [(clean(name), clean(value, 200)) for name, value in run.settings.items() if value is not None]
-
-
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What the run was, as far as its record says."""
-    pilot, data, steps = run.pilot, run.told("data", otherwise={}), run.told("steps", otherwise={})
-    rows = f"{data['rows']:,}" if data.get("rows") is not None else None
-    if rows and data.get("rows_trained_on") is not None:
-        rows += f", {data['rows_trained_on']:,} of them with a weight" if run.ranked else ""
-        rows += "" if run.ranked else f", trained on {data['rows_trained_on']:,}"
-    sets = ", ".join(f"{name}: {entry.get('rows')} rows" for name, entry in data.get("validation", {}).items())
-    pilot_run = [
-        *([f"{pilot['steps']} steps"] if "steps" in pilot else []),
-        *([f"{pilot['rows_scored']:,} rows scored"] if "rows_scored" in pilot else []),
-        *([f"{len(pilot['trusted'])} trusted rows held back"] if "trusted" in pilot else []),
-    ]
-    processes = run.told("processes")
-    device = [run.told("device"), None if processes is None else f"{processes} process(es)"]
+    if not run.record:
+        return []
+    used = "{:,} of them with a weight" if run.ranked else "trained on {:,}"
+    sets = run.told("data", "validation", otherwise={})
+    versions = run.told("versions", otherwise={})
     facts = {
-        "Model": run.told("model"),
-        "Training rows": rows,
-        "Trusted rows": sets or "none",
-        "Pilot run": ", ".join(pilot_run),
-        "Steps": f"{steps.get('done')} of {steps.get('planned')}" if steps else None,
-        "Device": ", ".join(part for part in device if part),
-        "Versions": ", ".join(f"{name} {version}" for name, version in run.told("versions", otherwise={}).items()),
+        "Model": [run.told("model")],
+        "Training rows": [_said("{:,}", run.told("data", "rows")), _said(used, run.told("data", "rows_trained_on"))],
+        "Trusted rows": [f"{name}: {entry.get('rows')} rows" for name, entry in sets.items()] or ["none"],
+        "Pilot run": [
+            _said("{} steps", run.pilot.get("steps")),
+            _said("{:,} rows scored", run.pilot.get("rows_scored")),
+            _said("{} trusted rows held back", len(run.pilot.get("trusted", [])) or None),
+        ],
+        "Steps": [_said(f"{{}} of {run.told('steps', 'planned')}", run.told("steps", "done"))],
+        "Device": [run.told("device"), _said("{} process(es)", run.told("processes"))],
+        "Versions": [f"{name} {version}" for name, version in versions.items()],
     }
-    return [(label, clean(value, 300)) for label, value in facts.items() if value] if run.record else []
+    shown = [(label, ", ".join(part for part in parts if part)) for label, parts in facts.items()]
+    return [(label, clean(text, 300)) for label, text in shown if text]
+
+
+def _said(sentence: str, value: Any) -> str | None:
+    return None if value is None else sentence.format(value)

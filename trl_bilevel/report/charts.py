@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def weight_histogram(weights: np.ndarray) -> Chart:
     counts, edges = np.histogram(weights, bins=BINS, range=(0.0, max(1.05, float(weights.max()))))
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        _draw_bars(axes, colours, counts, edges, lambda n, a, b: f"{n:,} rows of weight {a:.2f} to {b:.2f}")
+        _draw_bars(axes, colours, counts, edges, "{:,} rows of weight {:.2f} to {:.2f}")
         axes.axvline(1.0, color=colours["other"], linestyle="--", linewidth=1.2)
         axes.annotate(
             "uniform", (1.0, 1.0), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
@@ -133,7 +133,7 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
     top = max(1, counts.max())
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        _draw_bars(axes, colours, counts, edges, lambda n, a, b: f"{n:,} training rows score {a:.3f} to {b:.3f}")
+        _draw_bars(axes, colours, counts, edges, "{:,} training rows score {:.3f} to {:.3f}")
         if len(trusted):
             axes.plot(
                 trusted, np.full(len(trusted), -0.05 * top), "|", color=colours["trusted"], markersize=11,
@@ -158,18 +158,18 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
 
 def category_shares(number: int, category: Category) -> Chart:
     """Share of the rows and of the weight, by the values of a column."""
-    values = [label if len(label) <= 28 else f"{label[:27]}…" for label in category.values]
-    places = np.arange(len(values))
+    shares = category.shares
+    places = np.arange(len(shares))
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        for offset, shares, role, label in (
-            (-0.19, category.row_share, "other", "share of the rows"),
-            (0.19, category.weight_share, "main", "share of the weight"),
-        ):
-            bars = axes.barh(places + offset, 100 * np.array(shares), 0.36, color=colours[role], label=label)
-            for bar, share, value in zip(bars, shares, category.values, strict=True):
-                bar.set_gid(f"tip:{value}: {share:.1%} {label.removeprefix('share ')}")
-        axes.set_yticks(places, values)
+        for offset, part, role, label in ((-0.19, "of_rows", "other", "rows"), (0.19, "of_weight", "main", "weight")):
+            sizes = [getattr(share, part) for share in shares]
+            label = f"of the {label}"
+            bars = axes.barh(places + offset, 100 * np.array(sizes), 0.36, color=colours[role], label=f"share {label}")
+            for bar, size, share in zip(bars, sizes, shares, strict=True):
+                bar.set_gid(f"tip:{share.value}: {size:.1%} {label}")
+        names = [share.value if len(share.value) <= 28 else f"{share.value[:27]}…" for share in shares]
+        axes.set_yticks(places, names)
         axes.tick_params(axis="y", length=0, labelcolor=colours["ink"])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -177,15 +177,11 @@ def category_shares(number: int, category: Category) -> Chart:
         axes.set(xlabel="%")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
-    most, least = int(np.argmax(category.mean)), int(np.argmin(category.mean))
-    text = (
-        f"Mean weight of {category.values[most]}: {category.mean[most]:.2f}; of {category.values[least]}: "
-        f"{category.mean[least]:.2f}."
-    )
-    columns = (category.values, category.rows, category.row_share, category.weight_share, category.mean)
-    rows = [[v, f"{n:,}", f"{r:.1%}", f"{w:.1%}", f"{m:.3f}"] for v, n, r, w, m in zip(*columns, strict=True)]
+    most, least = (choose(shares, key=lambda share: share.mean) for choose in (max, min))
+    text = f"Mean weight of {most.value}: {most.mean:.2f}; of {least.value}: {least.mean:.2f}."
+    rows = [[s.value, f"{s.rows:,}", f"{s.of_rows:.1%}", f"{s.of_weight:.1%}", f"{s.mean:.3f}"] for s in shares]
     header = [category.column, "Rows", "Share of the rows", "Share of the weight", "Mean weight"]
-    size = (SIZE[0], 1.2 + 0.32 * len(values))
+    size = (SIZE[0], 1.2 + 0.32 * len(shares))
     return Chart(f"category_{number}", "categories", f"Weight by {category.column}", text, draw, header, rows, size)
 
 
@@ -229,10 +225,9 @@ def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
             axes.plot([x, x], [before, after], color=colours[role], linewidth=1.5, linestyle=line)
             axes.plot([x], [before], "o", color=colours["other"], markersize=6)
             axes.plot([x], [after], marker, color=colours[role], markersize=8)
-        for marker, role, label in (
-            ("o", "other", "before"), ("^", "trusted", "after, kept"), ("x", "warn", "after, rolled back"),
-        ):  # fmt: skip
-            axes.plot([], [], marker, color=colours[role], label=label)
+        axes.plot([], [], "o", color=colours["other"], label="before")
+        axes.plot([], [], "^", color=colours["trusted"], label="after, kept")
+        axes.plot([], [], "x", color=colours["warn"], label="after, rolled back")
         axes.set_xticks(places[:: max(1, len(places) // 12)])
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.set(xlabel="round", ylabel="selection loss, nats per token")
@@ -281,18 +276,12 @@ def _lines(
     return Chart(name, section, title, text, draw, header, rows)
 
 
-def _draw_bars(
-    axes: Any,
-    colours: dict[str, str],
-    counts: np.ndarray,
-    edges: np.ndarray,
-    tip: Callable[[int, float, float], str],
-) -> None:
-    """A histogram, with a tooltip on each bar."""
+def _draw_bars(axes: Any, colours: dict[str, str], counts: np.ndarray, edges: np.ndarray, tip: str) -> None:
+    """A histogram; each bar has a tooltip, made of its count and its ends."""
     bars = axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours["main"], label="training rows")
     for bar, *numbers in zip(bars, counts, edges[:-1], edges[1:], strict=True):
         bar.set(edgecolor=colours["surface"], linewidth=0.6)
-        bar.set_gid(f"tip:{tip(*numbers)}")
+        bar.set_gid(f"tip:{tip.format(*numbers)}")
 
 
 def _bins(counts: np.ndarray, edges: np.ndarray, digits: int) -> list[list[str]]:

@@ -220,9 +220,10 @@ def _about_scores(run: Run) -> Iterator[Finding]:
 
 def _about_categories(categories: Sequence[Category]) -> Iterator[Finding]:
     for category in categories:
-        for value, rows, weight in zip(category.values, category.row_share, category.weight_share, strict=True):
-            if rows >= 0.05 and weight < STARVED * rows:
-                text = f"{category.column} = {value}: {rows:.0%} of the rows, {weight:.0%} of the weight."
+        for share in category.shares:
+            if share.of_rows >= 0.05 and share.of_weight < STARVED * share.of_rows:
+                text = f"{category.column} = {share.value}: {share.of_rows:.0%} of the rows, "
+                text += f"{share.of_weight:.0%} of the weight."
                 yield Finding("note", "A kind of rows that counts little", text, "categories")
 
 
