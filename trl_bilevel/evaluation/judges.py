@@ -65,25 +65,16 @@ class RewardModel:
     def score(self, rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
         """The model's output for each prompt with its response `[n]`."""
         chats = bool(self.tokenizer.chat_template)
-        texts: list[Any] = []
-        for row, response in zip(rows, responses, strict=True):
-            if chats:
-                whole = row_of(question(row.prompt, self.tokenizer), response)
-                texts.append(self.tokenizer.apply_chat_template([*whole.prompt, *whole.completion], tokenize=False))
-            else:
-                texts.append((turns(row.prompt), response))
+        texts: list[Any] = [(turns(row.prompt), response) for row, response in zip(rows, responses, strict=True)]
+        if chats:
+            written = [[*row.prompt, *row.completion] for row in _written(rows, responses, self.tokenizer)]
+            texts = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in written]
         limit = min(self.settings.max_length, self.tokenizer.model_max_length)
 
         def forward(batch: list[Any]) -> torch.Tensor:
             inputs = [batch] if chats else [list(part) for part in zip(*batch, strict=True)]
-            tokens = self.tokenizer(
-                *inputs,
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=limit,
-                add_special_tokens=not chats,
-            )
+            settings = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+            tokens = self.tokenizer(*inputs, add_special_tokens=not chats, **settings)
             return self.model(**tokens.to(self.model.device)).logits[:, 0]
 
         return _in_batches(forward, texts, self.settings)
@@ -138,9 +129,7 @@ class ModelLoss:
 
     def score(self, rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
         """Minus the mean loss per token `[n]`, in nats."""
-        written = [
-            row_of(question(row.prompt, self.tokenizer), text) for row, text in zip(rows, responses, strict=True)
-        ]
+        written = _written(rows, responses, self.tokenizer)
         found = models.losses(self.model, self.tokenizer, written, self.settings, "Judging")
         means = found.sums / np.maximum(found.counts, 1)
         return [-float(mean) if text else -float("inf") for mean, text in zip(means, responses, strict=True)]
@@ -209,6 +198,11 @@ def _reward_config(name: str) -> None:
         raise ValueError(
             f"The reward model {name!r} has {outputs} outputs, not one: it is a classifier of another kind."
         )
+
+
+def _written(rows: Sequence[Row], responses: Sequence[str], tokenizer: Any) -> list[Row]:
+    """The rows' prompts with the responses, as a model of this tokenizer reads them."""
+    return [row_of(question(row.prompt, tokenizer), text) for row, text in zip(rows, responses, strict=True)]
 
 
 def _in_batches(

@@ -185,13 +185,9 @@ def generate(
     starts: Iterable[int] = range(0, len(prompts), batch_size)
     out: list[str] = []
     for start in bar(starts) if bar else starts:
-        batch = tokenizer(
-            list(prompts[start : start + batch_size]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=special_tokens,
-        ).to(model.device)
+        texts = list(prompts[start : start + batch_size])
+        settings = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+        batch = tokenizer(texts, add_special_tokens=special_tokens, **settings).to(model.device)
         tokens: Tensor = model.generate(
             **batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
         )

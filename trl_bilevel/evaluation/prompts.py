@@ -43,10 +43,7 @@ def harmful_prompts(name: str, split: str = "train") -> list[Part]:
 def benign_prompts(name: str, split: str = "train") -> list[Part]:
     """Benign requests that look harmful: `"lookalikes"` (60, ours), `"xstest"` (250, on the hub), or a set of yours.
 
-    Args:
-        name (`str`): one of these, a text file with a request per line, or anything `load_rows` takes, with a column
-            of `PROMPT_COLUMNS`; rows whose `label` is not "safe" are left out if there is such a label.
-        split (`str`): of a data set.
+    Arguments as of `harmful_prompts`; the label of a set of yours is "safe".
     """
     if name == "lookalikes":
         return _lines(resources.files("trl_bilevel.evaluation").joinpath("text/lookalikes.txt").read_text())
