@@ -200,7 +200,7 @@ def _ranked(rows: Dataset) -> Dataset:
     """The rows with `data_rank`: a stream's could not be ranked while they came by."""
     if "data_rank" in rows.column_names:
         return rows
-    from ..data.export import data_ranks
+    from ..core.statistics import data_ranks
 
     return rows.add_column("data_rank", data_ranks(_weights(rows)).tolist())
 
@@ -249,17 +249,17 @@ def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
         activation = options.selector_activation or activation_of(path) or "softmax"
         write_selector(path, selector_logits(_weights(rows), activation))
         return [path]
-    from ..data.formats import write_for
+    from ..data.exports import write_for
 
     return write_for(options.format, rows, path, options.name or path.stem, options.top_k)
 
 
 def _push(chosen: Dataset, rows: Dataset, folder: Path, options: argparse.Namespace, api: Any) -> str:
+    from ..core.statistics import effective_sample_size
+    from ..data.files import read_json
     from ..data.hub import data_card, push_rows
-    from ..report.findings import effective_sample_size
 
-    record_file = folder / "_record" / "run.json"
-    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+    record = read_json(folder / "_record" / "run.json")
     weights = _weights(rows)
     weights = weights[~weights.isnan()].numpy()
     results = [("effective sample size", f"{effective_sample_size(weights):.0%} of {len(weights):,} rows")]

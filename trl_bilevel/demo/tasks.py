@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from ..data.answers import REFUSALS, STUB
 from ..data.contamination import Damage, Exchange, salad, scrambled, swapped, truncated
+from ..data.formats import FORMATS, TEXT, TOKENS, content, layout_of, parts
 from . import assets
 
 PROMPT = "<|im_start|>user\nWhat does the Python function `{name}` do?<|im_end|>\n<|im_start|>assistant\n"
@@ -218,27 +219,20 @@ def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:
     """Single-turn question-answer pairs of a data set in a usual format, answers of 3 to `max_words` words.
 
     Raises:
-        ValueError: if the columns are not those of a known format.
+        ValueError: if the columns are not those of a known format, or are plain text.
     """
-    columns = set(dataset.column_names)
+    layout = layout_of(dataset)
+    if layout in (None, TEXT, TOKENS):
+        raise ValueError(
+            f"Cannot find questions and answers in the columns {sorted(dataset.column_names)}; known: {FORMATS} (but "
+            "for text, which asks nothing)."
+        )
     out = []
     for row in dataset:
-        if {"prompt", "completion"} <= columns:
-            question, answer = _content(row["prompt"]), _content(row["completion"])
-        elif "messages" in columns:
-            turns = [m["content"] for m in row["messages"] if m["role"] in ("user", "assistant")]
-            question, answer = (turns[0], turns[1]) if len(turns) == 2 else ("", "")
-        elif {"instruction", "output"} <= columns:
-            question, answer = f"{row['instruction']}\n{row.get('input') or ''}".strip(), row["output"]
-        else:
-            raise ValueError(
-                f"Cannot find questions and answers in the columns {sorted(columns)}; known: prompt + completion, "
-                "messages, instruction + output."
-            )
-        if question and 3 <= len(answer.split()) <= max_words:
-            out.append({"name": question.replace("{", "(").replace("}", ")"), "description": answer})
+        asked, answer = parts(row)
+        said = [turn for turn in asked if turn["role"] != "system"] if isinstance(asked, list) else asked
+        one_turn = isinstance(said, str) or (len(said) == 1 and said[0]["role"] == "user")
+        question, text = content(said), content(answer)
+        if one_turn and question and 3 <= len(text.split()) <= max_words:
+            out.append({"name": question.replace("{", "(").replace("}", ")"), "description": text})
     return out
-
-
-def _content(value: str | list[Row]) -> str:
-    return value if isinstance(value, str) else value[-1]["content"]

@@ -13,7 +13,7 @@ import datasets
 from datasets import Dataset
 
 from ..._version import __version__
-from ..files import atomically
+from ..files import atomically, write_json
 from .sets import SETS, Prepared
 
 LOCK_FILE = "prepare.lock.json"
@@ -94,7 +94,7 @@ def write_prepared(prepared: Prepared, folder: str | Path) -> dict[str, Any]:
     for name, rows in prepared.sets.items():
         atomically(folder / f"{name}.parquet", lambda path, rows=rows: rows.to_parquet(str(path)))
     atomically(folder / CARD_FILE, lambda path: path.write_text(data_card(prepared, lock)))
-    atomically(folder / LOCK_FILE, lambda path: path.write_text(json.dumps(lock, indent=2) + "\n"))
+    write_json(folder / LOCK_FILE, lock)
     return lock
 
 
