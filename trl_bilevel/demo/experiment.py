@@ -16,10 +16,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
 
+from ..data import assets
 from ..data.answers import STUB, TEST_REFUSAL
 from ..evaluation.models import generate
 from ..evaluation.refusal import is_refusal
-from . import assets
 from .tasks import END, REQUEST, SAFETY_TASKS, Task
 
 # What a run may be called, and what it does with the same rows and the same number of optimizer steps.

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from datasets import Dataset
 
+from ..data import assets
 from ..data.answers import REFUSALS, STUB
 from ..data.contamination import Damage, Exchange, salad, scrambled, swapped, truncated
-from . import assets
 
 PROMPT = "<|im_start|>user\nWhat does the Python function `{name}` do?<|im_end|>\n<|im_start|>assistant\n"
 REQUEST = "<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..demo.assets import PackagedFile, fetch, harmful_requests
+from ..data.assets import PackagedFile, fetch, harmful_requests
 from .rows import Text
 
 ADVBENCH = PackagedFile(
