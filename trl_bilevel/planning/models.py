@@ -14,52 +14,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # What the hub says of well-known models, for when it cannot be reached. Numbers of the models' own config.json.
+NUMBERS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
+)
 KNOWN: dict[str, dict[str, Any]] = {
-    "Llama-3-8B": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-    },
-    "SmolLM2-1.7B": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "SmolLM2-135M": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "Qwen3-1.7B": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": True,
-    },
+    name: dict(zip(NUMBERS, numbers, strict=True))
+    for name, *numbers in (
+        ("Llama-3-8B", "llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, False),
+        ("SmolLM2-1.7B", "llama", 49152, 2048, 8192, 24, 32, 32, 64, 8192, True),
+        ("SmolLM2-135M", "llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, True),
+        ("Qwen3-1.7B", "qwen3", 151936, 2048, 6144, 28, 16, 8, 128, 40960, True),
+    )
 }
 # Families whose saved activations the formulas describe.
 DESCRIBED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
