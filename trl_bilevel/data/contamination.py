@@ -163,7 +163,7 @@ def exchange_of(row: Mapping[str, Any]) -> Exchange:
     """The last question of a row, with what stands before it, and its answer.
 
     Raises:
-        ValueError: if the row is in none of the formats of `contaminate`.
+        ValueError: if the row is neither `prompt` and `completion`, nor `messages`, nor `instruction` and `output`.
     """
     if "messages" in row:
         turns = row["messages"]
@@ -174,10 +174,12 @@ def exchange_of(row: Mapping[str, Any]) -> Exchange:
         question = _text(row["prompt"])
         completion = row["completion"]
         answer = completion if isinstance(completion, str) else completion[-1]["content"]
+    elif "instruction" in row and "output" in row:
+        question, answer = f"{row['instruction']}\n{row.get('input') or ''}".strip(), row["output"]
     else:
         raise ValueError(
-            f"A row has the columns {list(row)}. Known formats: `prompt` and `completion`, or `messages`. Rename the "
-            "columns, or map the rows beforehand."
+            f"A row has the columns {list(row)}. Known formats: `prompt` and `completion`, `messages`, or "
+            "`instruction` and `output`. Rename the columns, or map the rows beforehand."
         )
     if not isinstance(answer, str):
         raise ValueError(f"An answer must be text, got {type(answer).__name__}.")
