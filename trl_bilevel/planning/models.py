@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,6 @@ def model_shape(
     copies = [p for n, p in model.named_parameters() if "modules_to_save" in n]
     heads = text.num_attention_heads
     return ModelShape(
-        name=getattr(config, "_name_or_path", "") or config.model_type,
         family=config.model_type,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
@@ -115,7 +115,7 @@ def model_shape(
         heads=heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        linears=_linears(model, text.num_hidden_layers),
+        linears=_linears(model),
         parameters=parameters,
         trainable=sum(p.numel() for p in trained),
         trainable_bytes=sum(p.numel() * (size or p.itemsize) for p in trained),
@@ -134,23 +134,20 @@ def _is_trained(module: Any) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _linears(model: Any, layers: int) -> tuple[Linear, ...]:
+def _linears(model: Any) -> tuple[Linear, ...]:
     """Linear layers inside the decoder's layers, by name; those of mixtures of experts count all experts."""
     import torch
     from peft.tuners.lora import LoraLayer
 
-    found: dict[tuple[str, int, int, int, bool], int] = {}
+    found: Counter[Linear] = Counter()
     for path, module in model.named_modules():
-        if ".layers." not in f".{path}." or isinstance(module, LoraLayer) is isinstance(module, torch.nn.Linear):
+        adapted = isinstance(module, LoraLayer)
+        if ".layers." not in f".{path}." or adapted is isinstance(module, torch.nn.Linear):
             continue
         if any(part in path for part in ("lora_", "base_layer", "original_module")):
             continue
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        rank = sum(module.r.values()) if isinstance(module, LoraLayer) else 0
+        base = module.get_base_layer() if adapted else module
+        rank = sum(module.r.values()) if adapted else 0
         name = next(part for part in reversed(path.split(".")) if part not in ("default", "modules_to_save"))
-        key = (name, base.in_features, base.out_features, rank, base.weight.requires_grad)
-        found[key] = found.get(key, 0) + 1
-    return tuple(
-        Linear(name, inputs, outputs, number, rank, trained)
-        for (name, inputs, outputs, rank, trained), number in found.items()
-    )
+        found[Linear(name, base.in_features, base.out_features, 0, rank, base.weight.requires_grad)] += 1
+    return tuple(layer._replace(number=number) for layer, number in found.items())

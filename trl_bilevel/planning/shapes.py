@@ -36,7 +36,6 @@ class ModelShape:
     """The numbers of a decoder model with the adapters it is trained with.
 
     Attributes:
-        name (`str`): for messages.
         family (`str`): `model_type` of its config.
         vocabulary, hidden, layers, heads, key_value_heads, head_size (`int`): as usual.
         linears (`tuple[Linear, ...]`): the linear layers of the decoder.
@@ -51,7 +50,6 @@ class ModelShape:
         head_norms (`bool`): whether queries and keys are normalised per head (Qwen3).
     """
 
-    name: str
     family: str
     vocabulary: int
     hidden: int

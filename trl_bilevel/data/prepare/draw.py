@@ -7,7 +7,7 @@ import heapq
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,22 +48,23 @@ class SourceRecord:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass
 class Reader:
     """Reads sources, and notes what it read.
 
-    Args:
+    Attributes:
         loader: gives the rows of a source at a revision.
         resolve: gives the commit of a revision.
         revisions: by repository; `"main"` where there is none.
         max_characters (`int`): longer rows are left out: cut at a trainer's `max_length` they would lose their end.
+        records: of the sources that were opened.
     """
 
-    def __init__(self, loader: Loader, resolve: Resolver, revisions: dict[str, str], max_characters: int):
-        self.loader = loader
-        self.resolve = resolve
-        self.revisions = revisions
-        self.max_characters = max_characters
-        self.records: list[SourceRecord] = []
+    loader: Loader
+    resolve: Resolver
+    revisions: Mapping[str, str]
+    max_characters: int
+    records: list[SourceRecord] = field(default_factory=list)
 
     def open(self, source: Source) -> tuple[SourceRecord, Iterator[Example]]:
         """A record, filled in while the readable examples are taken from the iterator."""
