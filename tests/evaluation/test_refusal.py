@@ -4,8 +4,9 @@ import csv
 
 import pytest
 
+from trl_bilevel.data import assets
 from trl_bilevel.data.answers import STUB, TEST_REFUSAL
-from trl_bilevel.demo import assets, experiment
+from trl_bilevel.demo import experiment
 from trl_bilevel.demo.tasks import REFUSALS
 from trl_bilevel.evaluation.refusal import (
     KeywordRefusals,

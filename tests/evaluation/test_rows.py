@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from trl_bilevel.demo import assets
+from trl_bilevel.data import assets
 from trl_bilevel.evaluation import prompts
 from trl_bilevel.evaluation.rows import Row, assistant, encode, question, read_rows, render, user
 

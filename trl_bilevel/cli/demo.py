@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> None:
     from datasets import disable_progress_bars
     from rich.console import Console
 
-    from ..demo import assets
+    from ..data import assets
     from ..demo.comparison import extreme_rows, plot, summarise, write_results
     from ..demo.experiment import ARMS, REFINING, budget_of, run_arm
     from ..demo.tasks import conversational, make_task, question_answer_rows

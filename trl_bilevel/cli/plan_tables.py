@@ -31,8 +31,8 @@ def show(report: dict[str, Any], plan: MemoryPlan, model: ModelShape, run: RunSh
         console.print(f"[bold red]Does not fit[/]: needs {needed:.1f} GiB, the device has {report['gpu_memory']:g}.")
     if plan.host_bytes:
         console.print(f"The paged optimizer keeps up to {plan.host_bytes / GIB:.2f} GiB in the host's memory.")
-    if report["knobs"]:
-        console.print(_knobs(report["knobs"]))
+    if report["savings"]:
+        console.print(_savings(report["savings"]))
     if report["fits"] is False:
         console.print(_way(report), highlight=False)
     console.print(_work(report["work"], run))
@@ -64,15 +64,15 @@ def _memory(plan: MemoryPlan, run: RunShape) -> Any:
     return table
 
 
-def _knobs(knobs: list[dict[str, Any]]) -> Any:
+def _savings(savings: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(title="What saves memory, each alone")
-    for name in ("saves, GiB", "knob", "settings", "price"):
+    for name in ("saves, GiB", "change", "settings", "price"):
         table.add_column(name, justify="right" if name.startswith("saves") else "left", overflow="fold")
-    for knob in knobs:
-        saves = f"{knob['saves_bytes'] / GIB:.2f}"
-        table.add_row(saves, knob["name"], _settings(knob["settings"]), knob["price"])
+    for saving in savings:
+        saves = f"{saving['saves_bytes'] / GIB:.2f}"
+        table.add_row(saves, saving["name"], _settings(saving["settings"]), saving["price"])
     return table
 
 
@@ -86,8 +86,8 @@ def _way(report: dict[str, Any]) -> str:
     if report["way_to_fit"] is None:
         return "No combination of these makes it fit: take a smaller model or a larger device."
     settings: dict[str, Any] = {}
-    for knob in report["way_to_fit"]:
-        settings |= knob["settings"]
+    for saving in report["way_to_fit"]:
+        settings |= saving["settings"]
     return "With these it fits:\n  " + _settings(settings).replace("\n", "\n  ")
 
 
@@ -100,7 +100,7 @@ def _work(work: dict[str, Any], run: RunShape) -> Any:
     table.add_row("an optimizer step", _flops(work["step"]))
     if work["training"] is not None:
         table.add_row(f"training, {run.steps:,} steps", _flops(work["training"]))
-    if run.estimator != "none" and not run.online:
+    if run.pilots:
         table.add_row("pilot run", _flops(work["pilot"]))
         table.add_row("scoring of rows", _flops(work["scoring"]))
         if work["prediction"]:

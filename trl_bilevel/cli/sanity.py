@@ -136,7 +136,7 @@ def learn_weights(rows: Any, validation: Any, options: argparse.Namespace) -> li
     from peft import LoraConfig
 
     from .. import BilevelSFTConfig, BilevelSFTTrainer
-    from ..demo.assets import model_folder
+    from ..data.assets import model_folder
     from ..demo.experiment import model_dtype
 
     with tempfile.TemporaryDirectory() as folder:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..data.assets import minilm_folder
 from ..data.formats import turns
-from ..demo.assets import minilm_folder
 from . import models
 from .preference import FIRST, SECOND, UNDECIDED, PairwiseJudge, ask_both_orders
 from .refusal import load_object

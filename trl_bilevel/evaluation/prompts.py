@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..data.assets import PackagedFile, fetch, harmful_requests
 from ..data.formats import Part
-from ..demo.assets import PackagedFile, fetch, harmful_requests
 
 ADVBENCH = PackagedFile(
     "pyrit==1.1.0",
