@@ -43,11 +43,8 @@ class TrustedPart:
 
     def rows(self, step: int, share: float) -> list[tuple[str, int]]:
         """The rows of a step; of a short window at the end of an epoch, its share of them."""
-        return [
-            (name, place)
-            for name, sampler in self.draws.items()
-            for place in (drawn := sampler.rows(step))[: math.ceil(share * len(drawn))]
-        ]
+        drawn = {name: sampler.rows(step) for name, sampler in self.draws.items()}
+        return [(name, place) for name, rows in drawn.items() for place in rows[: math.ceil(share * len(rows))]]
 
 
 @dataclass
