@@ -146,6 +146,7 @@ class BilevelSFTConfig(WeightSettings, SFTConfig):
             )
         if self.published and (self.selector_group_column or self.filter_rate):
             raise ValueError(
-                f"`selector_group_column` and `filter_rate` do not go with `selector_preset={self.selector_preset!r}`: "
-                "its weights move row by row. Leave them out, or use another preset."
+                "`selector_group_column` and `filter_rate` do not go with "
+                f"`selector_preset={self.selector_preset!r}`, whose weights move row by row. Leave them out, or use "
+                "another preset."
             )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
-from ..data.checks import check_same_format
 from ..data.export import weighted_dataset
-from ..data.identity import SAMPLE_ID, SAMPLE_LENGTHS, SEGMENTS, SampleIdCollator, count_overlap, fingerprint
+from ..data.identity import SAMPLE_ID, SAMPLE_LENGTHS, SEGMENTS, SampleIdCollator
 from ..data.rows import Rows
 from ..data.sampling import WeightedSampler, content_hash
 from ..data.tokens import Tokeniser
@@ -37,8 +34,6 @@ from .checkpoints import WEIGHT_FILES, resume_point
 from .record import RecordCallback, RunFacts, add_selection_to_card
 from .trackers import WeightTracking, extreme_rows
 from .weighted_loss import ROW_FACTOR, StepFacts, TrustedPart, WeightedObjective, WeightedStep
-
-logger = logging.getLogger(__name__)
 
 
 class BilevelSFTTrainer(SFTTrainer):
@@ -83,9 +78,9 @@ class BilevelSFTTrainer(SFTTrainer):
         ValueError, TypeError: for input that cannot work; the message names the argument, the value and the remedy.
         ImportError: if the installed TRL lacks what the settings need.
 
-    Differs from [`~trl.SFTTrainer`] in that rows keep their numbers, weights are chosen before the first step and saved
-    with every checkpoint, and rows are drawn by them; where weights multiply losses or the model is trained on trusted
-    rows, every row's log-probabilities are multiplied before TRL sums them. With `weight_estimator="none"`,
+    Differs from [`~trl.SFTTrainer`] in that rows keep their numbers, weights are chosen before the first step and
+    saved with every checkpoint, and rows are drawn by them. Where weights multiply losses or the model is trained on
+    trusted rows, every row's log-probabilities are multiplied before TRL sums them. With `weight_estimator="none"`,
     `validation_loss_weight=0` and no weights given it *is* `SFTTrainer`.
     """
 
@@ -110,31 +105,32 @@ class BilevelSFTTrainer(SFTTrainer):
         args = _resolved(args, model)
         formatting = sft_arguments.get("formatting_func")
         self.data = preparation.TrainingData.of(args, train_dataset, validation_dataset, formatting is not None)
-        self._tracks_rows = preparation.tracks_rows(args, self.data.given)
+        # How weights act: computed once, see `preparation.Mode`.
+        self.mode = self.data.mode(args)
         self._unpacked: Dataset | None = None
         self._step: WeightedStep | None = None
         self._objective: WeightedObjective | None = None
-        if self._tracks_rows:
-            checks.check_contract(SFTTrainer, self._weighs_losses(args), self._resamples(args))
+        if self.mode.tracks_rows:
+            checks.check_contract(SFTTrainer, self.mode.weighs_losses, self.mode.resamples)
         super().__init__(
             model,
             args,
             data_collator,
             self.data.numbered,
-            preparation.without_numbers(eval_dataset) if self._tracks_rows else eval_dataset,
+            preparation.without_numbers(eval_dataset) if self.mode.tracks_rows else eval_dataset,
             processing_class,
             **sft_arguments,
         )
         self.rows: Rows | None = None
         self.trusted: TrustedSets | None = None
         self.weights: TrainingWeights | None = None
-        if self._tracks_rows:
+        if self.mode.tracks_rows:
             self._check(args)
             keep_4bit_weights(self.model)
             self.rows = self._rows()
             self.trusted = self._trusted(formatting)
-            if self.weighs:
-                self.weights = self._make_weights(self.rows)
+            if self.mode.weighs:
+                self.weights = preparation.make_weights(args, self.data, self.rows, self._reader())
             self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
         self.record = RecordCallback(self._facts, self._losses_of, self.eval_dataset)
         self.add_callback(self.record)
@@ -181,7 +177,11 @@ class BilevelSFTTrainer(SFTTrainer):
             return self.data.rows
         args, formatting = self.args, self._formatting_func
         read = Tokeniser(
-            self._tokenizer, args.max_length, args.dataset_text_field, self.completion_only_loss, args.assistant_only_loss
+            self._tokenizer,
+            args.max_length,
+            args.dataset_text_field,
+            self.completion_only_loss,
+            args.assistant_only_loss,
         )
         return self.weights.weighted(self.data.rows, lambda row: read.row(row, formatting), self.rows.collate)
 
@@ -216,32 +216,6 @@ class BilevelSFTTrainer(SFTTrainer):
         """True if a row of a training batch may hold several rows (packing, padding-free)."""
         return bool(self.args.packing or self.padding_free)
 
-    @property
-    def learns(self) -> bool:
-        """True if weights are learned (`weighs` is true for given ones, too)."""
-        return self.args.weight_estimator != "none"
-
-    @property
-    def weighs(self) -> bool:
-        """True if rows have weights, learned or given."""
-        return self.learns or self.data.given is not None
-
-    @property
-    def resamples(self) -> bool:
-        """True if weights act through how often a row is visited."""
-        return self._resamples(self.args)
-
-    def _resamples(self, args: BilevelSFTConfig) -> bool:
-        return self.weighs_with(args) and args.selector_weighting == "resample" and not self.data.streams
-
-    def weighs_with(self, args: BilevelSFTConfig) -> bool:
-        """True if rows have weights under these settings."""
-        return args.weight_estimator != "none" or self.data.given is not None
-
-    def _weighs_losses(self, args: BilevelSFTConfig) -> bool:
-        weighed = self.weighs_with(args) and not self._resamples(args)
-        return weighed or args.validation_loss_weight > 0
-
     def _prepare_dataset(
         self,
         dataset: Any,
@@ -253,8 +227,8 @@ class BilevelSFTTrainer(SFTTrainer):
     ) -> Any:
         """The parent's preparation; packed training rows keep their numbers, other sets come without."""
         numbered = dataset is self.data.numbered
-        if not (self._tracks_rows and packing and numbered):
-            if self._tracks_rows and not numbered:
+        if not (self.mode.tracks_rows and packing and numbered):
+            if self.mode.tracks_rows and not numbered:
                 dataset = preparation.without_numbers(dataset)
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
@@ -267,68 +241,45 @@ class BilevelSFTTrainer(SFTTrainer):
         return packed
 
     def _padded(self) -> SampleIdCollator:
-        """A collator that gives each row a batch row: the trainer's own, unless that is padding-free."""
-        collator: Any = self.data_collator
-        if isinstance(collator, SampleIdCollator):
-            collator = collator.collator
-        return SampleIdCollator(replace(collator, padding_free=False) if self.padding_free else collator)
+        """A collator that gives each row a batch row."""
+        return preparation.padding_collator(self.data_collator, self.padding_free)
 
     def _rows(self) -> Rows:
         """The prepared training rows, one by one; of a stream, those read to choose by."""
         args, processes = self.args, self.accelerator.num_processes
-        if self.data.streams:
+        if self.data.streams or not args.packing:
             self.train_dataset = preparation.with_scored_tokens(self.train_dataset)
-            least = max(32, args.train_batch_size * processes)
+        if self.data.streams:
             rows, self.data.groups = preparation.stream_sample(
-                args, self.train_dataset, self._padded(), least, self.data.groups
+                args, self.train_dataset, self._padded(), args.train_batch_size * processes, self.data.groups
             )
             return rows
-        if not args.packing:
-            self.train_dataset = preparation.with_scored_tokens(self.train_dataset)
         prepared = self.train_dataset if self._unpacked is None else self._unpacked
-        facts = {"merges": self.merges_rows, "trained_on": len(self.train_dataset), "processes": processes}
-        checks.check_rows(args, prepared, self.model, kept=len(prepared), **facts)
-        rows = preparation.readable_rows(args, prepared, self._padded(), len(self.data.rows))
-        if len(rows) < rows.count:
-            logger.warning(
-                f"{rows.count - len(rows)} of {rows.count} training rows were dropped in preparation (nothing to learn "
-                "from within `max_length`). They keep their row number and have no weight (NaN)."
-            )
-        return rows
+        checks.check_rows(
+            args,
+            prepared,
+            self.model,
+            merges=self.merges_rows,
+            trained_on=len(self.train_dataset),
+            processes=processes,
+        )
+        return preparation.told_of_dropped(
+            preparation.readable_rows(args, prepared, self._padded(), len(self.data.rows))
+        )
 
     def _trusted(self, formatting: Any) -> TrustedSets | None:
         """The trusted rows, prepared as the training rows are."""
-        sets: dict[str, Rows] = {}
         assert self.rows is not None
-        for name, given in self.data.trusted.items():
-            argument = f"`validation_dataset` {name!r}"
-            check_same_format(given, argument, self.completion_only_loss and not self.args.assistant_only_loss)
-            prepared = given
-            if not self._skip_prepare_dataset:
-                prepared = self._prepare_dataset(
-                    given, self.processing_class, self.args, False, formatting, f"validation {name}"
-                )
-            prepared = preparation.with_scored_tokens(prepared)
-            if len(prepared) == 0:
-                raise ValueError(
-                    f"All {len(given)} rows of {argument} were dropped in preparation: no token to score within "
-                    f"`max_length={self.args.max_length}`. Raise `max_length`, or use `truncation_mode='keep_end'`."
-                )
-            if len(prepared) < len(given):
-                logger.warning(f"{len(given) - len(prepared)} of {len(given)} rows of {argument} were dropped.")
-            overlap = count_overlap(self.rows.dataset, prepared)
-            if overlap:
-                warnings.warn(
-                    f"{overlap} of {len(prepared)} rows of {argument} are also training rows: their weights will be "
-                    "flattered, and the validation loss will not notice overfitting. Remove them from one side.",
-                    UserWarning,
-                    stacklevel=4,
-                )
-            sets[name] = preparation.readable_rows(self.args, prepared, self._padded(), len(prepared))
-        if not sets:
-            return None
-        trusted = TrustedSets(sets, self.data.shares)
-        if self.learns and not self.args.published:
+        args = self.args
+
+        def prepare(rows: Dataset, name: str) -> Dataset:
+            if self._skip_prepare_dataset:
+                return rows
+            return self._prepare_dataset(rows, self.processing_class, args, False, formatting, f"validation {name}")
+
+        completions = self.completion_only_loss and not args.assistant_only_loss
+        trusted = preparation.prepared_trusted(args, self.data, self.rows, prepare, completions, self._padded())
+        if trusted is not None and self.mode.learns and not args.published:
             check_sizes(self.rows, trusted)
         return trusted
 
@@ -343,42 +294,10 @@ class BilevelSFTTrainer(SFTTrainer):
             parallelism=getattr(self.accelerator, "parallelism_config", None),
             sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
         )
-        if self.data.streams and self.learns:
+        if self.data.streams and self.mode.learns:
             checks.check_stream_model(self.model, self.data.groups is not None)
 
     # Weights
-
-    def _make_weights(self, rows: Rows) -> TrainingWeights:
-        """The weights of this run, equal until they are chosen or given."""
-        args, given = self.args, self.data.given
-        settings = {field.name: getattr(args, field.name) for field in fields(WeightSettings)}
-        identity = {
-            "settings": settings | {"selector_weighting": args.selector_weighting},
-            "rows": rows.count,
-            "rows_kept": len(rows),
-            "train_fingerprint": fingerprint(rows.dataset if self.data.streams else self.data.rows),
-            "validation_fingerprint": " ".join(f"{k} {fingerprint(part)}" for k, part in self.data.trusted.items()),
-        }
-        any_identity, groups = args.ignore_selector_fingerprint, self.data.groups
-        if args.published:
-            from ..weights.published import RECIPES, MovingWeights, Tracker
-
-            recipe = RECIPES[args.selector_preset]
-            tracker = None
-            if recipe.tracks:
-                parameters = [p for p in self.model.parameters() if p.requires_grad]
-                betas = (args.adam_beta1, args.adam_beta2)
-                tracker = Tracker(parameters, betas, args.adam_epsilon, args.weight_decay, args.max_grad_norm)
-            return MovingWeights(rows.kept, identity, recipe, tracker, any_identity)
-        if self.data.streams:
-            from ..weights.streamed import StreamedWeights
-
-            return StreamedWeights(rows.kept, identity, self._reader(), args.feature_depth, groups, any_identity)
-        weights = TrainingWeights(rows.kept, identity, groups, any_identity)
-        if given is not None:
-            checks.check_given_weights(given, rows.kept)
-            weights.give(given)
-        return weights
 
     def _reader(self) -> LanguageModel:
         """The model as rows are read by it."""
@@ -414,7 +333,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Choose weights, then the parent's `train`; `resume_from_checkpoint=True` takes the newest complete one."""
-        folder = resume_point(resume_from_checkpoint, self.args.output_dir, WEIGHT_FILES if self.weighs else [])
+        folder = resume_point(resume_from_checkpoint, self.args.output_dir, WEIGHT_FILES if self.mode.weighs else [])
         self.record.begin(resumed=isinstance(folder, str))
         if self.weights is not None and isinstance(folder, str):
             self.weights.load(folder)
@@ -424,7 +343,7 @@ class BilevelSFTTrainer(SFTTrainer):
         return super().train(folder, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.weights is None or self.rows is None or not self.resamples:
+        if self.weights is None or self.rows is None or not self.mode.resamples:
             return super()._get_train_sampler(train_dataset)
         rows, weights = self.rows, self.weights
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -435,47 +354,37 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def _make_objective(self) -> WeightedObjective | None:
         """What makes a step's loss the weighted one; None where TRL's own is right."""
-        args, weights = self.args, self.weights
-        if not self._tracks_rows or not self._weighs_losses(args):
+        args, rows = self.args, self.rows
+        if not self.mode.weighs_losses or rows is None:
             return None
-        in_loss = weights if weights is not None and not self.resamples else None
-        scale = 1.0
-        if in_loss is not None and not self.data.streams:
-            assert self.rows is not None
+        weights, scale = (None, 1.0) if self.mode.resamples else (self.weights, 1.0)
+        if weights is not None and not self.data.streams:
             packed = self.train_dataset if args.packing else None
-            scale = in_loss.loss_scale(preparation.packed_tokens(self.rows.dataset, packed, self.rows.count))
+            scale = weights.loss_scale(preparation.scored_tokens(rows.dataset, packed, rows.count))
+        trusted = None
+        if self.trusted is not None and args.validation_loss_weight > 0:
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+            if args.packing:
+                per_step = round(per_step * len(rows) / len(self.train_dataset))
+            pad = next(i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0) if i is not None)
+            trusted = TrustedPart.of(
+                self.trusted, self.data_collator, args.validation_loss_weight, per_step, args.seed, pad
+            )
         return WeightedObjective(
-            weights=in_loss,
+            weights=weights,
             scale=scale,
-            trusted=self._trusted_part(),
-            moving=weights if args.published else None,
+            trusted=trusted,
+            moving=self.weights if args.published else None,
             model=self._reader(),
-            total=self._total,
+            total=lambda value: value if args.world_size == 1 else self.accelerator.reduce(value, reduction="sum"),
             gather=lambda parts: parts if args.world_size == 1 else list(self.accelerator.gather(parts)),
             rank=args.process_index,
             count=args.world_size,
         )
 
-    def _total(self, value: Tensor) -> Tensor:
-        return value if self.args.world_size == 1 else self.accelerator.reduce(value, reduction="sum")
-
-    def _trusted_part(self) -> TrustedPart | None:
-        args = self.args
-        if self.trusted is None or args.validation_loss_weight == 0:
-            return None
-        sets = {n: replace(rows, collate=self.data_collator) for n, rows in self.trusted.sets.items()}
-        trusted = TrustedSets(sets, self.trusted.weights)
-        rows = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-        if args.packing and self.rows is not None:
-            rows = round(rows * len(self.rows) / len(self.train_dataset))
-        pad = next(i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0) if i is not None)
-        return TrustedPart(trusted, args.validation_loss_weight, trusted.samplers(max(1, rows // 4), args.seed), pad)
-
     def _step_facts(self) -> StepFacts:
         rate = float(self.optimizer.param_groups[0]["lr"])
-        return StepFacts(
-            self.state.global_step, self.state.max_steps, self.args.gradient_accumulation_steps, rate
-        )
+        return StepFacts(self.state.global_step, self.state.max_steps, self.args.gradient_accumulation_steps, rate)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The parent's micro-batches of an optimizer step."""
@@ -510,10 +419,11 @@ class BilevelSFTTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         known = bad[bad >= 0]
         rows = f"Training rows (sample_id) {row_list(known)}" if len(known) else "Trusted rows, or a stream's,"
+        step_number = self.state.global_step
         raise NonFiniteScoreError(
-            f"{rows} have a NaN or infinite loss at step {self.state.global_step}. The state before this step is saved "
-            f"in {self.args.output_dir}/checkpoint-{self.state.global_step}. Look at these rows; or lower the learning "
-            "rate, or use bf16 instead of fp16."
+            f"{rows} have a NaN or infinite loss at step {step_number}. The state before this step is saved in "
+            f"{self.args.output_dir}/checkpoint-{step_number}. Look at these rows; or lower the learning rate, or use "
+            "bf16 instead of fp16."
         )
 
     def compute_loss(
@@ -534,7 +444,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._tracks_rows and SAMPLE_ID not in self._signature_columns:
+        if self.mode.tracks_rows and SAMPLE_ID not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, SAMPLE_ID, SAMPLE_LENGTHS]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -566,21 +476,9 @@ class BilevelSFTTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         preparation.restore_dtypes(self.model, dtypes)
 
-    @torch.no_grad()
     def _losses_of(self, rows: Rows) -> Tensor:
         """Mean losses of prepared rows under the present model, float32 `[rows]` on the CPU."""
-        reader, out = self._reader(), torch.zeros(len(rows))
-        training = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            size = self.args.per_device_eval_batch_size
-            for start in range(0, len(rows), size):
-                places = list(range(start, min(start + size, len(rows))))
-                out[places] = reader.row_losses(rows.batch(places)).means().cpu()
-        finally:
-            for module, mode in training:
-                module.training = mode
-        return out
+        return self._reader().mean_losses(rows, self.args.per_device_eval_batch_size)
 
     def _facts(self) -> RunFacts:
         """What the record of this run is made of."""
@@ -591,8 +489,8 @@ class BilevelSFTTrainer(SFTTrainer):
             model=self.model,
             weights=self.weights,
             trusted=self.trusted,
-            learned=self.learns,
-            resampled=self.resamples,
+            learned=self.mode.learns,
+            resampled=self.mode.resamples,
             rows=len(self.data.rows) if not self.data.streams else (0 if self.rows is None else self.rows.count),
             streamed=self.data.streams,
         )

@@ -15,8 +15,8 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 
-from ..weights.language_model import LanguageModel
 from ..weights.adapters import adapted_modules
+from ..weights.language_model import LanguageModel
 from .bilevel_sft_config import BilevelSFTConfig
 
 # What each use of TRL's SFTTrainer rests on: the method, and what its source must hold.
@@ -78,8 +78,8 @@ def check_settings(args: BilevelSFTConfig, streams: bool, compute_loss_func: Any
     if args.weight_estimator == "loss":
         warnings.warn(
             f"`selector_preset={args.selector_preset!r}` ranks rows by their loss, so it prefers easy bad rows "
-            "(boilerplate, stubs, refusals of work) to good ones: measured AUC below 0.35 on them, where 0.5 is chance. "
-            "It is kept to reproduce published results; use 'balanced' for training.",
+            "(boilerplate, stubs, refusals of work) to good ones: measured AUC below 0.35 on them, where 0.5 is "
+            "chance. It is kept to reproduce published results; use 'balanced' for training.",
             UserWarning,
             stacklevel=4,
         )
@@ -120,8 +120,8 @@ def check_model(
     learns = args.weight_estimator != "none"
     if sharded and (learns or args.validation_loss_weight > 0):
         raise ValueError(
-            "DeepSpeed and FSDP are not supported where weights are learned: choosing reads the whole model. Learn the "
-            "weights beforehand (`learn_weights` or `trl-bilevel rank`, with a smaller model if need be), and train "
+            "DeepSpeed and FSDP are not supported where weights are learned: choosing reads the whole model. Learn "
+            "the weights beforehand (`learn_weights` or `trl-bilevel rank`, with a smaller model if need be), and train "
             "with the column `data_weight` and `weight_estimator='none'`."
         )
     if not any(p.requires_grad for p in model.parameters()):
@@ -146,7 +146,7 @@ def check_stream_model(model: Any, grouped: bool) -> None:
 
 
 def check_rows(
-    args: BilevelSFTConfig, prepared: Dataset, model: Any, *, merges: bool, trained_on: int, kept: int, processes: int
+    args: BilevelSFTConfig, prepared: Dataset, model: Any, *, merges: bool, trained_on: int, processes: int
 ) -> None:
     """Refuse prepared rows that cannot be told apart, or are too few.
 
@@ -154,7 +154,6 @@ def check_rows(
         prepared: the rows, one by one.
         merges (`bool`): a row of a batch may hold several rows (packing, padding-free).
         trained_on (`int`): rows of the training set, packed ones if rows are packed.
-        kept (`int`): rows that preparation has kept.
     """
     names: Sequence[str] = prepared.column_names
     if "seq_lengths" in names:
@@ -170,7 +169,7 @@ def check_rows(
             "`packing` and `padding_free` are not supported with prompt learning: its virtual tokens stand before the "
             "first row only. Use LoRA, or unset them."
         )
-    if kept == 0:
+    if len(prepared) == 0:
         raise ValueError(
             "None of the rows of `train_dataset` has a token to learn from within "
             f"`max_length={args.max_length}`. Raise it, or look at the rows: are their answers empty?"
@@ -183,7 +182,7 @@ def check_rows(
     batch_rows = args.train_batch_size * processes
     if not args.packing and trained_on < batch_rows:
         raise ValueError(
-            f"`train_dataset` has {kept} usable rows, fewer than one batch of {batch_rows} rows "
+            f"`train_dataset` has {len(prepared)} usable rows, fewer than one batch of {batch_rows} rows "
             "(`per_device_train_batch_size` x processes). Lower the batch size or give more rows."
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
@@ -14,14 +16,28 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import SFTConfig
 
-from ..data.checks import check_columns, check_dataset, check_filled, trusted_sets
+from ..data.checks import check_columns, check_dataset, check_filled, check_same_format, trusted_sets
 from ..data.groups import Groups, make_groups
-from ..data.identity import DATA_WEIGHT, RESERVED_COLUMNS, SAMPLE_ID, add_sample_ids
+from ..data.identity import (
+    DATA_WEIGHT,
+    RESERVED_COLUMNS,
+    SAMPLE_ID,
+    SampleIdCollator,
+    add_sample_ids,
+    count_overlap,
+    fingerprint,
+)
 from ..data.packing import SPLITTING, first_window, pack_rows
 from ..data.rows import Collate, Rows, plain_rows
 from ..data.streams import columns, first_rows
-from ..data.trusted import set_weights
+from ..data.trusted import TrustedSets, set_weights
+from ..weights.language_model import LanguageModel
+from ..weights.settings import MIN_SCORED_ROWS, WeightSettings
+from ..weights.state import TrainingWeights
+from . import checks
 from .bilevel_sft_config import BilevelSFTConfig
+
+logger = logging.getLogger(__name__)
 
 SKIP = "skip_prepare_dataset"
 # A stream's row of a group that was not among the first rows.
@@ -62,7 +78,7 @@ class TrainingData:
         weights = args.validation_weights if isinstance(args.validation_weights, dict) else None
         shares = set_weights(weights, trusted) if trusted else {}
         groups = _groups(args, rows)
-        if not tracks_rows(args, given):
+        if not Mode.of(args, given, False).tracks_rows:
             return cls(rows, rows, given, trusted, shares, None)
         if isinstance(rows, Dataset):
             return cls(rows, add_sample_ids(rows), given, trusted, shares, groups)
@@ -74,10 +90,37 @@ class TrainingData:
         """True if the training rows come one after another, and cannot be counted."""
         return isinstance(self.rows, IterableDataset)
 
+    def mode(self, args: BilevelSFTConfig) -> Mode:
+        """How weights act under these settings."""
+        return Mode.of(args, self.given, self.streams)
 
-def tracks_rows(args: BilevelSFTConfig, given: Tensor | None) -> bool:
-    """False for plain SFT: it needs no row numbers, and must not stumble over them."""
-    return args.weight_estimator != "none" or given is not None or args.validation_loss_weight > 0
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How weights act in a run.
+
+    Attributes:
+        learns (`bool`): they are learned here.
+        weighs (`bool`): rows have weights, learned or given.
+        resamples (`bool`): rows are drawn by them.
+        weighs_losses (`bool`): they multiply losses, or trusted rows are part of the objective.
+        tracks_rows (`bool`): rows keep their numbers. False for plain SFT, which must not stumble over them.
+    """
+
+    learns: bool
+    weighs: bool
+    resamples: bool
+    weighs_losses: bool
+    tracks_rows: bool
+
+    @classmethod
+    def of(cls, args: BilevelSFTConfig, given: Tensor | None, streams: bool) -> Mode:
+        """The mode of a run with these settings."""
+        learns = args.weight_estimator != "none"
+        weighs = learns or given is not None
+        resamples = weighs and args.selector_weighting == "resample" and not streams
+        trains_trusted = args.validation_loss_weight > 0
+        return cls(learns, weighs, resamples, trains_trusted or (weighs and not resamples), weighs or trains_trusted)
 
 
 def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None]:
@@ -221,15 +264,105 @@ def readable_rows(args: BilevelSFTConfig, rows: Dataset, collate: Collate, count
     return plain_rows(rows, collate, count, [name for name in extra if name not in ("input_ids", "labels", SAMPLE_ID)])
 
 
+def padding_collator(collator: Any, padding_free: bool) -> SampleIdCollator:
+    """A collator that gives each row a batch row: the trainer's own, unless that is padding-free."""
+    inner = collator.collator if isinstance(collator, SampleIdCollator) else collator
+    return SampleIdCollator(dataclasses.replace(inner, padding_free=False) if padding_free else inner)
+
+
+def told_of_dropped(rows: Rows) -> Rows:
+    """The rows, after a warning if preparation has dropped some."""
+    if len(rows) < rows.count:
+        logger.warning(
+            f"{rows.count - len(rows)} of {rows.count} training rows were dropped in preparation (nothing to learn "
+            "from within `max_length`). They keep their row number and have no weight (NaN)."
+        )
+    return rows
+
+
+def prepared_trusted(
+    args: BilevelSFTConfig,
+    data: TrainingData,
+    rows: Rows,
+    prepare: Callable[[Dataset, str], Dataset],
+    completions_only: bool,
+    collate: Collate,
+) -> TrustedSets | None:
+    """The trusted sets, prepared as the training rows are; None if there are none.
+
+    Args:
+        rows: the training rows, to warn of rows on both sides.
+        prepare: tokenises a set, given its name.
+        completions_only (`bool`): of the training rows, only completions are scored.
+    """
+    sets: dict[str, Rows] = {}
+    for name, given in data.trusted.items():
+        argument = f"`validation_dataset` {name!r}"
+        check_same_format(given, argument, completions_only)
+        prepared = with_scored_tokens(prepare(given, name))
+        if len(prepared) == 0:
+            raise ValueError(
+                f"All {len(given)} rows of {argument} were dropped in preparation: no token to score within "
+                f"`max_length={args.max_length}`. Raise `max_length`, or use `truncation_mode='keep_end'`."
+            )
+        if len(prepared) < len(given):
+            logger.warning(f"{len(given) - len(prepared)} of {len(given)} rows of {argument} were dropped.")
+        overlap = count_overlap(rows.dataset, prepared)
+        if overlap:
+            warnings.warn(
+                f"{overlap} of {len(prepared)} rows of {argument} are also training rows: their weights will be "
+                "flattered, and the validation loss will not notice overfitting. Remove them from one side.",
+                UserWarning,
+                stacklevel=5,
+            )
+        sets[name] = readable_rows(args, prepared, collate, len(prepared))
+    return TrustedSets(sets, data.shares) if sets else None
+
+
+def make_weights(args: BilevelSFTConfig, data: TrainingData, rows: Rows, reader: LanguageModel) -> TrainingWeights:
+    """The weights of a run, equal until they are chosen; given ones at once.
+
+    Args:
+        reader: reads the model in training.
+    """
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(WeightSettings)}
+    identity = {
+        "settings": settings | {"selector_weighting": args.selector_weighting},
+        "rows": rows.count,
+        "rows_kept": len(rows),
+        "train_fingerprint": fingerprint(rows.dataset if data.streams else data.rows),
+        "validation_fingerprint": " ".join(f"{name} {fingerprint(part)}" for name, part in data.trusted.items()),
+    }
+    any_identity = args.ignore_selector_fingerprint
+    if args.published:
+        from ..weights.published import RECIPES, MovingWeights, Tracker
+
+        recipe, tracker = RECIPES[args.selector_preset], None
+        if recipe.tracks:
+            parameters = [p for p in reader.model.parameters() if p.requires_grad]
+            betas = (args.adam_beta1, args.adam_beta2)
+            tracker = Tracker(parameters, betas, args.adam_epsilon, args.weight_decay, args.max_grad_norm)
+        return MovingWeights(rows.kept, identity, recipe, tracker, any_identity)
+    if data.streams:
+        from ..weights.streamed import StreamedWeights
+
+        return StreamedWeights(rows.kept, identity, reader, args.feature_depth, data.groups, any_identity)
+    weights = TrainingWeights(rows.kept, identity, data.groups, any_identity)
+    if data.given is not None:
+        checks.check_given_weights(data.given, rows.kept)
+        weights.give(data.given)
+    return weights
+
+
 def stream_sample(
-    args: BilevelSFTConfig, stream: IterableDataset, collate: Collate, least: int, groups: Groups | None
+    args: BilevelSFTConfig, stream: IterableDataset, collate: Collate, batch_rows: int, groups: Groups | None
 ) -> tuple[Rows, Groups | None]:
     """The first prepared rows of a stream, numbered by their places: weights are chosen on them. And their groups.
 
     Raises:
-        ValueError: if there are fewer than `least`.
+        ValueError: if there are fewer than a batch (`batch_rows`), or too few to predict weights from.
     """
-    rows = first_rows(stream, args.stream_sample_rows)
+    rows, least = first_rows(stream, args.stream_sample_rows), max(2 * MIN_SCORED_ROWS, batch_rows)
     if len(rows) < least:
         raise ValueError(
             f"The stream `train_dataset` has {len(rows)} usable rows, fewer than {least}. Is it empty, or are its "
@@ -243,7 +376,7 @@ def stream_sample(
     return readable_rows(args, sample, collate, len(rows)), groups
 
 
-def packed_tokens(rows: Dataset, packed: Dataset | None, count: int) -> Tensor:
+def scored_tokens(rows: Dataset, packed: Dataset | None, count: int) -> Tensor:
     """Tokens of each of the caller's rows that the loss counts, float64 `[count]`.
 
     Args:

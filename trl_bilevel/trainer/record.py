@@ -140,7 +140,7 @@ class RecordCallback(TrainerCallback):
         return Path(self._tell().args.output_dir) / FOLDER
 
     def begin(self, resumed: bool) -> None:
-        """A run begins: forget the record of an earlier one in the same folder, or go on with that which is resumed."""
+        """A run begins: forget the record of an earlier one in the same folder, or go on with the resumed one."""
         folder, told = self.folder, self._tell()
         self.seconds, self.validation = {"selection": 0.0, "validation": 0.0, "total": 0.0}, []
         self.evaluation, self.finished = {}, False

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.scores import RowLosses, row_losses
 from ..data.identity import SAMPLE_ID, SEGMENTS
+from ..data.rows import Rows
 
 # Tokens whose logits are in memory at a time: 100 MB in float32 for a vocabulary of 50,000.
 LOGIT_TOKENS = 512
@@ -119,6 +120,16 @@ class LanguageModel:
         return found[0][:, -batch["input_ids"].shape[1] :]
 
     @torch.no_grad()
+    def mean_losses(self, rows: Rows, batch_size: int) -> Tensor:
+        """Mean loss per token of prepared rows, float32 `[rows]` on the CPU, in nats, in evaluation mode."""
+        out = torch.zeros(len(rows))
+        with evaluating(self.model):
+            for start in range(0, len(rows), batch_size):
+                places = list(range(start, min(start + batch_size, len(rows))))
+                out[places] = self.row_losses(rows.batch(places)).means().cpu()
+        return out
+
+    @torch.no_grad()
     def states(self, batch: Mapping[str, Any], depths: Sequence[float]) -> list[Tensor]:
         """Hidden states float32 `[B, S, d]` after shares of the layers (at least one); the layers above are not run.
 
@@ -192,20 +203,28 @@ UNREADABLE = "Choosing needs them. Give the weights in a column `data_weight`, l
 
 
 @contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's mode is put back afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+@contextmanager
 def left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter of the model's takes a gradient; all is put back afterwards, random states too."""
-    training = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(model):
         try:
-            model.eval()
             for parameter, _ in wanted:
                 parameter.requires_grad_(False)
             yield
         finally:
-            for module, mode in training:
-                module.training = mode
             for parameter, wants in wanted:
                 parameter.requires_grad_(wants)
 

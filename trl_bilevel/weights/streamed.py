@@ -17,7 +17,7 @@ from ..data.groups import Groups
 from ..data.identity import DATA_WEIGHT
 from ..data.rows import Collate
 from .choose import Choice
-from .language_model import LanguageModel
+from .language_model import LanguageModel, evaluating
 from .prediction import features
 from .state import TrainingWeights
 
@@ -62,15 +62,10 @@ class StreamedWeights(TrainingWeights):
             return torch.where(ids.cpu() < 0, 1.0, group_weights[ids.cpu().clamp(min=0)])
         if self.predictor is None:
             return torch.ones(len(batch["input_ids"]))
-        training = [(module, module.training) for module in self.model.model.modules()]
-        peft = self.model.model if isinstance(self.model.model, PeftModel) else None
-        self.model.model.eval()
-        try:
-            with torch.no_grad(), peft.disable_adapter() if peft is not None else nullcontext():
-                return self.predictor(*features(self.model, batch, [self.depth]))
-        finally:
-            for module, mode in training:
-                module.training = mode
+        model = self.model.model
+        alone = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+        with evaluating(model), alone:
+            return self.predictor(*features(self.model, batch, [self.depth]))
 
     def _of_groups(self) -> Tensor:
         """Weight of each group, float32 `[groups]`."""
