@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
 
+from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 from ..data import assets
 from ..data.answers import STUB, TEST_REFUSAL
 from ..evaluation.models import generate
@@ -166,7 +167,6 @@ def make_trainer(
         offline: the trained `BilevelSFTTrainer` whose model a self-refining arm goes on with.
         keep: the rows to train on, of an arm that filters: one of `FILTERS`, or one of a name not in `ARMS`.
     """
-    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
     from ..trainer.pilot import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
@@ -215,7 +215,7 @@ def make_trainer(
         del settings["model_init_kwargs"]
         if arm == "refine_best":
             rounds["implicit_weight_temperature"] = 1e-4
-        refiner = _refine_trainer(arm)(
+        refiner = (_RandomWeights if arm == "refine_random" else SelfRefineTrainer)(
             offline.model,
             SelfRefineConfig(**(settings | rounds)),
             train_dataset=subset,
@@ -318,19 +318,14 @@ def chosen_rows(arm: str, task: Task, **settings: Any) -> list[int]:
     return scores.topk(count).indices.tolist()
 
 
-def _refine_trainer(arm: str) -> type:
-    from .. import SelfRefineTrainer
+class _RandomWeights(SelfRefineTrainer):
+    """The same scores, dealt out to other responses of the same question."""
 
-    class RandomWeights(SelfRefineTrainer):
-        """The same scores, dealt out to other responses of the same question."""
-
-        def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
-            scores = super()._score_responses(prompt_ids, completion_ids)
-            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-            grouped = scores.view(-1, self.args.num_generations)
-            return grouped.gather(1, torch.rand(grouped.shape, generator=generator).argsort(1)).flatten()
-
-    return RandomWeights if arm == "refine_random" else SelfRefineTrainer
+    def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
+        scores = super()._score_responses(prompt_ids, completion_ids)
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        grouped = scores.view(-1, self.args.num_generations)
+        return grouped.gather(1, torch.rand(grouped.shape, generator=generator).argsort(1)).flatten()
 
 
 def lora(model: str, budget: Budget) -> Any:
