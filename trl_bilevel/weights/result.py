@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class RowWeights:
         facts (`dict`): what produced them: settings, model, seed, rows, versions, seconds.
         rows (`Dataset`, *optional*): the caller's rows.
         choice (`Choice`, *optional*): all that choosing found out; not saved.
+        decode (callable, *optional*): makes text of token ids; not saved.
     """
 
     values: Tensor
@@ -42,6 +44,7 @@ class RowWeights:
     facts: dict[str, Any] = field(default_factory=dict)
     rows: Dataset | None = None
     choice: Choice | None = None
+    decode: Callable[..., str] | None = None
 
     def __len__(self) -> int:
         """Number of the caller's rows."""
