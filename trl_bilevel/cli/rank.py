@@ -34,10 +34,10 @@ class RankArguments:
     rows: str | None = option(None, "Training rows: hub name, .json/.jsonl/.csv/.parquet file, or saved folder.")
     rows_config: str | None = option(None, "Configuration of the hub data set.")
     rows_split: str = option("train", "Split of the training rows.")
-    trusted: list[str] | None = option(None, "Trusted rows, named in the same ways; several make several objectives.")
+    trusted: list[str] | None = option(None, "Trusted rows, named alike; several sets make several objectives.")  # noqa: RUF009
     trusted_split: str = option("train", "Split of the trusted rows.")
     output: str | None = option(
-        None, "File for the ranked rows: .parquet, .jsonl or .csv. Default: ROWS-ranked.parquet."
+        None, "File for the ranked rows: .parquet, .jsonl, .csv. Default: ROWS-ranked.parquet."
     )
     max_length: int = option(1024, "Tokens at which rows are cut.")
     seed: int = option(42, "Of the pilot, and of what is held back.")
@@ -197,11 +197,12 @@ def _tell(weights: Any, ranked: Any, output: Path, report: Path | None, notes: S
     if report is not None:
         facts.append(("Report", str(report)))
     file = shlex.quote(str(output))
+    drawn = f"--resample {known} --output weighted.jsonl"
     following = [
         f"trl-bilevel sft --model_name_or_path {shlex.quote(model)} --use_peft --dataset_name {file} "
         "--weight_estimator none --selector_weighting resample --output_dir out   # TRL",
-        f"trl-bilevel export {file} --format llama-factory --resample {known} --output weighted.jsonl   # LLaMA-Factory",
-        f"trl-bilevel export {file} --format axolotl --resample {known} --output weighted.jsonl   # axolotl",
+        f"trl-bilevel export {file} --format llama-factory {drawn}   # LLaMA-Factory",
+        f"trl-bilevel export {file} --format axolotl {drawn}   # axolotl",
     ]
     show_summary("Ranked", facts, notes, following)
 

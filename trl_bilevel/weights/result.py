@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..core.resampling import systematic_resample
 from ..data.export import weighted_dataset
 from ..data.files import atomically
 from ..data.identity import fingerprint
@@ -62,6 +63,19 @@ class RowWeights:
         if self.rows is None:
             raise ValueError("These weights have no rows: load them with `RowWeights.load(folder, rows)`.")
         return weighted_dataset(self.rows, self.values, top_k)
+
+    def resample(self, count: int | None = None, seed: int = 42) -> Dataset:
+        """The caller's rows as often as their weights say, in random order: for any trainer that knows no weights.
+
+        Args:
+            count (`int`, *optional*): rows to draw; by default as many as have a weight.
+            seed (`int`): of the draw. Each row comes the floor or the ceiling of its expected number of times.
+        """
+        rows = self.to_dataset()
+        weights = torch.nan_to_num(self.values)
+        count = int((~torch.isnan(self.values)).sum()) if count is None else count
+        drawn = systematic_resample(weights, count, torch.Generator().manual_seed(seed))
+        return rows.select(drawn.tolist())
 
     def save(self, folder: str | Path) -> None:
         """Write `weights.safetensors` and `weights.json` into a folder, each whole or not at all; no text of a row."""
