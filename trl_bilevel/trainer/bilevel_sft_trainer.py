@@ -23,7 +23,7 @@ from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets
 from ..weights.choose import check_sizes, choose
 from ..weights.errors import NonFiniteScoreError, row_list
-from ..weights.language_model import LanguageModel
+from ..weights.language_model import LanguageModel, model_hash
 from ..weights.quantization import keep_4bit_weights
 from ..weights.settings import WeightSettings
 from ..weights.state import TrainingWeights
@@ -312,7 +312,8 @@ class BilevelSFTTrainer(SFTTrainer):
         key = {
             "rows": content_hash(self.rows.dataset),
             "trusted": {name: content_hash(rows.dataset) for name, rows in self.trusted.sets.items()},
-            "settings": asdict(settings) | {"seed": args.seed},
+            "settings": asdict(settings) | {"seed": args.seed, "bf16": args.bf16},
+            "model": model_hash(self.model),
         }
         store = Store(self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None, key)
         choice = choose(
