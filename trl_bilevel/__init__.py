@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .report.build import write_report
+    from .report import write_report
     from .trainer.bilevel_sft_config import BilevelSFTConfig
     from .trainer.bilevel_sft_trainer import BilevelSFTTrainer
     from .trainer.errors import NonFiniteScoreError
@@ -21,7 +21,7 @@ _PUBLIC = {
     "NonFiniteScoreError": "trl_bilevel.trainer.errors",
     "SelfRefineConfig": "trl_bilevel.trainer.self_refine_config",
     "SelfRefineTrainer": "trl_bilevel.trainer.self_refine_trainer",
-    "write_report": "trl_bilevel.report.build",
+    "write_report": "trl_bilevel.report",
 }
 
 __all__ = [

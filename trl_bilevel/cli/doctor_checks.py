@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..extras import what_to_install
+
 GIB = 2**30
 DISTRIBUTION = "trl-bilevel"
 # What a small model, its cache and a few checkpoints take.
@@ -135,8 +137,11 @@ def _gpus(torch: Any) -> Iterator[Finding]:
 
 
 def _cpu(torch: Any) -> Finding:
-    import psutil
-
+    try:
+        import psutil
+    except ImportError as error:
+        text = f"{os.cpu_count()} cores; its memory could not be looked at"
+        return Finding("device", "CPU", "note", text, what_to_install(error) or "")
     memory = psutil.virtual_memory()
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     text = (

@@ -26,27 +26,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--construction", help="safety: 'seal' (default) or 'beavertails'")
     parser.add_argument("--unsafe-answers", help="safety: 'stub' (default), or 'published': as the source has them")
     parser.add_argument("--refused-share", type=float, help="safety, seal: red team requests refused (default: 0.25)")
-    parser.add_argument(
-        "--revision",
-        action="append",
-        default=[],
-        metavar="REPOSITORY=REVISION",
-        help="branch, tag or commit of a source (default: main, resolved to its commit now); may be repeated",
-    )
+    text = "branch, tag or commit of a source (default: main, resolved to its commit now); may be repeated"
+    parser.add_argument("--revision", action="append", default=[], metavar="REPOSITORY=REVISION", help=text)
     parser.add_argument("--lock", type=Path, help="make the rows of this lock file again, and check that they are")
     return parser
 
 
-OPTIONS = (
-    "train_rows",
-    "validation_rows",
-    "test_rows",
-    "max_characters",
-    "seed",
-    "construction",
-    "unsafe_answers",
-    "refused_share",
-)
+OPTIONS = ("train_rows", "validation_rows", "test_rows", "max_characters", "seed")
 SAFETY_ONLY = ("construction", "unsafe_answers", "refused_share")
 
 
@@ -74,7 +60,7 @@ def run(arguments: list[str]) -> None:
 
 def settings_of(options: argparse.Namespace, lock: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments for the maker of the sets: those of a lock file, or those given."""
-    given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in OPTIONS + SAFETY_ONLY if getattr(options, name) is not None}
     if lock is not None:
         if given or options.revision:
             raise ValueError("`--lock` fixes all settings and revisions: leave the other options out.")

@@ -84,18 +84,20 @@ def run(arguments: list[str]) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
+    from ..data.files import check_folder
+
     if options.rows < MIN_ROWS:
         raise ValueError(f"`--rows` must be at least {MIN_ROWS}, got {options.rows}: of fewer, ranks say little.")
     if options.estimator == "none":
         raise ValueError("`--estimator none` learns no weights, so there is nothing to measure: leave it out.")
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise ValueError(f"The folder of `--json` does not exist: {str(options.json)!r}. Make it first.")
+    if options.json is not None:
+        check_folder(options.json, "--json")
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
     """Rows to damage and trusted rows, as prompts and completions, and how many rows are too long."""
     from ..data.contamination import exchange_of
-    from .data import load_rows
+    from ..data.loading import load_rows
 
     rows = load_rows(options.dataset, split=options.split)
     validation = load_rows(options.validation, split=options.split)

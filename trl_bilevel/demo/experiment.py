@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PrinterCallback
 
 from ..data.answers import STUB, TEST_REFUSAL
+from ..data.loading import write_rows
+from ..data.private import WEIGHTED, private_path
 from ..evaluation.models import generate
 from ..evaluation.refusal import is_refusal
 from . import assets
@@ -323,7 +325,8 @@ def run_arm(
     else:
         trainer.save_model()
         if learned:
-            trainer.weighted_dataset().add_column("kind", task.train["kind"]).to_parquet(f"{folder}/weighted.parquet")
+            rows = trainer.weighted_dataset().add_column("kind", task.train["kind"])
+            write_rows(rows, private_path(folder, WEIGHTED))
     del trainer
     gc.collect()
     return result

@@ -81,7 +81,7 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
     from peft import AutoPeftModelForCausalLM, PeftConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..cli.data import is_adapter
+    from ..data.models import is_adapter
 
     settings = {"device_map": device(), **load}
     revision = {"revision": load["revision"]} if load.get("revision") else {}

@@ -10,17 +10,16 @@ from typing import Any
 from markupsafe import Markup
 
 from .._version import __version__
+from ..data.private import PICTURES, REPORT, WEIGHTED, private_path
 from .charts import charts
 from .compare import compare
 from .findings import cards, duration, findings, verdict
 from .rounds import rounds_of
 from .rows import SAMPLE, categories_of, row_table
-from .run import WEIGHTED_FILE, Run, load_run
+from .run import Run, load_run
 from .text import clean, script_json
 
 TEMPLATES = Path(__file__).parent / "templates"
-REPORT_FILE = "report.html"
-PNG_FOLDER = "report_png"
 # Trusted rows whose text explains scores, and its length.
 TRUSTED, TRUSTED_TEXT = 200, 300
 
@@ -38,15 +37,16 @@ def write_report(
     Args:
         run (`str`, `Path`, [`BilevelSFTTrainer`] or [`SelfRefineTrainer`]):
             The run's `output_dir`, or its trainer; of a trainer, the record and (if it weights rows, and no
-            `rows_file` is given) `weighted.parquet` are written to its `output_dir` first. In a distributed run, call
-            it on all processes: the first one writes.
+            `rows_file` is given) `_rows/weighted.parquet` are written to its `output_dir` first. In a distributed run,
+            call it on all processes: the first one writes.
         baseline (`str` or `Path`, *optional*):
             Folder of a run with uniform weights (`weight_estimator="none"`), all else equal, to compare with.
-        output (`str` or `Path`, *optional*): file to write; default `report.html` in the run's folder.
+        output (`str` or `Path`, *optional*): file to write; default `_rows/report.html` in the run's folder,
+            which `push_to_hub` leaves out.
         png (`bool`, defaults to `False`): also write the charts as PNG into `report_png` beside the report.
         rows_file (`str` or `Path`, *optional*):
-            Parquet file of the weighted rows, if not `weighted.parquet`. Of a trainer, its record only notes a file of
-            another format.
+            Parquet file of the weighted rows, if not `_rows/weighted.parquet`. Of a trainer, its record only notes a
+            file of another format.
 
     Returns:
         `Path`: of the report.
@@ -54,11 +54,11 @@ def write_report(
     Raises:
         FileNotFoundError: if a folder or file is not there.
         ValueError: if a folder holds no run, or one that this version cannot read, or a file has the wrong ending.
-        ImportError: if matplotlib is not installed.
+        ImportError: if the extra `report` is not installed.
     """
     trained = not isinstance(run, str | Path)
     folder = _save(run, rows_file) if trained else Path(run)
-    target = Path(output) if output is not None else folder / REPORT_FILE
+    target = Path(output) if output is not None else private_path(folder, REPORT)
     if trained and not run.args.should_save:
         return target
     if trained and rows_file is not None and Path(rows_file).suffix != ".parquet":
@@ -73,7 +73,7 @@ def write_report(
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(target)
     if png:
-        pictures = target.parent / PNG_FOLDER
+        pictures = target.parent / PICTURES
         pictures.mkdir(exist_ok=True)
         for chart in drawn:
             chart.png(pictures)
@@ -129,7 +129,9 @@ def _save(trainer: Any, rows_file: str | Path | None) -> Path:
     callback_of(trainer).save(None if rows_file is None else str(Path(rows_file).resolve()))
     side = trainer.offline.trainer if hasattr(trainer, "offline") else trainer
     if side.weighs and not side.streams and rows_file is None and trainer.args.should_save:
-        atomically(folder / WEIGHTED_FILE, lambda path: side.weighted_dataset().to_parquet(path))
+        rows = private_path(folder, WEIGHTED)
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        atomically(rows, lambda path: side.weighted_dataset().to_parquet(path))
     return folder
 
 

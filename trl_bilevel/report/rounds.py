@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from ..data.private import RESPONSES, find_private
 from .rows import read_rows
 from .run import Run
 from .text import clean, question_and_answer
@@ -24,7 +25,8 @@ def rounds_of(run: Run) -> list[dict[str, Any]]:
     share = min(PER_ROUND, max(1, IN_ALL // max(1, len(run.ledger))))
     for entry in run.ledger:
         number = entry.get("round", len(out))
-        path = run.folder / "responses" / f"round-{number:04d}.parquet" if isinstance(number, int) else run.folder
+        folder = find_private(run.folder, RESPONSES)
+        path = folder / f"round-{number:04d}.parquet" if isinstance(number, int) else folder
         questions, count = _questions(run, path, share)
         facts = {"number": clean(number), "facts": _facts(entry), "questions": questions, "all_questions": count}
         out.append({"entry": entry} | facts)

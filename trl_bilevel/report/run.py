@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-RECORD = "_record"
+from ..data.private import LEDGER, RECORD, find_private
+from ..data.private import WEIGHTED as WEIGHTED_FILE
+
 FORMAT = 1
-WEIGHTED_FILE = "weighted.parquet"
 WEIGHT = "data_weight"
 TRAINER_STATE = "trainer_state.json"
 
@@ -126,7 +127,7 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
             )
     files = _rows_files(run, rows_file)
     run.history = _history(run)
-    run.ledger = [entry for entry in _lines(folder / "ledger.jsonl") if isinstance(entry, dict)]
+    run.ledger = [entry for entry in _lines(find_private(folder, LEDGER)) if isinstance(entry, dict)]
     run.weights = _weights(run, files)
     run.rows_file = next((path for path in files if mismatch(run, path) is None), None)
     run.scores = _scores(run)
@@ -186,7 +187,7 @@ def _rows_files(run: Run, given: str | Path | None) -> list[Path]:
             )
         return [path]
     noted = run.record.get("rows_file")
-    paths = [run.folder / WEIGHTED_FILE, *([Path(noted)] if noted else [])]
+    paths = [find_private(run.folder, WEIGHTED_FILE), *([Path(noted)] if noted else [])]
     return [path for path in paths if path.suffix == ".parquet" and path.is_file()]
 
 

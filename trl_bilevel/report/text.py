@@ -6,9 +6,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 # Characters that change how the text around them is shown, or show nothing: written out, so that a reader sees them.
 _HIDDEN = re.compile(
@@ -37,6 +38,8 @@ def script_json(value: Any) -> Markup:
 
     NaN and infinity become null; texts are cleaned.
     """
+    from markupsafe import Markup
+
     plain = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(plain.translate(_SCRIPT))
 

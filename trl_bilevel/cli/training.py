@@ -1,14 +1,56 @@
-"""Progress of a run on a terminal, with the numbers that matter; nothing elsewhere."""
+"""What `sft` and `refine` share: progress on a terminal, saving and uploading, and what is said at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import ProgressCallback, TrainerCallback
+
+from .arguments import resume_argument
+from .show import show_summary, terminal
+
+
+def run_training(trainer: Any, script_args: Any, written: Sequence[str] = ()) -> None:
+    """Train with progress shown, save the model, and upload it if asked for.
+
+    Args:
+        trainer: a `BilevelSFTTrainer` or a `SelfRefineTrainer`.
+        script_args: of the command.
+        written: files with text of rows that the command writes afterwards.
+
+    Raises:
+        ValueError: before training, if text of rows would be uploaded with the model.
+    """
+    from ..data.private import check_upload
+
+    args = trainer.args
+    if args.push_to_hub:
+        check_upload(args.output_dir, written)
+    with shown_progress(trainer):
+        trainer.train(resume_from_checkpoint=resume_argument(args))
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def finish(
+    trainer: Any,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    following: Sequence[str],
+    rows_file: str | None = None,
+) -> None:
+    """Write the report, say what came of a run (see `show_summary`), and end it."""
+    from .report import report_lines
+
+    lines = report_lines(trainer, rows_file)
+    if trainer.is_world_process_zero():
+        show_summary(title, [*facts, *time_spent(trainer)], [*notes, *lines], following)
+    trainer.end()
 
 
 class RunProgress(TrainerCallback):
@@ -19,7 +61,9 @@ class RunProgress(TrainerCallback):
         console: to draw on.
     """
 
-    def __init__(self, trainer: Any, console: Console):
+    def __init__(self, trainer: Any, console: Any):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self.trainer = trainer
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -127,15 +171,19 @@ def shown_progress(trainer: Any) -> Iterator[None]:
     """Show a trainer's progress while it trains, in place of transformers' bar and its lines of logs.
 
     On the main process, and if standard error is a terminal; elsewhere nothing is drawn. With `disable_tqdm`, which
-    prints the logs line by line, all stays as it is.
+    prints the logs line by line, all stays as it is, and so does transformers' bar where rich is not installed.
     """
     callbacks = trainer.callback_handler.callbacks
     places = [place for place, callback in enumerate(callbacks) if type(callback) is ProgressCallback]
     if not places:
         yield
         return
-    console = Console(stderr=True)
-    if not (console.is_terminal and trainer.is_world_process_zero()):
+    console = terminal(stderr=True)
+    if console is None and sys.stderr.isatty():
+        # Without rich.
+        yield
+        return
+    if console is None or not trainer.is_world_process_zero():
         trainer.remove_callback(ProgressCallback)
         yield
         return

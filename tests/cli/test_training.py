@@ -8,8 +8,8 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from trl_bilevel import BilevelSFTTrainer
-from trl_bilevel.cli import progress
-from trl_bilevel.cli.summary import show_summary
+from trl_bilevel.cli import training
+from trl_bilevel.cli.show import show_summary
 
 
 @pytest.fixture
@@ -29,15 +29,14 @@ def trainer(config, tiny_model, tokenizer, train_rows, validation_rows):
 def screen(monkeypatch):
     """A terminal of 200 columns in memory."""
     text = io.StringIO()
-    made = lambda **settings: Console(file=text, force_terminal=True, width=200)  # noqa: E731
-    monkeypatch.setattr(progress, "Console", made)
+    monkeypatch.setattr(training, "terminal", lambda stderr: Console(file=text, force_terminal=True, width=200))
     return text
 
 
 def test_the_numbers_that_matter_on_a_terminal(trainer, screen):
     seen = []
-    with progress.shown_progress(trainer):
-        (shown,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, progress.RunProgress)]
+    with training.shown_progress(trainer):
+        (shown,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, training.RunProgress)]
         update = shown.progress.update
         shown.progress.update = lambda task, **changes: (seen.append(changes), update(task, **changes))
         trainer.train()
@@ -52,14 +51,14 @@ def test_the_numbers_that_matter_on_a_terminal(trainer, screen):
 
 def test_a_run_that_fails_leaves_the_terminal_in_order(trainer, screen, monkeypatch):
     monkeypatch.setattr(trainer, "training_step", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError), progress.shown_progress(trainer):
+    with pytest.raises(ZeroDivisionError), training.shown_progress(trainer):
         trainer.train()
     # The cursor is shown again.
     assert screen.getvalue().rstrip().endswith("\x1b[?25h")
 
 
 def test_quiet_where_there_is_no_terminal(trainer, capfd):
-    with progress.shown_progress(trainer):
+    with training.shown_progress(trainer):
         trainer.train()
     assert not any(isinstance(c, ProgressCallback) for c in trainer.callback_handler.callbacks)
     found = capfd.readouterr()
@@ -68,7 +67,7 @@ def test_quiet_where_there_is_no_terminal(trainer, capfd):
 
 def test_quiet_on_other_processes(trainer, screen, monkeypatch):
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
-    with progress.shown_progress(trainer):
+    with training.shown_progress(trainer):
         trainer.train()
     assert screen.getvalue() == ""
 
@@ -77,7 +76,7 @@ def test_logs_line_by_line_stay_if_asked_for(config, tiny_model, tokenizer, trai
     trainer = BilevelSFTTrainer(
         tiny_model(), config(max_steps=1), None, train_rows, None, tokenizer, validation_dataset=validation_rows
     )
-    with progress.shown_progress(trainer):
+    with training.shown_progress(trainer):
         assert any(isinstance(c, PrinterCallback) for c in trainer.callback_handler.callbacks)
     assert screen.getvalue() == ""
 
