@@ -1,4 +1,4 @@
-"""What only the report and the command line need, as the extra `report`; training does without."""
+"""What only the report and the command line need, as the extra `report`; our part of training does without."""
 
 from __future__ import annotations
 

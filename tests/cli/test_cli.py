@@ -90,7 +90,7 @@ datasets:
     # Nobody asked for a copy of this stream.
     stream = ["--streaming", "True", "--stream_sample_rows", "32", "--output_dir", f"{run_folder}/out2"]
     assert main(["sft", "--config", f"{run_folder}/run.yaml", *stream]) == 0
-    assert "Next:" not in capsys.readouterr().out and not (run_folder / "out2" / "_rows").exists()
+    assert "Next:" not in capsys.readouterr().out and not (run_folder / "out2" / "_rows" / "weighted.parquet").exists()
 
 
 @pytest.mark.compat

@@ -188,15 +188,13 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         KeywordRefusals() if args.refusal_judge == "keywords" else load_object(args.refusal_judge, "refusal_judge")
     )
     tasks = args.lm_eval_tasks.split(",") if args.lm_eval_tasks else []
-    sets: dict[str, list[Any]] = {
-        "dataset": drawn(
-            read_rows(load_rows(args.dataset, split=args.dataset_split, config=args.dataset_config)), args
-        )
-        if args.dataset
-        else [],
-        "harmful": drawn(harmful_prompts(args.harmful, args.harmful_split), args) if args.harmful else [],
-        "benign": drawn(benign_prompts(args.benign, args.benign_split), args) if args.benign else [],
-    }
+    sets: dict[str, list[Any]] = {"dataset": [], "harmful": [], "benign": []}
+    if args.dataset:
+        rows = load_rows(args.dataset, split=args.dataset_split, config=args.dataset_config)
+        sets["dataset"] = drawn(read_rows(rows), args)
+    if args.harmful and args.benign:
+        sets["harmful"] = drawn(harmful_prompts(args.harmful, args.harmful_split), args)
+        sets["benign"] = drawn(benign_prompts(args.benign, args.benign_split), args)
     work = Work(
         rows=sets["dataset"],
         harmful=sets["harmful"],
@@ -218,9 +216,9 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         asked = [work.rows[number] for number in work.asked]
         both = verdicts(judge, asked, measured[0].responses, measured[1].responses)
         preference = win_rate_with_swap(*both, **intervals.bootstrap)
-        about |= {"preference": getattr(judge, "note", args.judge)}
-        about |= {"preference_stand_in": bool(getattr(judge, "stand_in", False))}
-        about |= {"order_blind": isinstance(judge, SCORERS)}
+        about["preference"] = getattr(judge, "note", args.judge)
+        about["preference_stand_in"] = bool(getattr(judge, "stand_in", False))
+        about["order_blind"] = isinstance(judge, SCORERS)
     if args.responses:
         lines = [json.dumps(row) + "\n" for row in shown_responses(work, measured)]
         atomically(Path(args.responses), lambda path: path.write_text("".join(lines)))
@@ -230,9 +228,9 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": versions(),
         "data": {
-            name: {"name": getattr(args, name), "rows": len(rows), "sha256": digest([_plain(row) for row in rows])}
-            for name, rows in sets.items()
-            if rows
+            name: {"name": getattr(args, name), "rows": len(items), "sha256": digest([_plain(item) for item in items])}
+            for name, items in sets.items()
+            if items
         },
     }
     return head | result_of(measured, work, preference, about, intervals)
@@ -265,7 +263,3 @@ def run(arguments: list[str]) -> None:
     show(drawing, result)
     if args.output:
         print(f"Result saved to {args.output}.")
-
-
-if __name__ == "__main__":
-    run(sys.argv[1:])

@@ -11,6 +11,7 @@ from ..data.private import RECORD, ROWS, WEIGHTED, find_private
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 FORMATS = ("rows", "data-juicer", "llama-factory", "axolotl", "seal")
 EXAMPLES = """examples:
@@ -157,17 +158,16 @@ def _check_run(folder: Path, path: Path) -> None:
         )
 
 
-def _nothing_left(rows: Dataset, options: argparse.Namespace) -> str:
-    weights = _weights(rows)
+def _nothing_left(weights: Tensor, options: argparse.Namespace) -> str:
     known = weights[~weights.isnan()]
     if not len(known):
-        return f"No row has a weight: {options.weighted} has {len(rows)} rows, and all lack their data_weight."
+        return f"No row has a weight: {options.weighted} has {len(weights)} rows, and all lack their data_weight."
     if options.min_weight is None:
         return f"No row is left to write: none of the rows has a data_rank below `--top-k {options.top_k}`."
-    text = f"No row is left to write: lower `--min-weight`, which is {options.min_weight:g}; "
+    best = f"the highest weight is {known.max():.4g}."
     if options.top_k is not None:
-        return text + f"none of the {options.top_k} best rows (`--top-k`) weighs as much."
-    return text + f"the highest weight is {known.max():.4g}."
+        best = f"none of the {options.top_k} best rows (`--top-k`) weighs as much."
+    return f"No row is left to write: lower `--min-weight`, which is {options.min_weight:g}; {best}"
 
 
 def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
@@ -201,7 +201,7 @@ def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
     return rows
 
 
-def _weights(rows: Dataset) -> Any:
+def _weights(rows: Dataset) -> Tensor:
     """Weights float32 `[N]` as a tensor; NaN where missing."""
     import torch
 
@@ -217,11 +217,10 @@ def _chosen(rows: Dataset, options: argparse.Namespace) -> Dataset:
     if options.top_k is not None:
         keep &= ranks < options.top_k
     if options.min_weight is not None:
-        # As the weights are kept: 0.1 is less than the float32 nearest to it.
-        keep &= weights >= torch.tensor(options.min_weight, dtype=torch.float32)
+        keep &= weights >= torch.tensor(options.min_weight)
     kept = keep.nonzero().squeeze(1)
     if not len(kept):
-        raise ValueError(_nothing_left(rows, options))
+        raise ValueError(_nothing_left(weights, options))
     if options.resample is None:
         return rows.select(kept.tolist())
     from ..core.resampling import systematic_resample

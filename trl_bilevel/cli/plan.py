@@ -9,7 +9,6 @@ computed from the model's config (docs/planning.md has the formulas, and how the
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +165,3 @@ def run(arguments: list[str]) -> None:
             "the rounds go on from. What generation adds is in docs/recipes.md, 'Memory, as the headers compute it'."
         ) from error
     main(*parts)
-
-
-if __name__ == "__main__":
-    run(sys.argv[1:])
