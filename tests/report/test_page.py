@@ -181,5 +181,5 @@ def test_pngs_for_papers(make_run):
     write_report(folder, png=True)
     names = {path.stem for path in (folder / "_rows" / "report_png").glob("*.png")}
     assert {"weights", "concentration", "scores", "eval_loss", "validation_loss", "loss", "category_0"} <= names
-    assert (folder / "report_png" / "weights.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "_rows" / "report_png" / "weights.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob("**/.*.tmp"))

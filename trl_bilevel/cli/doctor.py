@@ -51,18 +51,15 @@ def examine(timeout: float = 3.0) -> Iterator[Finding]:
     """All findings; a check that fails itself is one of them."""
     from . import doctor_checks as checks
 
-    parts: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("versions", checks.versions),
-        ("device", checks.devices),
-        ("libraries", checks.bitsandbytes),
-        ("libraries", checks.vllm),
-        ("libraries", checks.flash_attention),
-        ("libraries", checks.triton),
-        ("hub", lambda: checks.hub(timeout)),
-        ("disk", checks.disk),
-        ("processes", checks.processes),
-    ]
-    for area, part in parts:
+    parts: dict[str, list[Callable[[], Iterator[Finding]]]] = {
+        "versions": [checks.versions],
+        "device": [checks.devices],
+        "libraries": [checks.bitsandbytes, checks.vllm, checks.flash_attention, checks.triton],
+        "hub": [lambda: checks.hub(timeout)],
+        "disk": [checks.disk],
+        "processes": [checks.processes],
+    }
+    for area, part in [(area, part) for area, some in parts.items() for part in some]:
         try:
             yield from part()
         except Exception as error:

@@ -256,8 +256,8 @@ def _push(chosen: Dataset, rows: Dataset, options: argparse.Namespace, api: Any)
     record_file = _run_folder(options.weighted) / RECORD / "run.json"
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
     weights = _weights(rows)
-    weights = weights[~weights.isnan()].numpy()
-    results = [("effective sample size", f"{effective_sample_size(weights):.0%} of {len(weights):,} rows")]
+    known = weights[~weights.isnan()].numpy()
+    results = [("effective sample size", f"{effective_sample_size(known):.0%} of {len(known):,} rows")]
     note = "" if len(chosen) == len(rows) else f"They are a choice from {len(rows):,}."
     if options.resample is not None:
         note = (

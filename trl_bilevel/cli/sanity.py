@@ -34,12 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--validation", required=True, help="the trusted rows you mean to use, named in the same ways")
     parser.add_argument("--split", default="train", help="split of both (default: train)")
     parser.add_argument("--model", help="hub name or folder; default: the embedded SmolLM2-135M-Instruct")
+    kinds, text = ["lazy", "swapped", "salad", "truncated"], "lazy, swapped, salad, scrambled, truncated, stub"
     parser.add_argument(
-        "--damage",
-        nargs="+",
-        default=["lazy", "swapped", "salad", "truncated"],
-        metavar="KIND",
-        help="lazy, swapped, salad, scrambled, truncated, stub (default: lazy swapped salad truncated)",
+        "--damage", nargs="+", default=kinds, metavar="KIND", help=f"{text} (default: {' '.join(kinds)})"
     )
     parser.add_argument("--rate", type=float, default=0.5, help="share of the rows to damage (default: 0.5)")
     parser.add_argument("--rows", type=int, default=256, help="rows to use, drawn at random (default: 256)")
@@ -70,9 +67,7 @@ def run(arguments: list[str]) -> int:
     )
     weights = learn_weights(rows.remove_columns(KIND), validation, options)
     result = judge(weights, rows[KIND][:])
-    result["settings"] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-    }
+    result["settings"] = vars(options) | {"json": str(options.json) if options.json else None}
     result["rows"] = {"clean": len(clean), "validation": len(validation), "left_out_as_too_long": left_out}
     _tell(result)
     if options.json:

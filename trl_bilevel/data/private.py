@@ -1,7 +1,7 @@
 """Files of a run that hold text of its rows, and are never uploaded with its model.
 
 They lie in folders whose names start with an underscore. All that transformers uploads of a run's folder, at its end
-and as it saves, leaves out `_*`; checkpoints are uploaded whole (`hub_strategy`), and hold no text.
+and as it saves, leaves out `_*`. Checkpoints are uploaded whole if `hub_strategy` says so: no text may lie in them.
 """
 
 from __future__ import annotations
