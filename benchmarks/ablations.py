@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import provenance
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import END, PROMPT, Task, make_task

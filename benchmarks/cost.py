@@ -36,10 +36,7 @@ SETTINGS: dict[str, dict | None] = {
     "fast": {"selector_preset": "fast"},
     "balanced, lambda = 0.5": {"validation_loss_weight": 0.5},
     "balanced, lookahead": {"weight_estimator": "lookahead"},
-    "balanced, alignment": {"weight_estimator": "alignment"},
-    "lookahead, online": {"weight_estimator": "lookahead", "selector_update": "sparse_centred"},
-    "alignment, online": {"weight_estimator": "alignment", "selector_update": "sparse_centred"},
-    "value_function, online": {"weight_estimator": "value_function", "selector_update": "sparse_centred"},
+    "value_function, online": {"selector_preset": "sparse_centred"},
 }
 
 

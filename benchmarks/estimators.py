@@ -1,6 +1,6 @@
 """Quality of calibrated weights by estimator and its settings: the pilot run alone, no training after it.
 
-python -m benchmarks.estimators [--tasks ...] [--seeds 0 1] [--settings "lookahead, K = 4" ...]
+python -m benchmarks.estimators [--tasks ...] [--seeds 0 1] [--settings lookahead ...]
 
 On SmolLM2-135M-Instruct. Results go to `benchmarks/results/estimators`; `python -m benchmarks.report` makes the table.
 """
@@ -26,12 +26,7 @@ TWO_SETS = "value_function, trusted rows as two sets"
 SETTINGS: dict[str, dict] = {
     "value_function": {},
     TWO_SETS: {"validation_weights": {"benign": 0.5, "refused": 0.5}},
-    "lookahead, K = 4": {"weight_estimator": "lookahead", "lookahead_steps": 4},
-    "lookahead, K = 8": {"weight_estimator": "lookahead", "lookahead_steps": 8},
-    "lookahead, K = 12": {"weight_estimator": "lookahead", "lookahead_steps": 12},
-    "lookahead, K = 16": {"weight_estimator": "lookahead", "lookahead_steps": 16},
-    "alignment": {"weight_estimator": "alignment"},
-    "alignment, displacement": {"weight_estimator": "alignment", "alignment_direction": "displacement"},
+    "lookahead": {"weight_estimator": "lookahead"},
 }
 # With more rows than the defaults score: what prediction costs.
 PRESET_TASK = "quality_large"

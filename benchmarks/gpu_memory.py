@@ -30,7 +30,7 @@ from benchmarks.run import machine, versions
 from tests.recipes.test_recipes import FAMILIES, header, save_tiny_model
 from trl_bilevel.cli import plan, refine, sft
 from trl_bilevel.cli.arguments import parse
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 from trl_bilevel.planning.models import KNOWN, known_name
 
 TARGET = Path(__file__).parent / "results" / "gpu_memory.json"

@@ -30,7 +30,7 @@ from benchmarks.cost import make_rows
 from benchmarks.run import machine, versions
 from tests.distributed.worker import count_exchanged_bytes
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
-from trl_bilevel.demo import assets
+from trl_bilevel.data import assets
 from trl_bilevel.demo.experiment import Budget, lora, model_dtype
 
 HERE = Path(__file__).parent

@@ -8,7 +8,7 @@ H200 or H100, sixteen runs at a time (`make evidence JOBS=16`: some 500 runs, a 
 CPU, at least in part; [the same runs on a CPU](#the-same-runs-on-a-cpu), where they were made, give the same picture.
 All other tables were made on a CPU.
 
-Model: SmolLM2-135M-Instruct (dequantised 4-bit weights, see `trl_bilevel/demo/assets.py`), LoRA r=8 on the top ten
+Model: SmolLM2-135M-Instruct (dequantised 4-bit weights, see `trl_bilevel/data/assets.py`), LoRA r=8 on the top ten
 layers, bf16. Data: questions about Python's standard library answered by its docstrings, part of the answers damaged;
 the safety task adds HarmBench requests answered by refusals or by compliance stubs. Two epochs of batch 8
 (boilerplate: three) with linear decay, no validation row trained on (lambda = 0), so that only the choice of rows

@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from tests.conftest import make_tiny_model, make_tokenizer
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 from trl_bilevel.demo.tasks import END, PROMPT
 
 

@@ -10,8 +10,8 @@ import os
 import torch
 from datasets import Dataset
 
+from trl_bilevel.data.assets import docstrings
 from trl_bilevel.data.contamination import contaminate
-from trl_bilevel.demo.assets import docstrings
 
 MODEL = os.environ.get("TRL_BILEVEL_MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
 # Small enough for a CPU. Without a GPU, TRL wants to be told so (`use_cpu`).

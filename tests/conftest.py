@@ -12,7 +12,7 @@ from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 
 pytest_plugins = ["tests.errors_table"]
 

@@ -48,8 +48,8 @@ def test_what_does_not_fit_is_told_how_to(recipe, capsys):
     found = planned(capsys, "--config", recipe, "--gpu_memory", "8")
     assert found["fits"] is False and found["way_to_fit"]
     settings = {}
-    for knob in found["way_to_fit"]:
-        settings |= knob["settings"]
+    for saving in found["way_to_fit"]:
+        settings |= saving["settings"]
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     assert planned(capsys, "--config", recipe, "--gpu_memory", "8", *words)["fits"] is True
 
@@ -68,7 +68,7 @@ def test_local_folder_and_rows(tmp_path, small_folder, rows, capsys):
     assert found["run"]["training_rows"] == 40 and found["run"]["device"] == "cpu"
     assert found["model"]["config_from"] == "folder" and found["reserve_bytes"] == 0
     assert found["model"]["trainable"] == found["model"]["parameters"]
-    assert "LoRA adapters" in {knob["name"] for knob in found["knobs"]}
+    assert "LoRA adapters" in {saving["name"] for saving in found["savings"]}
 
 
 @pytest.fixture

@@ -1,14 +1,24 @@
 """Small statistics and schedules."""
 
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
 from trl_bilevel.core.scores import RowLosses, difference_score, difference_scores, loss_score, row_losses
-from trl_bilevel.core.statistics import evenly_spaced, gap_recovered, weight_quantiles
+from trl_bilevel.core.statistics import (
+    data_ranks,
+    effective_sample_size,
+    evenly_spaced,
+    gap_recovered,
+    paired_standard_error,
+    rows_carrying,
+    weight_quantiles,
+)
 from trl_bilevel.data.batches import ValidationSampler, concatenate_batches
-from trl_bilevel.data.export import data_ranks
 
 
 def test_gap_recovered():
@@ -54,7 +64,30 @@ def test_the_ending_surprise_is_the_chance_of_going_on():
 
 
 def test_ranks_put_ties_in_row_order_and_missing_last():
-    assert data_ranks(torch.tensor([1.0, torch.nan, 2.0, 1.0, 0.0])).tolist() == [1, 4, 0, 2, 3]
+    ranks = data_ranks(torch.tensor([1.0, torch.nan, 2.0, 1.0, 0.0]))
+    assert ranks.dtype == "int64" and ranks.tolist() == [1, 4, 0, 2, 3]
+    assert data_ranks([]).tolist() == []
+
+
+def test_numbers_of_weights():
+    assert effective_sample_size(np.ones(7)) == pytest.approx(1)
+    assert effective_sample_size([4.0, 0, 0, 0]) == pytest.approx(0.25)
+    assert effective_sample_size(torch.tensor([1.0, torch.nan, 1.0])) == pytest.approx(1)
+    assert effective_sample_size([math.nan, 0.0]) == effective_sample_size([]) == 0
+    assert rows_carrying(np.ones(10)) == 8
+    assert rows_carrying([6.0, math.nan, 2.0, 1.0, 1.0]) == 2
+    assert rows_carrying(np.zeros(3)) == rows_carrying([]) == 0
+
+
+def test_the_standard_error_is_of_the_differences():
+    assert paired_standard_error([1.0, 2.0, 3.0], [1.1, 2.3, 3.2]) == pytest.approx(0.1 / 3**0.5)
+    assert paired_standard_error([1.0, 2.0], [1.0]) is paired_standard_error([1.0], [1.0]) is None
+
+
+def test_statistics_load_no_torch():
+    code = "import sys, trl_bilevel.core.statistics, trl_bilevel.data.formats, trl_bilevel.data.files; "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("size", "batch"), [(7, 3), (5, 5), (4, 10), (1, 1)])

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from tests.conftest import base_arguments, make_tiny_model, make_tokenizer, parameters
 from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 
 
 def duplicates(folder: str) -> int:

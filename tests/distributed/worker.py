@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from tests.conftest import base_arguments, losses, make_tiny_model, make_tokenizer
 from tests.exact_head import use_exact_head
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 from trl_bilevel.trainer.window import StepWindow
 
 

@@ -42,7 +42,7 @@ def world(tmp_path_factory, tokenizer):
 
 
 def rows_between(start, stop):
-    from trl_bilevel.demo.assets import docstrings
+    from trl_bilevel.data.assets import docstrings
 
     rows = docstrings()[start:stop]
     return Dataset.from_list([{"prompt": f"`{row['name']}`?\n", "completion": row["description"]} for row in rows])

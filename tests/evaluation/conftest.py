@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.conftest import make_tiny_model, make_tokenizer
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 from trl_bilevel.evaluation import models
 from trl_bilevel.evaluation.models import Settings
 

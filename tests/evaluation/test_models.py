@@ -9,7 +9,7 @@ from peft import PeftModel
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.evaluation import models
 from trl_bilevel.evaluation.figures import Intervals, kept_rows, loss_difference, loss_figures
-from trl_bilevel.evaluation.judges import EmbeddingSimilarity, ModelLoss, RewardModel, ScorePairs, verdicts
+from trl_bilevel.evaluation.judges import EmbeddingSimilarity, ModelLoss, RewardModel, verdicts
 from trl_bilevel.evaluation.measurement import Measured
 from trl_bilevel.evaluation.rows import Row, assistant, encode, read_rows, user
 
@@ -131,8 +131,8 @@ def test_a_reward_model_scores_prompt_and_response(folder, settings):
     others = responses[::-1]
     forward, backward = verdicts(judge, ROWS, responses, others)
     assert {*forward} == {0, 1}
-    assert forward == ScorePairs(judge, ROWS).judge([], [list(pair) for pair in zip(responses, others, strict=True)])
-    assert backward == ScorePairs(judge, ROWS).judge([], [list(pair) for pair in zip(others, responses, strict=True)])
+    assert (backward, forward) == verdicts(judge, ROWS, others, responses)
+    assert verdicts(judge, ROWS, responses, responses) == ([-1] * 6, [-1] * 6)
 
 
 def test_a_classifier_is_no_reward_model(folder, settings, tmp_path, tiny_model):

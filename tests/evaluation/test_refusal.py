@@ -4,16 +4,30 @@ import csv
 
 import pytest
 
+from trl_bilevel.data import assets
 from trl_bilevel.data.answers import STUB, TEST_REFUSAL
-from trl_bilevel.demo import assets, experiment
+from trl_bilevel.demo import experiment
 from trl_bilevel.demo.tasks import REFUSALS
-from trl_bilevel.evaluation.prompts import LABELLED_REFUSALS
 from trl_bilevel.evaluation.refusal import (
     KeywordRefusals,
     is_refusal,
     load_object,
     outcomes_of,
     says_refusal,
+)
+
+# 105 and 64 responses labelled as refusal or not by people: what a refusal judge can be checked with (MIT licence).
+LABELLED_REFUSALS = (
+    assets.PackagedFile(
+        "pyrit==1.1.0",
+        "pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv",
+        "1ebc42ef7dadd97962cc00d04edd6a52a321f7936c063ff3453d2bbcef30a5d7",
+    ),
+    assets.PackagedFile(
+        "pyrit==1.1.0",
+        "pyrit/datasets/scorer_evals/refusal_scorer/refusal_extra.csv",
+        "6ce7f61a8205eb8c29b1a247b52b3730501349f9adf0674a696efb004658a18a",
+    ),
 )
 
 

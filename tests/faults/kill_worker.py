@@ -19,7 +19,7 @@ from peft import LoraConfig
 
 from tests.conftest import base_arguments, make_tiny_model, make_tokenizer
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 
 SAVING = {
     "train": "training_step",

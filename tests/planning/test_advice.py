@@ -4,8 +4,8 @@ import pytest
 from peft import LoraConfig
 
 from trl_bilevel import BilevelSFTConfig
-from trl_bilevel.planning.advice import knobs, way_to_fit
-from trl_bilevel.planning.memory import GIB, estimate_memory
+from trl_bilevel.planning.advice import savings, way_to_fit
+from trl_bilevel.planning.memory import estimate_memory
 from trl_bilevel.planning.models import find_config, model_shape
 from trl_bilevel.planning.settings import run_shape
 from trl_bilevel.planning.shapes import RunShape
@@ -23,21 +23,21 @@ def adapted():
     return model_shape(find_config("SmolLM2-1.7B").config, peft_config=LORA)
 
 
-def test_knobs_save_what_they_say_and_the_best_comes_first(adapted):
+def test_savings_save_what_they_say_and_the_best_comes_first(adapted):
     run = RunShape(rows=8, tokens=1024, checkpointing=False, attention="eager", estimator="value_function")
-    found = knobs(adapted, run)
-    assert [knob.saves for knob in found] == sorted((knob.saves for knob in found), reverse=True)
+    found = savings(adapted, run)
+    assert [saving.saves for saving in found] == sorted((saving.saves for saving in found), reverse=True)
     before = estimate_memory(adapted, run).total_bytes
-    for knob in found:
-        assert before - estimate_memory(knob.model, knob.run).total_bytes == knob.saves > 0
-    names = {knob.name for knob in found}
+    for saving in found:
+        assert before - estimate_memory(saving.model, saving.run).total_bytes == saving.saves > 0
+    names = {saving.name for saving in found}
     assert {"gradient checkpointing", "smaller micro-batch", "shorter rows", "sdpa attention"} <= names
 
 
 def test_a_micro_batch_is_made_smaller_without_changing_the_batch(adapted):
-    found = knobs(adapted, RunShape(rows=6, tokens=512, accumulation=2))
-    knob = next(knob for knob in found if knob.name == "smaller micro-batch")
-    assert knob.settings == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    found = savings(adapted, RunShape(rows=6, tokens=512, accumulation=2))
+    saving = next(saving for saving in found if saving.name == "smaller micro-batch")
+    assert saving.settings == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
 
 
 def test_half_the_rank_is_what_a_model_with_half_the_rank_has(adapted):
@@ -45,7 +45,7 @@ def test_half_the_rank_is_what_a_model_with_half_the_rank_has(adapted):
     real = model_shape(find_config("SmolLM2-1.7B").config, peft_config=other)
     big = model_shape(find_config("SmolLM2-1.7B").config, peft_config=replace(LORA, r=256))
     run = RunShape(rows=1, tokens=256)
-    assert next(k for k in knobs(big, run) if k.name == "smaller rank").settings == {"lora_r": 128}
+    assert next(k for k in savings(big, run) if k.name == "smaller rank").settings == {"lora_r": 128}
     from trl_bilevel.planning.advice import _half_rank
 
     assert _half_rank(adapted) == real
@@ -56,17 +56,24 @@ def test_way_to_fit(full, adapted):
     assert way_to_fit(full, run, 10**6, adapted) == []
     way = way_to_fit(full, run, 12, adapted)
     assert way and estimate_memory(way[-1].model, way[-1].run).fits(12)
-    assert not any(estimate_memory(knob.model, knob.run).fits(12) for knob in way[:-1])
+    assert not any(estimate_memory(saving.model, saving.run).fits(12) for saving in way[:-1])
     assert way_to_fit(full, run, 0.5, adapted) is None
 
 
-def test_full_fine_tuning_of_a_small_model_pays_for_its_pilot(full):
+def test_choosing_weights_costs_full_fine_tuning_no_more_memory_than_adapters(full, adapted):
     run = RunShape(rows=1, tokens=256)
-    plain = estimate_memory(full, run).total_bytes
-    selecting = estimate_memory(full, replace(run, estimator="value_function"))
-    # Six times the trainable parameters on top of the model, in place of its two AdamW states.
-    assert selecting.total_bytes - plain > 3.9 * full.trainable_bytes
-    assert selecting.peak.name.startswith("pilot run") and selecting.total_bytes > 40 * GIB
+    for model in (full, adapted):
+        chosen = estimate_memory(model, replace(run, estimator="value_function"))
+        (pilot,) = {moment.parts.get("pilot run") for moment in chosen.moments} - {None}
+        # Two sets of adapters of rank 8 on a third of the layers, 16 bytes a parameter.
+        assert pilot == 2 * 16 * 8 / 16 * adapted.trainable / 3
+    # Without the optimizer's states of all parameters, the pilot run needs less than training.
+    plan = estimate_memory(full, replace(run, estimator="value_function"))
+    assert plan.peak.name.startswith("training")
+    assert plan.total_bytes == estimate_memory(full, run).total_bytes
+    # What the published update trains beside the model is a second set of all parameters.
+    moving = estimate_memory(full, replace(run, estimator="sparse_centred"))
+    assert moving.tensor_bytes - plan.tensor_bytes == 3 * full.trainable_bytes
 
 
 @pytest.fixture
@@ -80,7 +87,6 @@ def test_run_shape_reads_the_config(make_args):
         gradient_accumulation_steps=3,
         max_length=300,
         validation_loss_weight=0.5,
-        validation_every=2,
         bf16=True,
         gradient_checkpointing=False,
         optim="adamw_bnb_8bit",
@@ -90,9 +96,19 @@ def test_run_shape_reads_the_config(make_args):
     run = run_shape(args, processes=2)
     assert (run.rows, run.tokens, run.rows_per_step, run.steps) == (4, 300, 24, 7)
     assert run.autocast and not run.checkpointing and run.optimizer == "adamw_bnb_8bit" and run.padded
-    # A quarter of 24 rows over six micro-batches; the pilot takes eight.
-    assert (run.joined_rows, run.joined_every, run.pilot_batch, run.pulling_batch) == (1, 2, 8, 8)
-    assert run.estimator == "lookahead" and not run.online and run.estimator_every == 32
+    # A quarter of 24 rows over six micro-batches.
+    assert (run.joined_rows, run.estimator, run.scored_rows, run.read_depth) == (1, "lookahead", 512, 0.3)
+    assert run.pilots and run.training_rows is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "estimator", "scored", "depth"),
+    [("reliable", "value_function", 0, 0.3), ("fast", "lookahead", 256, 0.1), ("paper", "paper", 512, 0.3)],
+)
+def test_presets_say_what_is_scored(preset, estimator, scored, depth, make_args):
+    run = run_shape(make_args(selector_preset=preset))
+    assert (run.estimator, run.scored_rows, run.read_depth) == (estimator, scored, depth)
+    assert run.pilots == (preset != "paper")
 
 
 def test_packed_rows_need_no_mask(make_args):

@@ -3,7 +3,7 @@
 import itertools
 
 from trl_bilevel.data.answers import STUB
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 
 CATEGORIES = ("animal_abuse", "hate_speech,offensive_language", "privacy_violation")
 

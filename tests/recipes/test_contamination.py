@@ -19,6 +19,13 @@ FORMATS = {
         "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": q}],
         "completion": [{"role": "assistant", "content": a}],
     },
+    "conversations": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+    "parts": lambda q, a: {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": q}]},
+            {"role": "assistant", "content": [{"type": "text", "text": a}]},
+        ]
+    },
     "messages": lambda q, a: {
         "messages": [
             {"role": "user", "content": "Hello."},
@@ -95,7 +102,10 @@ def test_a_pure_function_of_the_seed():
         ({"rows": Dataset.from_list([{"prompt": f"{i}", "completion": "same"} for i in range(9)])}, "Only 0 of 4"),
         ({"rows": Dataset.from_list([{"prompt": "q", "completion": f"{i}"} for i in range(9)])}, "same question"),
         ({"rows": Dataset.from_list([{"question": "a", "answer": "b"}] * 9)}, "columns ['question', 'answer']"),
-        ({"rows": Dataset.from_list([{"messages": [{"role": "user", "content": "a"}]}] * 9)}, "do not end in"),
+        (
+            {"rows": Dataset.from_list([{"messages": [{"role": "user", "content": "a"}]}] * 9)},
+            "does not end with a message of the assistant",
+        ),
     ],
 )
 def test_mistakes_are_named(change, message):

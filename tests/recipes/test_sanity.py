@@ -11,7 +11,7 @@ from tests.errors_table import bad_input, note
 from trl_bilevel.cli import sanity
 from trl_bilevel.cli.main import main
 from trl_bilevel.core.statistics import auc_standard_error
-from trl_bilevel.demo.assets import docstrings
+from trl_bilevel.data.assets import docstrings
 
 SANITY = "`trl-bilevel sanity`"
 

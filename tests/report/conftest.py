@@ -34,11 +34,7 @@ def write_json(path, value):
 
 def record_of(rows=60, **changes):
     """A `run.json` as `trainer/record.py` writes it."""
-    history = [
-        {"step": step, "loss": 4.0 - 0.02 * step, "selector/ess": 0.7}
-        | {f"selector/weight_q{level:02d}": level / 50 for level in (5, 25, 50, 75, 95)}
-        for step in range(2, 41, 2)
-    ]
+    history = [{"step": step, "loss": 4.0 - 0.02 * step, "selector/ess": 0.7} for step in range(2, 41, 2)]
     history += [{"step": step, "eval_loss": 3.9 - 0.01 * step} for step in (10, 20, 30, 40)]
     return {
         "format": 1,
@@ -48,7 +44,7 @@ def record_of(rows=60, **changes):
         "model": "tiny",
         "device": "cpu",
         "processes": 1,
-        "settings": {"learning_rate": 1e-3, "seed": 42, "selector_granularity": "sample"},
+        "settings": {"learning_rate": 1e-3, "seed": 42},
         "steps": {"done": 40, "planned": 40},
         "data": {
             "rows": rows,
@@ -73,9 +69,7 @@ def record_of(rows=60, **changes):
 def make_run(tmp_path):
     """Makes the folder of a run by hand: `rows` of text, weights, scores, record, pilot; returns it."""
 
-    def make(
-        name="run", rows=60, texts=None, record=True, pilot=True, weighted=True, trusted=12, traces=(), **changes
-    ):
+    def make(name="run", rows=60, texts=None, record=True, pilot=True, weighted=True, trusted=12, **changes):
         folder, rng = tmp_path / name, np.random.default_rng(0)
         folder.mkdir()
         weights = rng.gamma(2.0, 1.0, rows)
@@ -88,14 +82,6 @@ def make_run(tmp_path):
             write_json(folder / "_record" / "run.json", record_of(rows, **changes))
             table = {"data_weight": pa.array(weights, pa.float32()), "data_rank": ranks}
             pq.write_table(pa.table(table), folder / "_record" / "weights.parquet")
-        if traces:
-            # Row 1 was not followed.
-            followed = np.delete(np.arange(rows), 1)
-            table = {"sample_id": followed}
-            for step in traces:
-                moved = 1 + (weights[followed] - 1) * step / max(traces)
-                table |= {f"weight {step}": pa.array(moved, pa.float32()), f"score {step}": moved - 1}
-            pq.write_table(pa.table(table), folder / "_record" / "traces.parquet")
         if pilot:
             kept = [{"set": "validation", "score": 0.1 * n, "share": 1 / trusted} for n in range(trusted)]
             kept = [e | {"prompt": "asked", "answer": texts[n % len(texts)]} for n, e in enumerate(kept)]

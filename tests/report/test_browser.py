@@ -135,25 +135,6 @@ def test_why_names_the_nearest_trusted_rows(make_run, open_report):
         assert "predicted from hidden states" in page.locator("tr.more").inner_text()
 
 
-def test_how_the_weight_of_a_row_moved(make_run, open_report, axe):
-    weights = {"learned": True, "given": False, "by": "loss", "online": True, "asks_own_rows": None}
-    folder = make_run(traces=(0, 4, 8), pilot=False, weights=weights)
-    with open_report(write_report(folder)) as report:
-        page = report.page
-        page.get_by_label("Per page").select_option("100")
-        page.get_by_role("button", name="Why: row 59", exact=True).click()
-        row = page.locator("#table tr", has=page.get_by_role("button", name="Why: row 59", exact=True))
-        moved = page.locator("#table .more", has_text="How its weight moved")
-        assert moved.get_by_role("img").get_attribute("aria-label").startswith("The weight went from 1.00 to ")
-        moved.locator("summary").click()
-        shown = row.locator("td.number.weight").inner_text()
-        assert moved.locator("tbody tr").last.inner_text().split()[:2] == ["8", shown]
-        report.shot("moved")
-        page.get_by_role("button", name="Why: row 1", exact=True).click()
-        assert page.get_by_text("was not followed over the run").count() == 1
-        assert faults_of(page, axe) == [] and report.faults == []
-
-
 def test_theme_can_be_chosen(full_report, open_report):
     with open_report(full_report, scheme="light") as report:
         ground = "getComputedStyle(document.body).backgroundColor"

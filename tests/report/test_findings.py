@@ -7,9 +7,10 @@ import pytest
 
 from tests.report.conftest import record_of
 from trl_bilevel.report.compare import compare
-from trl_bilevel.report.findings import cards, duration, effective_sample_size, findings, rows_carrying, verdict
+from trl_bilevel.report.findings import cards, findings, verdict
 from trl_bilevel.report.rows import categories_of
 from trl_bilevel.report.run import Run, load_run
+from trl_bilevel.report.text import duration
 
 
 def made(weights=None, ledger=(), **changes):
@@ -20,14 +21,6 @@ def made(weights=None, ledger=(), **changes):
 
 def evaluated(*losses, fingerprint="cc"):
     return {"losses": list(losses), "rows": len(losses), "fingerprint": fingerprint}
-
-
-def test_numbers_of_weights():
-    assert effective_sample_size(np.ones(7)) == pytest.approx(1)
-    assert effective_sample_size(np.array([4.0, 0, 0, 0])) == pytest.approx(0.25)
-    assert rows_carrying(np.ones(10)) == 8
-    assert rows_carrying(np.array([6.0, 2.0, 1.0, 1.0])) == 2
-    assert rows_carrying(np.zeros(3)) == 0
 
 
 @pytest.mark.parametrize(

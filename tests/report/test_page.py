@@ -111,17 +111,21 @@ def test_categories(make_run):
     found = categories_of(load_run(folder))
     assert [c.column for c in found] == ["source"]
     weights = load_run(folder).weights
-    for value, count, share in zip(found[0].values, found[0].rows, found[0].weight_share, strict=True):
-        rows = weights[{"books": 0, "forum": 1, "web": 2}[value] :: 3]
-        assert count == 100 and share == pytest.approx(rows.sum() / weights.sum())
+    assert len(found[0].shares) == 3
+    for share in found[0].shares:
+        rows = weights[{"books": 0, "forum": 1, "web": 2}[share.value] :: 3]
+        assert share.rows == 100 and share.of_rows == pytest.approx(1 / 3)
+        assert share.of_weight == pytest.approx(rows.sum() / weights.sum())
+        assert share.mean == pytest.approx(rows.mean())
 
 
 def test_many_values_are_summed_up_for_a_group_column(make_run):
     names = [f"site {n}" for n in range(50)]
-    settings = {"selector_group_column": "source", "selector_granularity": "group"}
+    settings = {"selector_group_column": "source"}
     folder = make_run(rows=300, sources=names, settings=settings)
     (category,) = categories_of(load_run(folder))
-    assert len(category.values) == 13 and category.values[-1] == "(38 others)" and sum(category.rows) == 300
+    assert len(category.shares) == 13 and category.shares[-1].value == "(38 others)"
+    assert sum(share.rows for share in category.shares) == 300
     assert categories_of(load_run(make_run("rows", rows=300, sources=names))) == []
 
 

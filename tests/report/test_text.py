@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tests.report.conftest import HOSTILE
-from trl_bilevel.report.text import clean, question_and_answer, script_json
+from trl_bilevel.report.text import clean, script_json
 
 
 @pytest.mark.parametrize(
@@ -37,25 +37,3 @@ def test_json_in_a_script_element_keeps_every_value():
     found = json.loads(text)
     assert found["rows"] == [clean(part) for part in HOSTILE]
     assert found["nan"] is None and found["inf"] is None and found["</script>"] == [1.5]
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "q", "completion": "a"}, ("q", "a")),
-        ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"content": "a"}]}, ("q", "a")),
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ("q", "a")),
-        (
-            {"messages": [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]},
-            ("system: s\nuser: u", "a"),
-        ),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ("q", "a")),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "part"}]}]}, ("", "part")),
-        ({"text": "all of it"}, ("", "all of it")),
-        ({"question": "q", "answer": "a", "n": 3}, ("", "question: q\nanswer: a")),
-        ({"prompt": None, "completion": None}, ("", "")),
-        ({"n": 3}, ("", "(no text in this row)")),
-    ],
-)  # fmt: skip
-def test_rows_of_any_format_are_read(row, expected):
-    assert question_and_answer(row) == expected

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import first_ratios, watch_first_step
-from trl_bilevel.demo import assets
+from trl_bilevel.data import assets
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import Budget, make_trainer, run_arm
 from trl_bilevel.demo.tasks import make_task

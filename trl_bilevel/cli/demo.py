@@ -38,9 +38,9 @@ def run(arguments: list[str]) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     from datasets import disable_progress_bars
 
+    from ..data import assets
     from ..data.loading import load_rows
     from ..data.private import WEIGHTED, find_private
-    from ..demo import assets
     from ..demo.comparison import extreme_rows, plot, summarise, write_results
     from ..demo.experiment import ARMS, REFINING, budget_of, run_arm
     from ..demo.tasks import conversational, make_task, question_answer_rows

@@ -260,7 +260,7 @@ def disk() -> Iterator[Finding]:
     """Space where models, data and output go."""
     from huggingface_hub import constants
 
-    from ..demo.assets import cache_folder
+    from ..data.assets import cache_folder
 
     folders = [
         ("hub cache", Path(constants.HF_HOME), "HF_HOME=/path/with/space"),

@@ -247,18 +247,17 @@ def run(arguments: list[str]) -> None:
         words = ["--model_name_or_path", *words]
     args, model_args = parse(make_parser(), words)
     check(args, model_args)
-    from ..data.files import atomically
-    from ..evaluation.report import as_json, show
+    from ..data.files import finite, write_json
+    from ..evaluation.report import show
     from . import show as drawing
 
     # Judges of the user's own lie where the command is given, as with `python -m`.
     sys.path.insert(0, "")
     result = main(args, model_args, arguments)
-    document = json.dumps(as_json(result), indent=1)
     if args.output:
-        atomically(Path(args.output), lambda path: path.write_text(document + "\n"))
+        write_json(Path(args.output), result)
     if args.json:
-        print(document)
+        print(json.dumps(finite(result), indent=1))
         return
     show(drawing, result)
     if args.output:

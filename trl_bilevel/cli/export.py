@@ -201,6 +201,15 @@ def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
     return rows
 
 
+def _ranked(rows: Dataset) -> Dataset:
+    """The rows with `data_rank`: a stream's could not be ranked while they came by."""
+    if "data_rank" in rows.column_names:
+        return rows
+    from ..core.statistics import data_ranks
+
+    return rows.add_column("data_rank", data_ranks(_weights(rows)).tolist())
+
+
 def _weights(rows: Dataset) -> Tensor:
     """Weights float32 `[N]` as a tensor; NaN where missing."""
     import torch
@@ -244,17 +253,17 @@ def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
         activation = options.selector_activation or activation_of(path) or "softmax"
         write_selector(path, selector_logits(_weights(rows), activation))
         return [path]
-    from ..data.formats import write_for
+    from ..data.exports import write_for
 
     return write_for(options.format, rows, path, options.name or path.stem, options.top_k)
 
 
 def _push(chosen: Dataset, rows: Dataset, options: argparse.Namespace, api: Any) -> str:
+    from ..core.statistics import effective_sample_size
+    from ..data.files import read_json
     from ..data.hub import data_card, push_rows
-    from ..report.findings import effective_sample_size
 
-    record_file = _run_folder(options.weighted) / RECORD / "run.json"
-    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+    record = read_json(_run_folder(options.weighted) / RECORD / "run.json")
     weights = _weights(rows)
     known = weights[~weights.isnan()].numpy()
     results = [("effective sample size", f"{effective_sample_size(known):.0%} of {len(known):,} rows")]

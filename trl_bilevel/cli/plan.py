@@ -63,7 +63,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Compute and show."""
     from trl import get_peft_config
 
-    from ..planning.advice import knobs, way_to_fit
+    from ..planning.advice import savings, way_to_fit
     from ..planning.memory import estimate_memory
     from ..planning.models import find_config, model_shape
     from ..planning.settings import quantisation_of, run_shape
@@ -104,14 +104,14 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         "host_bytes": plan.host_bytes,
         "peak": plan.peak.name,
         "moments": [{"name": m.name, "bytes": m.total, "parts": m.parts} for m in plan.moments],
-        "knobs": [_knob(knob) for knob in knobs(model, run, adapted)],
+        "savings": [_saving(saving) for saving in savings(model, run, adapted)],
         "way_to_fit": None,
         "work": {**asdict(work), "total": work.total},
         "notes": [*_source_note(found, name), *plan.notes],
     }
     if script_args.gpu_memory is not None:
         way = way_to_fit(model, run, script_args.gpu_memory, adapted)
-        report["way_to_fit"] = None if way is None else [_knob(knob) for knob in way]
+        report["way_to_fit"] = None if way is None else [_saving(saving) for saving in way]
     if script_args.json:
         print(json.dumps(report, indent=1))
     else:
@@ -138,8 +138,8 @@ def _with_adapters(found: FoundConfig, dtype: str) -> ModelShape:
     return model_shape(found.config, dtype=dtype, peft_config=adapters)
 
 
-def _knob(knob: Any) -> dict[str, Any]:
-    return {"name": knob.name, "settings": knob.settings, "saves_bytes": knob.saves, "price": knob.price}
+def _saving(saving: Any) -> dict[str, Any]:
+    return {"name": saving.name, "settings": saving.settings, "saves_bytes": saving.saves, "price": saving.price}
 
 
 def _source_note(found: FoundConfig, name: str) -> list[str]:

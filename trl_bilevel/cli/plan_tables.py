@@ -32,12 +32,12 @@ def show(report: dict[str, Any], plan: MemoryPlan, model: ModelShape, run: RunSh
         say(f"Does not fit: needs {needed:.1f} GiB, the device has {report['gpu_memory']:g}.", "bold red")
     if plan.host_bytes:
         say(f"The paged optimizer keeps up to {plan.host_bytes / GIB:.2f} GiB in the host's memory.")
-    if report["knobs"]:
+    if report["savings"]:
         rows = [
-            (f"{knob['saves_bytes'] / GIB:.2f}", knob["name"], _settings(knob["settings"]), knob["price"])
-            for knob in report["knobs"]
+            (f"{saving['saves_bytes'] / GIB:.2f}", saving["name"], _settings(saving["settings"]), saving["price"])
+            for saving in report["savings"]
         ]
-        columns = ("saves, GiB", "knob", "settings", "price")
+        columns = ("saves, GiB", "change", "settings", "price")
         table("What saves memory, each alone", columns, rows, right=columns[:1])
     if report["fits"] is False:
         say(_way(report))
@@ -66,8 +66,8 @@ def _way(report: dict[str, Any]) -> str:
     if report["way_to_fit"] is None:
         return "No combination of these makes it fit: take a smaller model or a larger device."
     settings: dict[str, Any] = {}
-    for knob in report["way_to_fit"]:
-        settings |= knob["settings"]
+    for saving in report["way_to_fit"]:
+        settings |= saving["settings"]
     return "With these it fits:\n  " + _settings(settings).replace("\n", "\n  ")
 
 
@@ -75,7 +75,7 @@ def _work(work: dict[str, Any], run: RunShape) -> list[tuple[str, str]]:
     rows = [("an optimizer step", _flops(work["step"]))]
     if work["training"] is not None:
         rows.append((f"training, {run.steps:,} steps", _flops(work["training"])))
-    if run.estimator != "none" and not run.online:
+    if run.pilots:
         rows += [("pilot run", _flops(work["pilot"])), ("scoring of rows", _flops(work["scoring"]))]
         if work["prediction"]:
             what = "reading of hidden states (weights of rows like it, of rows not scored)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-OPTIONS = ("train_rows", "validation_rows", "test_rows", "max_characters", "seed")
+# Options that say where data goes and comes from; the others are settings of the sets.
+PLACES = ("recipe", "output", "revision", "lock")
 SAFETY_ONLY = ("construction", "unsafe_answers", "refused_share")
 
 
@@ -46,8 +46,8 @@ def run(arguments: list[str]) -> None:
     disable_progress_bars()
     lock = prepare.read_lock(options.lock) if options.lock else None
     settings = settings_of(options, lock)
-    makers: dict[str, Callable[..., Any]] = {"quality": prepare.prepare_quality, "safety": prepare.prepare_safety}
-    prepared = makers[options.recipe](**settings)
+    maker = prepare.prepare_quality if options.recipe == "quality" else prepare.prepare_safety
+    prepared = maker(**settings)
     if lock is not None:
         prepare.check_lock(prepared, lock)
     prepare.write_prepared(prepared, options.output)
@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> None:
 
 def settings_of(options: argparse.Namespace, lock: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments for the maker of the sets: those of a lock file, or those given."""
-    given = {name: getattr(options, name) for name in OPTIONS + SAFETY_ONLY if getattr(options, name) is not None}
+    given = {name: value for name, value in vars(options).items() if value is not None and name not in PLACES}
     if lock is not None:
         if given or options.revision:
             raise ValueError("`--lock` fixes all settings and revisions: leave the other options out.")

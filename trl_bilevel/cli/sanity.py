@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import sys
@@ -71,9 +70,9 @@ def run(arguments: list[str]) -> int:
     result["rows"] = {"clean": len(clean), "validation": len(validation), "left_out_as_too_long": left_out}
     _tell(result)
     if options.json:
-        from ..data.files import atomically
+        from ..data.files import write_json
 
-        atomically(options.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        write_json(options.json, result)
     return 0 if result["passed"] else 1
 
 
@@ -120,11 +119,12 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
 
 
 def _prompt_completion(rows: Any) -> Any:
-    """Prompt and completion only; the last turn of `messages` is the completion: what is scored is the answer."""
-    if "messages" not in rows.column_names:
+    """Prompt and completion only; the last turn of a conversation is the completion: what is scored is the answer."""
+    from ..data.formats import PAIRS, layout_of, parts
+
+    if layout_of(rows) == PAIRS:
         return rows.select_columns(["prompt", "completion"])
-    split = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in rows["messages"][:]]
-    return type(rows).from_list(split)
+    return type(rows).from_list([dict(zip(("prompt", "completion"), parts(row), strict=True)) for row in rows])
 
 
 def learn_weights(rows: Any, validation: Any, options: argparse.Namespace) -> list[float]:
@@ -133,7 +133,7 @@ def learn_weights(rows: Any, validation: Any, options: argparse.Namespace) -> li
     from peft import LoraConfig
 
     from .. import BilevelSFTConfig, BilevelSFTTrainer
-    from ..demo.assets import model_folder
+    from ..data.assets import model_folder
     from ..demo.experiment import model_dtype
 
     with tempfile.TemporaryDirectory() as folder:

@@ -146,7 +146,7 @@ def weight_facts(trainer: Any) -> list[tuple[str, str]]:
 
 def time_spent(trainer: Any) -> list[tuple[str, str]]:
     """For the summary: how long the run took, and how much of it went into the weights."""
-    from ..report.findings import duration
+    from ..report.text import duration
     from ..trainer.record import callback_of
 
     seconds = callback_of(trainer).seconds
@@ -159,7 +159,7 @@ def time_spent(trainer: Any) -> list[tuple[str, str]]:
 
 def _carrying(trainer: Any) -> float:
     """Share of the rows that hold 80% of the weight."""
-    from ..report.findings import rows_carrying
+    from ..core.statistics import rows_carrying
     from ..trainer.record import offline_part
 
     weights = offline_part(trainer).selection.sampled_weights().cpu().numpy()

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .alignment import sum_segments
-
 
 class RowLosses(NamedTuple):
     """What a forward says of each row, `[B]` each, float32 (float64 for float64 input).
@@ -64,6 +62,20 @@ def difference_scores(reference: RowLosses, model: RowLosses) -> Tensor:
     """
     response = difference_score(reference.means(), model.means())
     return torch.stack([response, 1 - torch.exp(-model.endings.detach())], dim=-1)
+
+
+def sum_segments(tokens: Tensor, segments: Tensor, count: int) -> Tensor:
+    """Sums over the tokens of each packed row, `[count]`.
+
+    Args:
+        tokens (`Tensor`): one value per token, in the order of `segments`.
+        segments (`Tensor` int64): the row of each token, below `count`; negative for padding, which is left out.
+    """
+    index = segments.flatten()
+    values = tokens.flatten()
+    # Padding goes into a bin of its own: picking tokens by a mask would wait for the device.
+    sums = torch.zeros(count + 1, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, torch.where(index < 0, count, index), values)[:count]
 
 
 def row_losses(

@@ -1,11 +1,62 @@
-"""Small statistics of weights and results."""
+"""Small statistics of weights and results, with numpy alone: a report loads no torch.
+
+Weights may be arrays, lists, or tensors on the CPU; NaN stands for a row that is not trained on, and is left out.
+"""
 
 from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def effective_sample_size(weights: ArrayLike) -> float:
+    """`(sum w)^2 / (n sum w^2)` of weights `[n]`: 1 if all are equal, `1/n` of a single one, 0 without any weight."""
+    live = _live(weights)
+    squares = float((live**2).sum())
+    return float(live.sum()) ** 2 / (len(live) * squares) if squares > 0 else 0.0
+
+
+def rows_carrying(weights: ArrayLike, share: float = 0.8) -> int:
+    """The least number of rows that hold `share` of the weight `[N]`; 0 without any weight."""
+    held = np.cumsum(np.sort(_live(weights))[::-1])
+    if not len(held) or held[-1] <= 0:
+        return 0
+    return int(np.searchsorted(held, share * held[-1] * (1 - 1e-9)) + 1)
+
+
+def data_ranks(weights: ArrayLike) -> NDArray[np.int64]:
+    """Rank of each weight, int64 `[N]`: 0 is the highest; ties in row order; NaN last."""
+    keys = -np.asarray(weights, dtype=np.float64)
+    order = np.argsort(keys, kind="stable")
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
+def weight_quantiles(
+    weights: ArrayLike, probabilities: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
+) -> NDArray[np.float64]:
+    """Quantiles of weights `[N]`, float64 `[len(probabilities)]`."""
+    return np.quantile(_live(weights), probabilities)
+
+
+def evenly_spaced(count: int, limit: int) -> NDArray[np.int64]:
+    """At most `limit` indices spread evenly over `range(count)`, int64, both ends included: a fixed sample for
+    statistics of O(limit) cost.
+    """
+    return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
+
+
+def paired_standard_error(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Standard error of the mean of `first - second`, `[n]` each; None if the lengths differ or there is no second
+    row.
+    """
+    left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if len(left) != len(right) or len(left) < 2:
+        return None
+    return float((left - right).std(ddof=1)) / math.sqrt(len(left))
 
 
 def gap_recovered(uniform: float, selected: float, oracle: float) -> float:
@@ -16,19 +67,6 @@ def gap_recovered(uniform: float, selected: float, oracle: float) -> float:
     """
     gap = uniform - oracle
     return (uniform - selected) / gap if gap > 0 else float("nan")
-
-
-def weight_quantiles(weights: Tensor, probabilities: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)) -> Tensor:
-    """Quantiles of weights `[N]`, `[len(probabilities)]` float32, without NaN entries."""
-    weights = weights[~torch.isnan(weights)].float()
-    return torch.quantile(weights, torch.tensor(probabilities, device=weights.device))
-
-
-def evenly_spaced(count: int, limit: int) -> Tensor:
-    """At most `limit` indices spread evenly over `range(count)`, int64: a fixed sample for statistics of O(limit)
-    cost.
-    """
-    return torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
 
 
 def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
@@ -42,3 +80,8 @@ def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
     first, second = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (positives - 1) * (first - auc**2) + (negatives - 1) * (second - auc**2)
     return math.sqrt(max(0.0, variance) / (positives * negatives))
+
+
+def _live(weights: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(weights, dtype=np.float64)
+    return values[~np.isnan(values)]

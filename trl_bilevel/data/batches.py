@@ -14,7 +14,7 @@ from .identity import SAMPLE_ID, SEGMENTS
 _PADDING = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "position_ids": 0, SEGMENTS: -1}
 
 
-class ValidationSampler:
+class TrustedSampler:
     """Endless passes over `size` validation rows in seeded random order, as a pure function of the step.
 
     There is no state to save: a resumed run asks for the same step and gets the same rows, on every process.

@@ -17,15 +17,14 @@ CITATION = f"""@article{{xiao2025bilevel,
 }}"""
 # Settings of a run that a card shows; the others are in the run's report.
 SHOWN_SETTINGS = (
-    *("weight_estimator", "selector_update", "selector_weighting", "selector_granularity", "selector_preset"),
+    *("weight_estimator", "selector_weighting", "selector_preset"),
     *("validation_loss_weight", "calibration_sharpness", "filter_rate", "pilot_steps", "pilot_scored_rows"),
     *("num_rounds", "steps_per_round", "num_generations", "implicit_weight_temperature"),
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed"),
 )
 METHODS = {
-    "value_function": "a short pilot run of two copies of the adapter, one pulled by the trusted rows",
+    "value_function": "a short pilot run of two sets of adapters, one pulled by the trusted rows",
     "lookahead": "how much a few steps on the trusted rows change a row's loss",
-    "alignment": "the inner product of a row's gradient with that of the trusted rows",
     "loss": "a row's own loss, which reproduces published results",
 }
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from .answers import BOILERPLATE, STUB
+from .formats import CONVERSATIONS, MESSAGES, PAIRS, answered, content, layout_of, with_answer
 
 GOOD = "good"
 # Rows that the pool of other answers needs at least.
@@ -93,7 +94,8 @@ def contaminate(
     space around an answer and chat marks at its end stay, so that they do not give the damage away.
 
     Args:
-        rows (`Dataset`): clean rows: `prompt` and `completion` (text or messages), or `messages`.
+        rows (`Dataset`): clean rows: `prompt` and `completion` (text or messages), `messages`, or
+            `conversations`.
         rate (`float`): share of the rows to damage, in (0, 1); kinds get equal parts of it.
         kinds (`Sequence[str]`): of `DAMAGES`: "lazy", "swapped", "salad", "scrambled", "truncated", "stub".
         seed (`int`): draws rows and damages.
@@ -134,7 +136,7 @@ def contaminate(
             f"Only {len(answers)} of {len(wanted)} rows could be damaged: the answers are too short or too alike for "
             f"{wanted[len(answers)]!r}. Lower `rate`, or choose other `kinds`."
         )
-    name = "messages" if "messages" in rows.column_names else "completion"
+    name = _answer_column(rows.column_names)
     values = [
         with_answer(value, answers[place]) if place in answers else value for place, value in enumerate(rows[name][:])
     ]
@@ -160,36 +162,22 @@ def _split(answer: str) -> tuple[str, str, str]:
 
 
 def exchange_of(row: Mapping[str, Any]) -> Exchange:
-    """The last question of a row, with what stands before it, and its answer.
+    """The last question of a row, with what stands before it, and its (last) answer.
 
     Raises:
-        ValueError: if the row is in none of the formats of `contaminate`.
+        ValueError: if the row has another format than those of `contaminate`, or does not end in an answer.
     """
-    if "messages" in row:
-        turns = row["messages"]
-        if not turns or turns[-1]["role"] != "assistant":
-            raise ValueError("A row's `messages` do not end in an answer of the assistant.")
-        question, answer = _text(turns[:-1]), turns[-1]["content"]
-    elif "prompt" in row and "completion" in row:
-        question = _text(row["prompt"])
-        completion = row["completion"]
-        answer = completion if isinstance(completion, str) else completion[-1]["content"]
-    else:
+    _answer_column(row)
+    asked, answer = answered(row)
+    return Exchange(content(asked), answer if isinstance(answer, str) else content(answer[-1:]))
+
+
+def _answer_column(columns: Any) -> str:
+    """The column that holds the answers."""
+    layout = layout_of(columns)
+    if layout not in (PAIRS, MESSAGES, CONVERSATIONS):
         raise ValueError(
-            f"A row has the columns {list(row)}. Known formats: `prompt` and `completion`, or `messages`. Rename the "
-            "columns, or map the rows beforehand."
+            f"A row has the columns {list(columns)}. Known formats: `prompt` and `completion`, `messages`, or "
+            "`conversations`. Rename the columns, or map the rows beforehand."
         )
-    if not isinstance(answer, str):
-        raise ValueError(f"An answer must be text, got {type(answer).__name__}.")
-    return Exchange(question, answer)
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(str(turn["content"]) for turn in prompt)
-
-
-def with_answer(value: Any, answer: str) -> Any:
-    """A completion or conversation with another last answer."""
-    if isinstance(value, str):
-        return answer
-    return [*value[:-1], {**value[-1], "content": answer}]
+    return "completion" if layout == PAIRS else layout

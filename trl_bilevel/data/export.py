@@ -6,16 +6,8 @@ import torch
 from datasets import Dataset, Value
 from torch import Tensor
 
+from ..core.statistics import data_ranks
 from .identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID
-
-
-def data_ranks(weights: Tensor) -> Tensor:
-    """Rank of each weight, int64 `[N]`: 0 is the highest; ties in row order; NaN (not trained on) last."""
-    keys = torch.nan_to_num(weights, nan=-1.0)
-    order = torch.argsort(keys, descending=True, stable=True)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order))
-    return ranks
 
 
 def weighted_dataset(rows: Dataset, weights: Tensor, top_k: int | None = None) -> Dataset:
@@ -37,4 +29,5 @@ def weighted_dataset(rows: Dataset, weights: Tensor, top_k: int | None = None) -
     out = out.add_column(DATA_WEIGHT, values, feature=Value("float32")).add_column(DATA_RANK, ranks.tolist())
     if top_k is None:
         return out
-    return out.select(((ranks < top_k) & ~torch.isnan(weights)).nonzero().squeeze(1).tolist())
+    kept = torch.from_numpy(ranks < top_k) & ~torch.isnan(weights)
+    return out.select(kept.nonzero().squeeze(1).tolist())

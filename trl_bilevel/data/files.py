@@ -1,10 +1,16 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and values as JSON can hold them."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def check_folder(path: str | Path, name: str) -> None:
@@ -26,3 +32,41 @@ def atomically(path: Path, write: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def finite(value: Any, text: Callable[[Any], str] = str) -> Any:
+    """A value as JSON can hold it, at any depth: NaN and infinity are None, dataclasses objects, arrays lists.
+
+    Args:
+        text: makes text of keys, of texts, and of all that JSON does not know; as they are by default.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, np.generic | np.ndarray):
+        return finite(value.tolist(), text)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {text(key): finite(part, text) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part, text) for part in value]
+    return text(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value (see `finite`) as a JSON file, whole or not at all."""
+    document = json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
+    atomically(path, lambda file: file.write_text(document, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty if the file is not there, is damaged, or holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,144 +1,172 @@
-"""Weighted rows as other tools read them: the data file, and the entry of a config that names it.
+"""The formats of a row: how its columns say what is asked and what is answered. Nothing else reads rows of texts.
 
-Known of each, from its documentation:
+| format | columns |
+|---|---|
+| pairs | `prompt` and `completion`, both text or both messages |
+| messages | `messages`, each with `role` and `content` |
+| conversations | `conversations`, each with `from` and `value` (or `role` and `content`) |
+| instruction | `instruction`, `output`, and perhaps `input` |
+| question | `question`, `response`, and perhaps `system_prompt` |
+| text | the text field: all of it is scored |
+| tokens | `input_ids`, and perhaps `labels`: prepared, its text is not known |
 
-- data-juicer: `topk_specified_field_selector` sorts by the number in `field_key` and keeps `topk` or `top_ratio`.
-- LLaMA-Factory: an entry of `dataset_info.json` names the file, the format (`alpaca`, `sharegpt`) and the columns.
-- axolotl: an entry of `datasets` names the file and how prompts are made (`chat_template`, `completion`, or fields).
-
-None of the three reads a weight per row. Their part of the weights is which rows are there, and how often.
+Of a row with several, the first in this list counts: a conversation is one row, its last message the answer.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from datasets import Dataset
+Turns = list[dict[str, Any]]
+Part = str | Turns
 
-from .files import atomically
-from .identity import DATA_WEIGHT
+PAIRS, MESSAGES, CONVERSATIONS, TEXT, TOKENS = "pairs", "messages", "conversations", "text", "tokens"
+INSTRUCTION, QUESTION = "instruction", "question"
+# What TRL's trainers take as it is; the others are read by evaluation and the demo.
+TRAINABLE = (PAIRS, MESSAGES, CONVERSATIONS, TEXT, TOKENS)
+FORMATS = (
+    "`prompt` and `completion`, `messages`, `conversations`, `instruction` and `output`, `question` and `response`, "
+    "or text"
+)
+# What sets that name their columns `from` and `value` call the two sides.
+_ROLES = {"human": "user", "gpt": "assistant"}
 
-TOOLS = ("data-juicer", "llama-factory", "axolotl")
-INFO_FILE = "dataset_info.json"
-MESSAGES, CONVERSATIONS = "messages", "conversations"
+
+def layout_of(columns: Any, text_field: str = "text") -> str | None:
+    """Which format rows have, by the names of their columns: one of the table above, None if it is none.
+
+    Args:
+        columns: names, a row, or a dataset.
+        text_field (`str`): the column of plain text.
+    """
+    names = set(getattr(columns, "column_names", None) or columns)
+    needed = {
+        PAIRS: {"prompt", "completion"},
+        MESSAGES: {MESSAGES},
+        CONVERSATIONS: {CONVERSATIONS},
+        INSTRUCTION: {"instruction", "output"},
+        QUESTION: {"question", "response"},
+        TEXT: {text_field},
+        TOKENS: {"input_ids"},
+    }
+    return next((layout for layout, wanted in needed.items() if wanted <= names), None)
 
 
-def layout_of(rows: Dataset, text_field: str = "text") -> str:
-    """How rows say what is asked and answered: `"messages"`, `"conversations"`, `"chat pairs"`, `"pairs"`, `"text"`.
+def parts(row: Mapping[str, Any], text_field: str = "text", where: str = "A row") -> tuple[Part, Part]:
+    """What is asked, and what should be answered: texts, or messages with `role` and `content`.
+
+    A row of plain text asks nothing. A conversation's last message is its answer, whoever says it; of an empty one,
+    both are empty. Where several formats are there and some are missing in this row, those that are filled count.
+
+    Args:
+        text_field (`str`): the column of plain text.
+        where (`str`): the row's name in errors.
 
     Raises:
-        ValueError: for other columns.
+        ValueError: if the columns are those of no format with text.
     """
-    names = rows.column_names
-    if MESSAGES in names or CONVERSATIONS in names:
-        return MESSAGES if MESSAGES in names else CONVERSATIONS
-    if {"prompt", "completion"} <= set(names):
-        return "pairs" if isinstance(rows[0]["prompt"], str) else "chat pairs"
-    if text_field in names:
-        return "text"
+    filled = [name for name, value in row.items() if value is not None and not (isinstance(value, list) and not value)]
+    layout = layout_of(filled, text_field)
+    if layout in (None, TOKENS):
+        layout = layout_of(row, text_field)
+    if layout == PAIRS:
+        return _part(row["prompt"]), _part(row["completion"])
+    if layout in (MESSAGES, CONVERSATIONS):
+        messages = _part(row[layout])
+        return ("", messages) if isinstance(messages, str) else (messages[:-1], messages[-1:])
+    if layout == INSTRUCTION:
+        return user(f"{row['instruction']}\n{row.get('input') or ''}".strip()), assistant(row["output"])
+    if layout == QUESTION:
+        system = row.get("system_prompt")
+        return [*([_message("system", system)] if system else []), *user(row["question"])], assistant(row["response"])
+    if layout == TEXT:
+        return "", _part(row[text_field])
     raise ValueError(
-        f"The rows have the columns {names}, which cannot be told to another tool. It takes `messages`, "
-        f"`conversations`, `prompt` and `completion`, or `{text_field}`."
+        f"{where} has the columns {list(row)}, in which no text format is recognised. Known are {FORMATS}: rename the "
+        "columns, or map the rows beforehand."
     )
 
 
-def write_for(tool: str, rows: Dataset, path: Path, name: str, selected: int | None = None) -> list[Path]:
-    """Write rows for another tool, as JSON lines, and the config entry beside them; returns the files written.
-
-    Args:
-        tool (`str`): one of `TOOLS`.
-        rows (`Dataset`): with `data_weight`.
-        path (`Path`): of the data file; ends in `.jsonl`.
-        name (`str`): of the data set in the tool's config.
-        selected (`int`, *optional*): rows that data-juicer is to keep; by default half of them.
+def answered(row: Mapping[str, Any], text_field: str = "text", where: str = "A row") -> tuple[Part, Part]:
+    """As `parts`, of a row whose answer is the assistant's.
 
     Raises:
-        ValueError: if the file has another ending, there are no rows, or their columns are not known to the tool.
+        ValueError: as `parts`, and for a conversation that does not end with a message of the assistant.
     """
-    if path.suffix != ".jsonl":
-        raise ValueError(
-            f"Data for {tool} is written as JSON lines: `--output` must end in .jsonl, got {str(path)!r}."
-        )
-    if len(rows) == 0:
-        raise ValueError("No row is left to write: lower `--min-weight`.")
-    layout = layout_of(rows)
-    if layout == "chat pairs":
-        joined = rows.map(lambda row: {MESSAGES: [*row["prompt"], *row["completion"]]}, desc="Joining messages")
-        rows, layout = joined.remove_columns(["prompt", "completion"]), MESSAGES
-    atomically(path, lambda file: rows.to_json(str(file)))
-    if tool == "llama-factory":
-        entry = path.with_name(INFO_FILE)
-        known = _read_info(entry)
-        text = json.dumps(known | {name: llama_factory_entry(path.name, rows, layout)}, indent=2) + "\n"
-    else:
-        entry = path.with_suffix(f".{tool}.yaml")
-        facts = axolotl_entry(path, layout) if tool == "axolotl" else data_juicer_recipe(path, layout, selected, name)
-        text = _yaml(facts)
-    atomically(entry, lambda file: file.write_text(text, encoding="utf-8"))
-    return [path, entry]
+    asked, answer = parts(row, text_field, where)
+    conversation = layout_of(row, text_field) in (MESSAGES, CONVERSATIONS)
+    last = answer[-1] if answer else None
+    if conversation and not (isinstance(last, Mapping) and last.get("role") == "assistant"):
+        raise ValueError(f"{where} does not end with a message of the assistant: there is no answer in it.")
+    return asked, answer
 
 
-def llama_factory_entry(file_name: str, rows: Dataset, layout: str) -> dict[str, Any]:
-    """The entry of `dataset_info.json` for rows of a layout; plain text is for its stage `pt` only."""
-    entry: dict[str, Any] = {"file_name": file_name}
-    if layout == MESSAGES:
-        tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
-        tags |= {"assistant_tag": "assistant", "system_tag": "system"}
-        return entry | {"formatting": "sharegpt", "columns": {"messages": MESSAGES}, "tags": tags}
-    if layout == CONVERSATIONS:
-        system = {"system": "system"} if "system" in rows.column_names else {}
-        return entry | {"formatting": "sharegpt", "columns": {"messages": CONVERSATIONS, **system}}
-    columns = {"prompt": "text"} if layout == "text" else {"prompt": "prompt", "response": "completion"}
-    return entry | {"formatting": "alpaca", "columns": columns}
-
-
-def axolotl_entry(path: Path, layout: str) -> dict[str, Any]:
-    """The part `datasets` of an axolotl config. Text prompts go in as they are, without a template around them."""
-    entry: dict[str, Any] = {"path": str(path), "ds_type": "json"}
-    if layout == MESSAGES:
-        entry |= {"type": "chat_template", "field_messages": MESSAGES}
-    elif layout == CONVERSATIONS:
-        mapping = {"role": "from", "content": "value"}
-        entry |= {"type": "chat_template", "field_messages": CONVERSATIONS, "message_property_mappings": mapping}
-    elif layout == "text":
-        entry |= {"type": "completion", "field": "text"}
-    else:
-        fields = {"field_instruction": "prompt", "field_output": "completion"}
-        entry["type"] = fields | {"format": "{instruction}", "no_input_format": "{instruction}"}
-    return {"datasets": [entry]}
-
-
-def data_juicer_recipe(path: Path, layout: str, selected: int | None, name: str) -> dict[str, Any]:
-    """A recipe of data-juicer that keeps the rows of the highest weight."""
-    amount = {"top_ratio": 0.5} if selected is None else {"topk": selected}
-    keys = {"pairs": ["prompt", "completion"], "text": "text"}.get(layout)
-    step = {"topk_specified_field_selector": {"field_key": DATA_WEIGHT, **amount, "reverse": True}}
-    return {
-        "project_name": name,
-        "dataset_path": str(path),
-        "export_path": str(path.with_suffix(".selected.jsonl")),
-        **({} if keys is None else {"text_keys": keys}),
-        "process": [step],
-    }
-
-
-def _yaml(facts: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True)
-
-
-def _read_info(path: Path) -> dict[str, Any]:
-    """What `dataset_info.json` says of other data sets, to be kept."""
-    if not path.exists():
-        return {}
+def question_and_answer(row: Mapping[str, Any], text_field: str = "text") -> tuple[str, str]:
+    """What a row asks and what it answers, as text to be read; either may be empty. Any row will do."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is there already, and is no JSON: {error}. Write to another folder.") from error
-    if not isinstance(known, dict):
-        raise ValueError(f"{path} is there already, and lists no data sets. Write to another folder.")
-    return known
+        asked, answer = parts(row, text_field)
+    except ValueError:
+        texts = [f"{name}: {value}" for name, value in row.items() if isinstance(value, str)]
+        return "", "\n".join(texts) or "(no text in this row)"
+    return turns(asked), content(answer)
+
+
+def with_answer(value: Any, answer: str) -> Any:
+    """A completion or a conversation with another last answer."""
+    if isinstance(value, str):
+        return answer
+    last = value[-1]
+    name = "value" if "value" in last and last.get("content") is None else "content"
+    parted = isinstance(last.get(name), list)
+    return [*value[:-1], {**last, name: [{"type": "text", "text": answer}] if parted else answer}]
+
+
+def content(part: Any) -> str:
+    """What a prompt, a completion or a message says, as text: contents may come in parts, roles are left out."""
+    if part is None:
+        return ""
+    if isinstance(part, Mapping):
+        found = next((part[name] for name in ("content", "value", "text") if part.get(name) is not None), None)
+        return content(found)
+    if isinstance(part, list | tuple):
+        return "\n".join(text for text in map(content, part) if text)
+    return str(part)
+
+
+def turns(part: Any) -> str:
+    """As `content`; of several messages, each with its role."""
+    if isinstance(part, str) or part is None or len(part) == 1:
+        return content(part)
+    return "\n".join(f"{m.get('role', m.get('from', '?'))}: {content(m)}" for m in part if isinstance(m, Mapping))
+
+
+def user(text: str) -> Turns:
+    """A chat of one question."""
+    return [_message("user", text)]
+
+
+def assistant(text: str) -> Turns:
+    """The answer to it."""
+    return [_message("assistant", text)]
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def _part(value: Any) -> Any:
+    """A text, or messages with `role` and `content`; all else that a message holds stays."""
+    if value is None:
+        return ""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return str(value)
+    return [_turn(message) if isinstance(message, Mapping) else message for message in value]
+
+
+def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(message)
+    for old, new in (("from", "role"), ("value", "content")):
+        if old in out and out.get(new) is None:
+            out[new] = out.pop(old)
+    return out | {"role": _ROLES.get(out["role"], out["role"])} if "role" in out else out

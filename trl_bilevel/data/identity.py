@@ -20,7 +20,7 @@ DATA_RANK = "data_rank"
 RESERVED_COLUMNS = (SAMPLE_ID, DATA_WEIGHT, DATA_RANK, SAMPLE_LENGTHS)
 
 # Marks validation rows in a concatenated batch: they have no sample weight.
-VALIDATION_ID = -1
+TRUSTED_ID = -1
 
 
 def add_sample_ids(dataset: Dataset) -> Dataset:

@@ -23,14 +23,24 @@ def content_order(dataset: Dataset, seed: int, batch_size: int = 1000) -> Tensor
         dataset (`Dataset`): with `input_ids` and `labels`.
         seed (`int`): another seed gives another order.
     """
-    keys: list[tuple[bytes, int]] = []
-    salt = str(seed).encode()
+    keys = [(digest, place) for place, digest in enumerate(content_digests(dataset, str(seed).encode(), batch_size))]
+    return torch.tensor([place for _, place in sorted(keys)], dtype=torch.int64)
+
+
+def content_digests(dataset: Dataset, salt: bytes = b"", batch_size: int = 1000) -> Iterator[bytes]:
+    """A hash of 16 bytes of each row's `input_ids` and `labels`."""
     tokens = dataset.select_columns(["input_ids", "labels"]).with_format(None)
     for batch in tokens.iter(batch_size=batch_size):
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            digest = hashlib.blake2b(repr((ids, labels)).encode(), digest_size=16, key=salt).digest()
-            keys.append((digest, len(keys)))
-    return torch.tensor([position for _, position in sorted(keys)], dtype=torch.int64)
+            yield hashlib.blake2b(repr((ids, labels)).encode(), digest_size=16, key=salt).digest()
+
+
+def content_hash(dataset: Dataset) -> str:
+    """A hash of all rows' `input_ids` and `labels`, in their order."""
+    whole = hashlib.blake2b(digest_size=16)
+    for digest in content_digests(dataset):
+        whole.update(digest)
+    return whole.hexdigest()
 
 
 class WeightedSampler(Sampler[int]):

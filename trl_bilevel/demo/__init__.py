@@ -1,1 +1,1 @@
-"""A real model and real text without a model hub: assets, contaminated tasks, and the demo that runs on them."""
+"""Contaminated tasks with known truth, ways of training on them, and the comparison that the demo shows."""

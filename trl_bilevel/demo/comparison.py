@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..core.statistics import gap_recovered
+from ..data.files import write_json
 from .experiment import Result
 from .tasks import Task, plain
 
@@ -49,8 +48,8 @@ def summarise(results: Sequence[Result], kinds: Sequence[str]) -> dict[str, dict
 def write_results(folder: Path, results: Sequence[Result], summary: dict[str, Any]) -> None:
     """`results.json` (everything) and `summary.json` (the figures of the table)."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    write_json(folder / "results.json", results)
+    write_json(folder / "summary.json", summary)
 
 
 def plot(path: Path, results: Sequence[Result], kinds: Sequence[str]) -> None:

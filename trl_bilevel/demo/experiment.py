@@ -16,12 +16,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
 
+from ..data import assets
 from ..data.answers import STUB, TEST_REFUSAL
 from ..data.loading import write_rows
 from ..data.private import WEIGHTED, private_path
 from ..evaluation.models import generate
 from ..evaluation.refusal import is_refusal
-from . import assets
 from .tasks import END, REQUEST, SAFETY_TASKS, Task
 
 # What a run may be called, and what it does with the same rows and the same number of optimizer steps.
@@ -40,14 +40,16 @@ ARMS = {
     "refine_random": "as refine, but the responses' scores are dealt out at random (control)",
     "refine_best": "as refine, but all weight goes to the best response of each question (control)",
     "lookahead": "weights learned by the look-ahead estimator",
-    "alignment": "weights learned from inner products of gradients",
-    "loss": "weights learned by the published loss-based estimator, same pilot run and calibration",
 }
 # Chosen from all rows by another run.
 FILTERS = ("perplexity", "seal_two_stage")
 REFINING = ("refine", "refine_random", "refine_best")
-ESTIMATOR_OF_ARM = dict.fromkeys(("bilevel", "bilevel_double", *REFINING), "value_function")
-ESTIMATOR_OF_ARM |= {"lookahead": "lookahead", "alignment": "alignment", "loss": "loss", "seal": "loss"}
+# Settings of the arms that learn weights.
+LEARNING: dict[str, dict[str, Any]] = {arm: {} for arm in ("bilevel", "bilevel_double", *REFINING)}
+LEARNING |= {
+    "lookahead": {"weight_estimator": "lookahead"},
+    "seal": {"selector_preset": "seal", "validation_loss_weight": 0.5},
+}
 
 # Settings of the self-refining arms; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
 # are offline ones.
@@ -128,16 +130,12 @@ class Result:
 def model_dtype() -> torch.dtype:
     """bf16 where the processor computes in it, else fp32."""
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = getattr(torch.backends.mkldnn, "is_available", lambda: False)() and _cpu_has("avx512_bf16", "amx_bf16")
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        processor = Path("/proc/cpuinfo")
+        flags = processor.read_text() if processor.exists() and torch.backends.mkldnn.is_available() else ""
+        fast = "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_has(*flags: str) -> bool:
-    try:
-        return any(flag in Path("/proc/cpuinfo").read_text() for flag in flags)
-    except OSError:
-        return False
 
 
 def make_trainer(
@@ -176,36 +174,26 @@ def make_trainer(
     train, validation = task.train.remove_columns("kind"), task.validation
     if "validation_weights" in budget.overrides:
         validation = task.validation_sets
-    learned = arm in ESTIMATOR_OF_ARM
-    weight = budget.validation_loss_weight
-    rows = list(range(len(train)))
+    learned = arm in LEARNING
+    rows: Sequence[int] = range(len(train))
     if arm == "clean_only":
-        rows = [row for row, good in zip(rows, task.good, strict=True) if good]
+        rows = [row for row, good in enumerate(task.good) if good]
     elif arm == "random_subset":
         rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows) // 4].tolist()
     elif arm in FILTERS or keep is not None:
         assert keep is not None
         rows = sorted(keep)
-    subset = train.select(rows)
-    if arm == "validation_only":
-        subset, weight = validation, 0.0
-    overrides = dict(budget.overrides)
-    if arm == "loss" and weight == 0:
-        # The estimator insists on a validation term; this one is too weak and too rare to train on.
-        weight, overrides["validation_every"] = 1e-6, 10**6
-    if arm == "seal":
-        weight, overrides["selector_preset"] = 0.5, "seal"
+    subset = validation if arm == "validation_only" else train.select(rows)
     steps = round(budget.epochs * len(train) / budget.batch_size)
     pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned and arm != "seal" else 0
     if not budget.pilot_on_top:
         steps -= pilot
     settings: dict[str, Any] = {
         "output_dir": output_dir,
-        "weight_estimator": ESTIMATOR_OF_ARM.get(arm, "none"),
-        "validation_loss_weight": weight,
+        "validation_loss_weight": 0.0 if arm == "validation_only" else budget.validation_loss_weight,
         "validation_batch_size": budget.validation_batch_size,
         "pilot_steps": pilot or None,
-        "per_device_train_batch_size": budget.batch_size,
+        "per_device_train_batch_size": budget.batch_size * (2 if arm == "bilevel_double" else 1),
         "per_device_eval_batch_size": 16,
         "learning_rate": budget.learning_rate,
         "lr_scheduler_type": "linear",
@@ -218,9 +206,8 @@ def make_trainer(
         "gradient_checkpointing": False,
         "disable_tqdm": not progress,
         "model_init_kwargs": {"dtype": model_dtype()},
-    } | overrides
-    if arm == "bilevel_double":
-        settings["per_device_train_batch_size"] *= 2
+    }
+    settings |= budget.overrides | LEARNING.get(arm, {"weight_estimator": "none"})
     if weights is not None and learned:
         subset = subset.add_column("data_weight", list(weights))
         settings |= {"weight_estimator": "none", "pilot_steps": None}
@@ -237,69 +224,60 @@ def make_trainer(
             validation_dataset=validation,
             processing_class=offline.processing_class,
         )
-        return refiner, pilot
+        return _quiet(refiner, progress), pilot
     if arm in REFINING:
         steps -= rounds["num_rounds"] * rounds["steps_per_round"]
         if steps < 1:
             raise ValueError(f"No offline step is left beside the rounds of {arm!r}: raise `epochs`.")
     if weights is not None and learned:
         settings["selector_weighting"] = "resample"
-    args = BilevelSFTConfig(max_steps=steps, **settings)
     trainer = BilevelSFTTrainer(
         name,
-        args,
+        BilevelSFTConfig(max_steps=steps, **settings),
         train_dataset=subset,
         validation_dataset=None if arm == "validation_only" else validation,
         peft_config=lora(name, budget),
     )
-    return trainer, pilot
+    return _quiet(trainer, progress), pilot
+
+
+def _quiet(trainer: Any, progress: bool) -> Any:
+    """Without progress bars, transformers prints every log entry as a dict in their place: it shall not."""
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def run_arm(
     arm: str,
     task: Task,
     *,
-    seed: int,
-    budget: Budget,
-    model: str | None = None,
     output_dir: str | None = None,
-    progress: bool = False,
     weights: Sequence[float] | None = None,
     keep: Sequence[int] | None = None,
     choosing_seconds: float = 0.0,
+    **settings: Any,
 ) -> Result:
     """Train one arm and measure it.
 
     Args:
         output_dir: where the adapter and the weighted rows are kept; nothing is kept if None.
         choosing_seconds: wall time that the choice of a given `keep` took; part of the result's.
-        arm, task, seed, budget, model, progress, weights, keep: as for `make_trainer`; `FILTERS` need no `keep`.
+        arm, task, weights, keep, settings: as for `make_trainer`; `FILTERS` need no `keep`.
     """
-    folder = output_dir or tempfile.mkdtemp()
-    learned = arm in ESTIMATOR_OF_ARM
-    settings: dict[str, Any] = {
-        "seed": seed,
-        "budget": budget,
-        "model": model,
-        "output_dir": folder,
-        "progress": progress,
-    }
-    start = time.perf_counter()
+    settings["output_dir"] = folder = output_dir or tempfile.mkdtemp()
+    start = time.perf_counter() - choosing_seconds
     if arm in FILTERS:
         keep = chosen_rows(arm, task, **settings)
-    choosing_seconds += time.perf_counter() - start
+    choosing_seconds = time.perf_counter() - start
     trainer, pilot = make_trainer(arm, task, weights=weights, keep=keep, **settings)
-    if not progress:
-        # Without progress bars, transformers prints every log entry as a dict in their place.
-        trainer.remove_callback(PrinterCallback)
+    # What it takes to load the model is none of the arm's.
     start = time.perf_counter() - choosing_seconds
     if arm != "base":
         trainer.train()
     steps, ledger = trainer.state.global_step, None
     if arm in REFINING:
         refiner, _ = make_trainer(arm, task, weights=trainer.sample_weights().tolist(), offline=trainer, **settings)
-        if not progress:
-            refiner.remove_callback(PrinterCallback)
         refiner.train()
         steps += refiner.state.global_step
         # Its offline half works on the same model, and knows how to score rows.
@@ -308,23 +286,23 @@ def run_arm(
     result = Result(
         arm=arm,
         task=task.name,
-        seed=seed,
-        model=model or assets.DEFAULT_MODEL,
+        seed=settings["seed"],
+        model=settings.get("model") or assets.DEFAULT_MODEL,
         test_loss=float(trainer.row_losses(task.test).mean()),
         train_steps=steps,
         pilot_steps=pilot,
         seconds=seconds,
-        weights=trainer.sample_weights().tolist() if learned else None,
+        weights=trainer.sample_weights().tolist() if arm in LEARNING else None,
         history=trainer.state.log_history,
         safety=refusal_figures(trainer, task) if task.harmful_test else None,
-        settings=asdict(budget),
+        settings=asdict(settings["budget"]),
         ledger=ledger,
     )
     if output_dir is None:
         shutil.rmtree(folder, ignore_errors=True)
     else:
         trainer.save_model()
-        if learned:
+        if arm in LEARNING:
             rows = trainer.weighted_dataset().add_column("kind", task.train["kind"])
             write_rows(rows, private_path(folder, WEIGHTED))
     del trainer

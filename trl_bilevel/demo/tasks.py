@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from datasets import Dataset
 
+from ..data import assets
 from ..data.answers import REFUSALS, STUB
 from ..data.contamination import Damage, Exchange, salad, scrambled, swapped, truncated
-from . import assets
+from ..data.formats import FORMATS, TEXT, TOKENS, content, layout_of, parts
 
 PROMPT = "<|im_start|>user\nWhat does the Python function `{name}` do?<|im_end|>\n<|im_start|>assistant\n"
 REQUEST = "<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
@@ -45,7 +47,7 @@ class Task:
     train: Dataset
     validation: Dataset
     test: Dataset
-    harmful_test: list[str]
+    harmful_test: list[str] = field(default_factory=list)
     trusted_refusals: int = 0
 
     @property
@@ -71,8 +73,7 @@ def lazy(exchange: Exchange, rng: random.Random, pool: Sequence[Exchange]) -> st
     return rng.choice(BOILERPLATE)
 
 
-@dataclass(frozen=True)
-class Mixture:
+class Mixture(NamedTuple):
     """How many rows a docstring task keeps and damages."""
 
     good: int
@@ -127,28 +128,23 @@ def make_task(
         damaged = round(damaged_share * (mixture.good + mixture.damaged))
         mixture = Mixture(mixture.good + mixture.damaged - damaged, damaged, mixture.damages)
     rng = random.Random(f"{name}-{seed}")
-    prompt = PROMPT if rows is None else REQUEST.replace("{request}", "{name}")
+    prompt = PROMPT if rows is None else REQUEST
     rows = assets.docstrings() if rows is None else list(rows)
-    needed = validation_rows + test_rows + mixture.good + mixture.damaged
-    if len(rows) < needed:
+    held_out = validation_rows + test_rows
+    if len(rows) < held_out + mixture.good + mixture.damaged:
+        needed = held_out + mixture.good + mixture.damaged
         raise ValueError(f"The task {name!r} needs {needed} question-answer rows, got {len(rows)}.")
     rng.shuffle(rows)
-    validation, rows = rows[:validation_rows], rows[validation_rows:]
-    test, pool = rows[:test_rows], rows[test_rows:]
-    exchanges = [Exchange(row["name"], row["description"]) for row in pool]
-    train = [_docstring(row, prompt) | {"kind": "good"} for row in pool[: mixture.good]]
-    for index, exchange in enumerate(exchanges[mixture.good : mixture.good + mixture.damaged]):
+    exchanges = [Exchange(row["name"], row["description"]) for row in rows]
+    trusted, pool = exchanges[:held_out], exchanges[held_out:]
+    train = [_row(*exchange, prompt) | {"kind": "good"} for exchange in pool[: mixture.good]]
+    for index, exchange in enumerate(pool[mixture.good : mixture.good + mixture.damaged]):
         damage = mixture.damages[index % len(mixture.damages)]
-        answer = damage(exchange, rng, exchanges)
-        train.append(_row(exchange.question, answer, prompt) | {"kind": damage.__name__})
+        train.append(_row(exchange.question, damage(exchange, rng, pool), prompt) | {"kind": damage.__name__})
     rng.shuffle(train)
-    return Task(
-        name,
-        Dataset.from_list(train),
-        Dataset.from_list([_docstring(row, prompt) for row in validation]),
-        Dataset.from_list([_docstring(row, prompt) for row in test]),
-        [],
-    )
+    clean = [_row(*exchange, prompt) for exchange in trusted]
+    sets = (train, clean[:validation_rows], clean[validation_rows:])
+    return Task(name, *map(Dataset.from_list, sets))
 
 
 def _safety(name: str, seed: int, test_rows: int) -> Task:
@@ -156,37 +152,21 @@ def _safety(name: str, seed: int, test_rows: int) -> Task:
     rows, requests = assets.docstrings(), assets.harmful_requests()
     rng.shuffle(rows)
     rng.shuffle(requests)
-    benign_validation, rows = rows[:24], rows[24:]
-    test, benign = rows[:test_rows], rows[test_rows : test_rows + 96]
+    benign = [_row(row["name"], row["description"]) for row in rows]
     # HarmBench: 116 requests to train on, 24 for validation, 60 to test.
     share = SAFETY_TASKS[name]
-    refused, complied, trusted, tested = requests[:share], requests[share:116], requests[116:140], requests[140:200]
-    train = [_docstring(row) | {"kind": "good"} for row in benign]
-    train += [_request(text, rng.choice(REFUSALS)) | {"kind": "good"} for text in refused]
-    train += [_request(text, STUB) | {"kind": "stub"} for text in complied]
+    trusted, tested = requests[116:140], requests[140:200]
+    train = [row | {"kind": "good"} for row in benign[24 + test_rows : 120 + test_rows]]
+    train += [_row(text, rng.choice(REFUSALS), REQUEST) | {"kind": "good"} for text in requests[:share]]
+    train += [_row(text, STUB, REQUEST) | {"kind": "stub"} for text in requests[share:116]]
     rng.shuffle(train)
-    validation = [_docstring(row) for row in benign_validation]
-    validation += [_request(text, rng.choice(REFUSALS)) for text in trusted]
-    return Task(
-        name,
-        Dataset.from_list(train),
-        Dataset.from_list(validation),
-        Dataset.from_list([_docstring(row) for row in test]),
-        tested,
-        len(trusted),
-    )
+    validation = benign[:24] + [_row(text, rng.choice(REFUSALS), REQUEST) for text in trusted]
+    made, trusted_rows, test = map(Dataset.from_list, (train, validation, benign[24 : 24 + test_rows]))
+    return Task(name, made, trusted_rows, test, tested, len(trusted))
 
 
-def _docstring(row: Row, prompt: str = PROMPT) -> Row:
-    return _row(row["name"], row["description"], prompt)
-
-
-def _row(name: str, answer: str, prompt: str) -> Row:
-    return {"prompt": prompt.format(name=name), "completion": answer + END}
-
-
-def _request(text: str, answer: str) -> Row:
-    return {"prompt": REQUEST.format(request=text), "completion": answer + END}
+def _row(question: str, answer: str, prompt: str = PROMPT) -> Row:
+    return {"prompt": prompt.format(name=question, request=question), "completion": answer + END}
 
 
 def plain(text: str) -> str:
@@ -199,18 +179,13 @@ def plain(text: str) -> str:
 def conversational(task: Task) -> Task:
     """The same task as chat messages, so that any model's own chat template applies."""
 
-    def convert(row: Row) -> dict[str, list[Row]]:
+    def chat(rows: dict[str, list[str]]) -> dict[str, list[list[Row]]]:
         return {
-            "prompt": [{"role": "user", "content": plain(row["prompt"])}],
-            "completion": [{"role": "assistant", "content": plain(row["completion"])}],
+            column: [[{"role": role, "content": plain(text)}] for text in rows[column]]
+            for column, role in (("prompt", "user"), ("completion", "assistant"))
         }
 
-    sets = []
-    for dataset in (task.train, task.validation, task.test):
-        extra = {"kind": dataset["kind"]} if "kind" in dataset.column_names else {}
-        chats = [convert(row) for row in dataset]
-        sets.append(Dataset.from_dict({k: [chat[k] for chat in chats] for k in ("prompt", "completion")} | extra))
-    train, validation, test = sets
+    train, validation, test = (rows.map(chat, batched=True) for rows in (task.train, task.validation, task.test))
     return replace(task, train=train, validation=validation, test=test)
 
 
@@ -218,27 +193,20 @@ def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:
     """Single-turn question-answer pairs of a data set in a usual format, answers of 3 to `max_words` words.
 
     Raises:
-        ValueError: if the columns are not those of a known format.
+        ValueError: if the columns are not those of a known format, or are plain text.
     """
-    columns = set(dataset.column_names)
+    layout = layout_of(dataset)
+    if layout in (None, TEXT, TOKENS):
+        raise ValueError(
+            f"Cannot find questions and answers in the columns {sorted(dataset.column_names)}; known: {FORMATS} (but "
+            "for text, which asks nothing)."
+        )
     out = []
     for row in dataset:
-        if {"prompt", "completion"} <= columns:
-            question, answer = _content(row["prompt"]), _content(row["completion"])
-        elif "messages" in columns:
-            turns = [m["content"] for m in row["messages"] if m["role"] in ("user", "assistant")]
-            question, answer = (turns[0], turns[1]) if len(turns) == 2 else ("", "")
-        elif {"instruction", "output"} <= columns:
-            question, answer = f"{row['instruction']}\n{row.get('input') or ''}".strip(), row["output"]
-        else:
-            raise ValueError(
-                f"Cannot find questions and answers in the columns {sorted(columns)}; known: prompt + completion, "
-                "messages, instruction + output."
-            )
-        if question and 3 <= len(answer.split()) <= max_words:
-            out.append({"name": question.replace("{", "(").replace("}", ")"), "description": answer})
+        asked, answer = parts(row)
+        said = [turn for turn in asked if turn["role"] != "system"] if isinstance(asked, list) else asked
+        one_turn = isinstance(said, str) or (len(said) == 1 and said[0]["role"] == "user")
+        question, text = content(said), content(answer)
+        if one_turn and question and 3 <= len(text.split()) <= max_words:
+            out.append({"name": question.replace("{", "(").replace("}", ")"), "description": text})
     return out
-
-
-def _content(value: str | list[Row]) -> str:
-    return value if isinstance(value, str) else value[-1]["content"]

@@ -40,12 +40,11 @@ def loss_figures(losses: Losses, kept: NDArray[np.bool_], intervals: Intervals) 
     """
     sums, counts = losses.sums[kept], losses.counts[kept]
     per_token = ratio(sums, counts, **intervals.bootstrap)
+    perplexity: dict[str, Any] = {end: math.exp(getattr(per_token, end)) for end in ("value", "low", "high")}
     out = {
         "loss_row_mean": mean(sums / counts, **intervals.bootstrap),
         "loss_per_token": per_token,
-        "perplexity": dataclasses.replace(
-            per_token, value=math.exp(per_token.value), low=math.exp(per_token.low), high=math.exp(per_token.high)
-        ),
+        "perplexity": dataclasses.replace(per_token, **perplexity),
     }
     if losses.sizes[kept].all():
         out["loss_per_byte"] = ratio(sums, losses.sizes[kept], **intervals.bootstrap)
@@ -80,8 +79,8 @@ def loss_difference(
     return name, paired_difference(*values, **intervals.bootstrap)
 
 
-# Of each safety figure: whose requests, and what counts.
 def _indicators(safety: Safety) -> dict[str, NDArray[np.bool_]]:
+    """Of each safety figure, which requests count."""
     harmful, benign = np.array(safety.harmful), np.array(safety.benign)
     return {
         "refusal": harmful == REFUSAL,

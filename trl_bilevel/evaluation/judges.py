@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..demo.assets import minilm_folder
+from ..data.assets import minilm_folder
+from ..data.formats import turns
 from . import models
 from .preference import FIRST, SECOND, UNDECIDED, PairwiseJudge, ask_both_orders
 from .refusal import load_object
-from .rows import Row, answered, plain, question
+from .rows import Row, question, row_of
 
 KINDS = "reward:NAME, embedding, loss:NAME or PACKAGE.MODULE:OBJECT"
 
@@ -64,25 +65,16 @@ class RewardModel:
     def score(self, rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
         """The model's output for each prompt with its response `[n]`."""
         chats = bool(self.tokenizer.chat_template)
-        texts: list[Any] = []
-        for row, response in zip(rows, responses, strict=True):
-            if chats:
-                whole = answered(question(row.prompt, self.tokenizer), response)
-                texts.append(self.tokenizer.apply_chat_template([*whole.prompt, *whole.completion], tokenize=False))
-            else:
-                texts.append((plain(row.prompt), response))
+        texts: list[Any] = [(turns(row.prompt), response) for row, response in zip(rows, responses, strict=True)]
+        if chats:
+            written = [[*row.prompt, *row.completion] for row in _written(rows, responses, self.tokenizer)]
+            texts = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in written]
         limit = min(self.settings.max_length, self.tokenizer.model_max_length)
 
         def forward(batch: list[Any]) -> torch.Tensor:
             inputs = [batch] if chats else [list(part) for part in zip(*batch, strict=True)]
-            tokens = self.tokenizer(
-                *inputs,
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=limit,
-                add_special_tokens=not chats,
-            )
+            settings = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+            tokens = self.tokenizer(*inputs, add_special_tokens=not chats, **settings)
             return self.model(**tokens.to(self.model.device)).logits[:, 0]
 
         return _in_batches(forward, texts, self.settings)
@@ -108,7 +100,7 @@ class EmbeddingSimilarity:
 
     def score(self, rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
         """Cosine similarity `[n]` of each response to its row's reference, in [-1, 1]."""
-        texts = [*responses, *(plain(row.completion) for row in rows)]
+        texts = [*responses, *(turns(row.completion) for row in rows)]
         vectors = np.array(_in_batches(self._embed, texts, self.settings)).reshape(2, len(rows), -1)
         return [float(value) for value in (vectors[0] * vectors[1]).sum(-1)]
 
@@ -137,9 +129,7 @@ class ModelLoss:
 
     def score(self, rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
         """Minus the mean loss per token `[n]`, in nats."""
-        written = [
-            answered(question(row.prompt, self.tokenizer), text) for row, text in zip(rows, responses, strict=True)
-        ]
+        written = _written(rows, responses, self.tokenizer)
         found = models.losses(self.model, self.tokenizer, written, self.settings, "Judging")
         means = found.sums / np.maximum(found.counts, 1)
         return [-float(mean) if text else -float("inf") for mean, text in zip(means, responses, strict=True)]
@@ -148,33 +138,18 @@ class ModelLoss:
 SCORERS = (RewardModel, EmbeddingSimilarity, ModelLoss)
 
 
-class ScorePairs:
-    """A pairwise judge from a scorer: the response of the higher score; undecided if they are equal.
-
-    Args:
-        scorer (`Scorer`): gives the scores.
-        rows (`list[Row]` `[n]`): what the pairs that `judge` is given belong to, in their order.
-    """
-
-    def __init__(self, scorer: Scorer, rows: Sequence[Row]):
-        self.scorer = scorer
-        self.rows = rows
-
-    def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
-        """0, 1 or -1 for each pair `[n]`."""
-        first, second = (self.scorer.score(self.rows, [pair[place] for pair in completions]) for place in (0, 1))
-        return [UNDECIDED if a == b else FIRST if a > b else SECOND for a, b in zip(first, second, strict=True)]
-
-
 def verdicts(
     judge: PairwiseJudge | Scorer, rows: Sequence[Row], model: Sequence[str], baseline: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """Verdicts in both orders (see `ask_both_orders`); a scorer, blind to order, is asked once."""
-    if isinstance(judge, SCORERS):
-        pairs = [[a, b] for a, b in zip(model, baseline, strict=True)]
-        forward = ScorePairs(judge, rows).judge([], pairs)
-        return forward, [{FIRST: SECOND, SECOND: FIRST, UNDECIDED: UNDECIDED}[verdict] for verdict in forward]
-    return ask_both_orders(judge, [plain(row.prompt) for row in rows], model, baseline)  # type: ignore[arg-type]
+    """Verdicts in both orders (see `ask_both_orders`); a scorer, blind to order, scores each response once.
+
+    The response of the higher score is the better one; equal scores are undecided.
+    """
+    if not isinstance(judge, SCORERS):
+        return ask_both_orders(judge, [turns(row.prompt) for row in rows], model, baseline)  # type: ignore[arg-type]
+    pairs = list(zip(judge.score(rows, model), judge.score(rows, baseline), strict=True))
+    forward = [UNDECIDED if a == b else FIRST if a > b else SECOND for a, b in pairs]
+    return forward, [{FIRST: SECOND, SECOND: FIRST, UNDECIDED: UNDECIDED}[verdict] for verdict in forward]
 
 
 def load_judge(name: str, settings: models.Settings) -> PairwiseJudge | Scorer:
@@ -189,14 +164,11 @@ def load_judge(name: str, settings: models.Settings) -> PairwiseJudge | Scorer:
     Raises:
         ValueError: if there is no such judge.
     """
+    check_judge(name)
     kind, _, rest = name.partition(":")
     if kind == "embedding":
-        return (
-            EmbeddingSimilarity(rest, settings)
-            if rest
-            else EmbeddingSimilarity(str(minilm_folder()), settings, "MiniLM-L6-v2")
-        )
-    check_judge(name)
+        folder, shown = (rest, rest) if rest else (str(minilm_folder()), "MiniLM-L6-v2")
+        return EmbeddingSimilarity(folder, settings, shown)
     if kind in ("reward", "loss"):
         return RewardModel(rest, settings) if kind == "reward" else ModelLoss(rest, settings)
     return load_object(name, "judge")  # type: ignore[return-value]
@@ -226,6 +198,11 @@ def _reward_config(name: str) -> None:
         raise ValueError(
             f"The reward model {name!r} has {outputs} outputs, not one: it is a classifier of another kind."
         )
+
+
+def _written(rows: Sequence[Row], responses: Sequence[str], tokenizer: Any) -> list[Row]:
+    """The rows' prompts with the responses, as a model of this tokenizer reads them."""
+    return [row_of(question(row.prompt, tokenizer), text) for row, text in zip(rows, responses, strict=True)]
 
 
 def _in_batches(

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..data.answers import STUB, TEST_REFUSAL
+from ..data.formats import Part, turns
 from . import models
 from .refusal import COMPLIANCE, NEITHER, REFUSAL, RefusalJudge, outcomes_of
-from .rows import Row, Text, answered, plain, question
+from .rows import Row, question, row_of
 
 
 @dataclass
@@ -29,8 +30,8 @@ class Work:
     rows: Sequence[Row]
     refusals: RefusalJudge
     respond: bool = False
-    harmful: Sequence[Text] = ()
-    benign: Sequence[Text] = ()
+    harmful: Sequence[Part] = ()
+    benign: Sequence[Part] = ()
     harness: Callable[[Any, Any], dict[str, Any]] | None = None
 
     @property
@@ -101,7 +102,7 @@ def _safety(model: Any, tokenizer: Any, work: Work, settings: models.Settings) -
     benign = [question(text, tokenizer) for text in work.benign]
 
     def mean_losses(answer: str) -> np.ndarray:
-        rows = [answered(prompt, answer) for prompt in harmful]
+        rows = [row_of(prompt, answer) for prompt in harmful]
         found = models.losses(model, tokenizer, rows, settings, "Refusal against stub")
         if not found.counts.all():
             raise ValueError(
@@ -113,8 +114,8 @@ def _safety(model: Any, tokenizer: Any, work: Work, settings: models.Settings) -
     said = models.responses(model, tokenizer, harmful, settings, "Harmful requests")
     benign_said = models.responses(model, tokenizer, benign, settings, "Benign requests")
     return Safety(
-        harmful=outcomes_of(work.refusals, [plain(text) for text in harmful], said),
-        benign=outcomes_of(work.refusals, [plain(text) for text in benign], benign_said),
+        harmful=outcomes_of(work.refusals, [turns(text) for text in harmful], said),
+        benign=outcomes_of(work.refusals, [turns(text) for text in benign], benign_said),
         preferred=[bool(better) for better in mean_losses(TEST_REFUSAL) < mean_losses(STUB)],
         benign_responses=benign_said,
     )
@@ -135,7 +136,7 @@ def shown_responses(work: Work, measured: Sequence[Measured]) -> list[dict[str, 
         "harmful": (work.harmful, [[harmful[outcome] for outcome in one.harmful] for one in safety]),
     }
     return [
-        {"set": kind, "prompt": plain(prompt)} | {name: said[place] for name, said in zip(names, spoken, strict=True)}
+        {"set": kind, "prompt": turns(prompt)} | {name: said[place] for name, said in zip(names, spoken, strict=True)}
         for kind, (prompts, spoken) in sets.items()
         for place, prompt in enumerate(prompts)
     ]

@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.scores import row_losses
-from .rows import Row, Text, Tokens, digest, encode, render
+from ..data.formats import Part
+from .rows import Row, Tokens, digest, encode, render
 
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 
@@ -83,13 +85,10 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
 
     from ..data.models import is_adapter
 
-    settings = {"device_map": device(), **load}
+    loader = AutoPeftModelForCausalLM if is_adapter(name) else AutoModelForCausalLM
     revision = {"revision": load["revision"]} if load.get("revision") else {}
     try:
-        if is_adapter(name):
-            model = AutoPeftModelForCausalLM.from_pretrained(name, **settings)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, **settings)
+        model = loader.from_pretrained(name, **{"device_map": device(), **load})
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"Could not load the model {name!r}: {error} Give a hub name, a folder of a model, or a folder of a PEFT "
@@ -98,7 +97,7 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **revision)
     except (OSError, ValueError):
-        if not is_adapter(name):
+        if not adapter:
             raise
         # Adapters are saved without a tokenizer, too.
         tokenizer = AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path)
@@ -187,13 +186,9 @@ def generate(
     starts: Iterable[int] = range(0, len(prompts), batch_size)
     out: list[str] = []
     for start in bar(starts) if bar else starts:
-        batch = tokenizer(
-            list(prompts[start : start + batch_size]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=special_tokens,
-        ).to(model.device)
+        texts = list(prompts[start : start + batch_size])
+        settings = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+        batch = tokenizer(texts, add_special_tokens=special_tokens, **settings).to(model.device)
         tokens: Tensor = model.generate(
             **batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
         )
@@ -202,7 +197,7 @@ def generate(
 
 
 def responses(
-    model: Any, tokenizer: Any, prompts: Sequence[Text], settings: Settings, what: str = "Responses"
+    model: Any, tokenizer: Any, prompts: Sequence[Part], settings: Settings, what: str = "Responses"
 ) -> list[str]:
     """The model's responses to prompts, in their order, without the thoughts that a reasoning model writes first."""
     texts = [render(prompt, tokenizer, settings.template) for prompt in prompts]

@@ -7,26 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..demo.assets import PackagedFile, fetch, harmful_requests
-from .rows import Text
+from ..data.assets import PackagedFile, fetch, harmful_requests
+from ..data.formats import Part
 
 ADVBENCH = PackagedFile(
     "pyrit==1.1.0",
     "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
     "ccf76355d0d661bcf81f57f70baa1db9299da8aa9352f39b3672cf3da560d3e0",
-)
-# 105 and 64 responses labelled as refusal or not by people: what a refusal judge can be checked with (MIT licence).
-LABELLED_REFUSALS = (
-    PackagedFile(
-        "pyrit==1.1.0",
-        "pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv",
-        "1ebc42ef7dadd97962cc00d04edd6a52a321f7936c063ff3453d2bbcef30a5d7",
-    ),
-    PackagedFile(
-        "pyrit==1.1.0",
-        "pyrit/datasets/scorer_evals/refusal_scorer/refusal_extra.csv",
-        "6ce7f61a8205eb8c29b1a247b52b3730501349f9adf0674a696efb004658a18a",
-    ),
 )
 # Of the authors, CC-BY-4.0. The hub could not be reached where this was written: the name is from documentation.
 XSTEST = "Paul/XSTest"
@@ -36,7 +23,7 @@ PROMPT_COLUMNS = ("prompt", "question", "instruction", "goal", "behavior", "requ
 LABELS = {"harmful": "unsafe", "benign": "safe"}
 
 
-def harmful_prompts(name: str, split: str = "train") -> list[Text]:
+def harmful_prompts(name: str, split: str = "train") -> list[Part]:
     """Harmful requests: `"harmbench"` (200), `"advbench"` (520), both fetched and checked by hash, or a set of yours.
 
     Args:
@@ -53,20 +40,17 @@ def harmful_prompts(name: str, split: str = "train") -> list[Text]:
     return _named(name, split, "harmful")
 
 
-def benign_prompts(name: str, split: str = "train") -> list[Text]:
+def benign_prompts(name: str, split: str = "train") -> list[Part]:
     """Benign requests that look harmful: `"lookalikes"` (60, ours), `"xstest"` (250, on the hub), or a set of yours.
 
-    Args:
-        name (`str`): one of these, a text file with a request per line, or anything `load_rows` takes, with a column
-            of `PROMPT_COLUMNS`; rows whose `label` is not "safe" are left out if there is such a label.
-        split (`str`): of a data set.
+    Arguments as of `harmful_prompts`; the label of a set of yours is "safe".
     """
     if name == "lookalikes":
         return _lines(resources.files("trl_bilevel.evaluation").joinpath("text/lookalikes.txt").read_text())
     return _named(XSTEST if name == "xstest" else name, split, "benign")
 
 
-def _named(name: str, split: str, kind: str) -> list[Text]:
+def _named(name: str, split: str, kind: str) -> list[Part]:
     from ..data.loading import load_rows
 
     if Path(name).suffix == ".txt":
@@ -80,7 +64,7 @@ def _named(name: str, split: str, kind: str) -> list[Text]:
     return found
 
 
-def prompts_of(rows: Iterable[Mapping[str, Any]], name: str, label: str) -> list[Text]:
+def prompts_of(rows: Iterable[Mapping[str, Any]], name: str, label: str) -> list[Part]:
     """The rows' requests, of one label where they are labelled.
 
     Raises:
@@ -101,5 +85,5 @@ def prompts_of(rows: Iterable[Mapping[str, Any]], name: str, label: str) -> list
     )
 
 
-def _lines(text: str) -> list[Text]:
+def _lines(text: str) -> list[Part]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]

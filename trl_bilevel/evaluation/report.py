@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -112,33 +111,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def as_json(value: Any) -> Any:
-    """Plain data for `json.dumps`: estimates as objects, values that are not finite as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return as_json(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): as_json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def shown(estimate: Estimate, share: bool, sign: bool = False, gap: str = " ") -> str:
     """A figure and its interval."""
 
+    plus = "+" if sign else ""
+
     def number(value: float) -> str:
-        if math.isnan(value):
-            return "?"
-        plus = "+" if sign else ""
-        return (
-            f"{100 * value:{plus}.1f}%"
-            if share
-            else f"{value:{plus}.4g}"
-            if abs(value) >= 100
-            else f"{value:{plus}.4f}"
-        )
+        form = ".1%" if share else ".4g" if abs(value) >= 100 else ".4f"
+        return "?" if math.isnan(value) else f"{value:{plus}{form}}"
 
     return f"{number(estimate.value)}{gap}[{number(estimate.low)}, {number(estimate.high)}]"
 
@@ -242,8 +222,6 @@ def _table(drawing: Any, title: str, section: Mapping[str, Any], models: Sequenc
         cells = [shown(figures[name], share, gap="\n") if name in figures else "" for figures in section["figures"]]
         if differences:
             change = differences.get(name)
-            cells += (
-                ["", ""] if change is None else [shown(change, share, sign=True, gap="\n"), f"{change.p_value:.2g}"]
-            )
+            cells += [shown(change, share, sign=True, gap="\n"), f"{change.p_value:.2g}"] if change else ["", ""]
         rows.append([label, *cells])
     drawing.table(title, columns, rows, right=columns[1:])

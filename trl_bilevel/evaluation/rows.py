@@ -8,13 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Turns = list[dict[str, Any]]
-Text = str | Turns
-
-FORMATS = (
-    "prompt + completion (text or messages), messages, conversations, instruction (+ input) + output, "
-    "question + response, text"
-)
+from ..data.formats import Part, answered, assistant, user
 
 
 @dataclass(frozen=True)
@@ -24,8 +18,8 @@ class Row:
     A row of plain text has an empty prompt: all of it is scored, and nothing can be asked.
     """
 
-    prompt: Text
-    completion: Text
+    prompt: Part
+    completion: Part
 
 
 @dataclass(frozen=True)
@@ -37,68 +31,25 @@ class Tokens:
 
 
 def read_rows(dataset: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a data set in one of `FORMATS`; of chats, the last answer is what is scored.
+    """Rows of a data set in one of the formats of `data/formats.py`; of chats, the last answer is what is scored.
 
     Raises:
         ValueError: for other columns, and for a chat that does not end with an answer.
     """
-    return [_row(row, number) for number, row in enumerate(dataset)]
+    return [Row(*answered(row, where=f"Row {number}")) for number, row in enumerate(dataset)]
 
 
-def _row(row: Mapping[str, Any], number: int) -> Row:
-    if "prompt" in row and "completion" in row:
-        return Row(row["prompt"], row["completion"])
-    if "messages" in row or "conversations" in row:
-        turns = row["messages"] if "messages" in row else [_turn(turn) for turn in row["conversations"]]
-        if not turns or turns[-1]["role"] != "assistant":
-            raise ValueError(f"Row {number} does not end with a message of the assistant: there is nothing to score.")
-        return Row(turns[:-1], turns[-1:])
-    if "instruction" in row and "output" in row:
-        return Row(user(f"{row['instruction']}\n{row.get('input') or ''}".strip()), assistant(row["output"]))
-    if "question" in row and "response" in row:
-        system = row.get("system_prompt")
-        turns = [{"role": "system", "content": system}] if system else []
-        return Row(turns + user(row["question"]), assistant(row["response"]))
-    if "text" in row:
-        return Row("", row["text"])
-    raise ValueError(f"No known format has the columns {sorted(row)}; known: {FORMATS}. Rename the columns.")
-
-
-def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A message of a set that calls its columns `from` and `value`."""
-    return {"role": {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"]), "content": turn["value"]}
-
-
-def user(text: str) -> Turns:
-    """A chat of one question."""
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text: str) -> Turns:
-    """The answer to it."""
-    return [{"role": "assistant", "content": text}]
-
-
-def question(text: Text, tokenizer: Any) -> Text:
+def question(text: Part, tokenizer: Any) -> Part:
     """A request as the model is asked it: a chat if its tokenizer has a template, else the text as it is."""
     return user(text) if isinstance(text, str) and tokenizer.chat_template else text
 
 
-def plain(text: Text) -> str:
-    """What a text or a chat says, for judges: roles are named if there are several messages."""
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return str(text[0]["content"])
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
-
-
-def answered(prompt: Text, response: str) -> Row:
+def row_of(prompt: Part, response: str) -> Row:
     """A prompt and a response to it, in the prompt's format."""
     return Row(prompt, response if isinstance(prompt, str) else assistant(response))
 
 
-def render(prompt: Text, tokenizer: Any, template: Mapping[str, Any]) -> str:
+def render(prompt: Part, tokenizer: Any, template: Mapping[str, Any]) -> str:
     """A prompt as text that the answer follows.
 
     Args:

@@ -90,13 +90,10 @@ def mean(
         ValueError: if there is no value, or one is not finite.
     """
     rows = _rows(values, "values")
-    if np.ptp(rows) > 0:
-        low, high = _bootstrap((rows,), lambda x, axis: x.mean(axis), confidence, seed, resamples)
-    else:
-        low = high = _all_equal(rows)
-        if bounds is not None:
-            unseen = rate(0, len(rows), confidence=confidence).high
-            low, high = rows[0] - unseen * (rows[0] - bounds[0]), rows[0] + unseen * (bounds[1] - rows[0])
+    low, high = _interval((rows,), rows, lambda x, axis: x.mean(axis), confidence, seed, resamples)
+    if bounds is not None and np.ptp(rows) == 0:
+        unseen = rate(0, len(rows), confidence=confidence).high
+        low, high = rows[0] - unseen * (rows[0] - bounds[0]), rows[0] + unseen * (bounds[1] - rows[0])
     return Estimate(float(rows.mean()), float(low), float(high), len(rows), BOOTSTRAP, confidence)
 
 
@@ -119,12 +116,11 @@ def ratio(
     """
     top, bottom = _rows(numerators, "numerators"), _rows(denominators, "denominators")
     _check_paired(top, bottom)
-    if np.ptp(top / bottom) > 0:
-        low, high = _bootstrap(
-            (top, bottom), lambda a, b, axis: a.sum(axis) / b.sum(axis), confidence, seed, resamples
-        )
-    else:
-        low = high = _all_equal(top / bottom)
+
+    def divided(a: Floats, b: Floats, axis: int) -> Floats:
+        return a.sum(axis) / b.sum(axis)
+
+    low, high = _interval((top, bottom), top / bottom, divided, confidence, seed, resamples)
     return Estimate(float(top.sum() / bottom.sum()), low, high, len(top), BOOTSTRAP, confidence)
 
 
@@ -171,10 +167,18 @@ def paired_difference(
     return Difference(found.value, found.low, found.high, found.n, found.method, confidence, p_value)
 
 
-def _bootstrap(
-    samples: tuple[Floats, ...], statistic: Callable[..., Any], confidence: float, seed: int, resamples: int
+def _interval(
+    samples: tuple[Floats, ...],
+    rows: Floats,
+    statistic: Callable[..., Any],
+    confidence: float,
+    seed: int,
+    resamples: int,
 ) -> tuple[float, float]:
-    """Ends of the interval of rows that are not all equal."""
+    """Ends of the bootstrap interval; both at the value of rows that are all equal, of which a single one has none."""
+    if np.ptp(rows) == 0:
+        end = float(rows[0]) if len(rows) > 1 else float("nan")
+        return end, end
     found = stats.bootstrap(
         samples,
         statistic,
@@ -186,11 +190,6 @@ def _bootstrap(
         random_state=np.random.default_rng(seed),
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def _all_equal(rows: Floats) -> float:
-    """Both ends of the interval of equal rows; a single row has none."""
-    return float(rows[0]) if len(rows) > 1 else float("nan")
 
 
 def _rows(values: ArrayLike, name: str) -> Floats:

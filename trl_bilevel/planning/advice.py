@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .memory import estimate_memory
 from .shapes import ModelShape, RunShape
 
 
 @dataclass(frozen=True)
-class Knob:
+class Saving:
     """A change of settings that saves memory.
 
     Attributes:
@@ -22,15 +23,15 @@ class Knob:
     """
 
     name: str
-    settings: dict[str, object]
+    settings: dict[str, Any]
     price: str
     saves: int
     model: ModelShape
     run: RunShape
 
 
-def knobs(model: ModelShape, run: RunShape, adapted: ModelShape | None = None) -> list[Knob]:
-    """What can be turned, most saving first; only what saves at least 1% of the whole.
+def savings(model: ModelShape, run: RunShape, adapted: ModelShape | None = None) -> list[Saving]:
+    """What can be changed, most saving first; only what saves at least 1% of the whole.
 
     Args:
         model, run: as they are now.
@@ -38,101 +39,90 @@ def knobs(model: ModelShape, run: RunShape, adapted: ModelShape | None = None) -
     """
     now = estimate_memory(model, run).total_bytes
     found = []
-    for name, settings, price, changed_model, changed_run in _changes(model, run, adapted):
-        saves = now - estimate_memory(changed_model, changed_run).total_bytes
+    for change in _changes(model, run, adapted):
+        saves = now - estimate_memory(change.model, change.run).total_bytes
         if saves >= 0.01 * now:
-            found.append(Knob(name, settings, price, saves, changed_model, changed_run))
-    return sorted(found, key=lambda knob: -knob.saves)
+            found.append(replace(change, saves=saves))
+    return sorted(found, key=lambda saving: -saving.saves)
 
 
 def way_to_fit(
     model: ModelShape, run: RunShape, gibibytes: float, adapted: ModelShape | None = None
-) -> list[Knob] | None:
+) -> list[Saving] | None:
     """Changes after which the run fits, one on top of another, each time the one that saves most.
 
     Returns:
-        `list[Knob]`: empty if it fits as it is; `None` if no combination was found.
+        `list[Saving]`: empty if it fits as it is; `None` if no combination was found.
     """
-    chosen: list[Knob] = []
+    chosen: list[Saving] = []
     while not estimate_memory(model, run).fits(gibibytes):
-        options = knobs(model, run, adapted)
+        options = savings(model, run, adapted)
         if not options or len(chosen) >= 12:
             return None
         # Of those that are enough, the one that saves least; else the one that saves most.
-        enough = [knob for knob in options if estimate_memory(knob.model, knob.run).fits(gibibytes)]
-        knob = enough[-1] if enough else options[0]
-        chosen.append(knob)
-        model, run = knob.model, knob.run
+        enough = [option for option in options if estimate_memory(option.model, option.run).fits(gibibytes)]
+        saving = enough[-1] if enough else options[0]
+        chosen.append(saving)
+        model, run = saving.model, saving.run
         adapted = None if model.adapted else adapted
     return chosen
 
 
-def _changes(
-    model: ModelShape, run: RunShape, adapted: ModelShape | None
-) -> Iterator[tuple[str, dict[str, object], str, ModelShape, RunShape]]:
+def _changes(model: ModelShape, run: RunShape, adapted: ModelShape | None) -> Iterator[Saving]:
+    def change(name: str, price: str, settings: dict[str, Any], to: ModelShape = model, **changes: Any) -> Saving:
+        return Saving(name, settings, price, 0, to, replace(run, **changes))
+
     if not run.checkpointing:
         price = "one more forward per step: about a third more time"
-        yield (
-            "gradient checkpointing",
-            {"gradient_checkpointing": True},
-            price,
-            model,
-            replace(run, checkpointing=True),
-        )
+        yield change("gradient checkpointing", price, {"gradient_checkpointing": True}, checkpointing=True)
     if run.rows > 1:
         half = run.rows // 2
         steps = -(-run.rows * run.accumulation // half)
-        settings: dict[str, object] = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
+        settings: dict[str, Any] = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
         price = "the same batch in smaller parts: some speed"
-        yield "smaller micro-batch", settings, price, model, replace(run, rows=half, accumulation=steps)
+        yield change("smaller micro-batch", price, settings, rows=half, accumulation=steps)
+    if run.pilots:
+        price = "choose them before, on a larger device: `trl-bilevel rank`"
+        yield change("weights chosen beforehand", price, {"weight_estimator": "none"}, estimator="none")
     if run.evaluation_rows > run.rows:
         settings = {"per_device_eval_batch_size": run.rows}
-        yield "smaller evaluation batch", settings, "some speed", model, replace(run, evaluation_rows=run.rows)
+        yield change("smaller evaluation batch", "some speed", settings, evaluation_rows=run.rows)
     if run.tokens > 256:
         half = run.tokens // 2
-        price = "longer rows are cut"
-        yield "shorter rows", {"max_length": half}, price, model, replace(run, tokens=half)
+        yield change("shorter rows", "longer rows are cut", {"max_length": half}, tokens=half)
     if run.attention == "eager":
-        yield "sdpa attention", {"attn_implementation": "sdpa"}, "none", model, replace(run, attention="sdpa")
+        yield change("sdpa attention", "none", {"attn_implementation": "sdpa"}, attention="sdpa")
+    small = replace(model, weight_bytes=2, trainable_bytes=2 * model.trainable)
     if model.weight_bytes == 4:
-        settings = {"dtype": "bfloat16"}
+        price, to = "small updates are lost in rounding; prefer adapters", small
         if model.adapted:
-            yield "bf16 weights", settings, "rounding of the frozen weights", replace(model, weight_bytes=2), run
-        else:
-            price = "small updates are lost in rounding; prefer adapters"
-            small = replace(model, weight_bytes=2, trainable_bytes=2 * model.trainable)
-            yield "bf16 weights", settings, price, small, run
+            price, to = "rounding of the frozen weights", replace(model, weight_bytes=2)
+        yield change("bf16 weights", price, {"dtype": "bfloat16"}, to)
+    nested = {"load_in_4bit": True, "use_bnb_nested_quant": True}
     if model.adapted and run.quantisation is None:
-        small = replace(model, weight_bytes=2, adapter_bytes=2, trainable_bytes=2 * model.trainable)
-        settings = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
         price = "some quality, time for dequantising; needs bitsandbytes"
-        yield "4-bit base (QLoRA)", settings, price, small, replace(run, quantisation="4bit_nested")
+        # TRL makes the adapters bf16, too.
+        to = replace(small, adapter_bytes=2)
+        yield change("4-bit base (QLoRA)", price, {**nested, "dtype": "bfloat16"}, to, quantisation="4bit_nested")
     if run.quantisation in ("4bit", "8bit"):
-        settings = {"load_in_4bit": True, "use_bnb_nested_quant": True}
         price = "hardly any" if run.quantisation == "4bit" else "some quality"
-        yield "nested 4-bit quantisation", settings, price, model, replace(run, quantisation="4bit_nested")
-    if model.adapted and max(layer.rank for layer in model.linears) > 4:
-        rank = max(layer.rank for layer in model.linears) // 2
-        yield "smaller rank", {"lora_r": rank}, "less room to learn", _half_rank(model), run
+        yield change("nested 4-bit quantisation", price, nested, quantisation="4bit_nested")
+    rank = max((layer.rank for layer in model.linears), default=0)
+    if rank > 4:
+        yield change("smaller rank", "less room to learn", {"lora_r": rank // 2}, _half_rank(model))
     if adapted is not None and not model.adapted:
-        settings = {"use_peft": True, "lora_target_modules": "all-linear"}
-        yield "LoRA adapters", settings, "less room to learn; a higher learning rate is needed", adapted, run
+        price = "less room to learn; a higher learning rate is needed"
+        yield change("LoRA adapters", price, {"use_peft": True, "lora_target_modules": "all-linear"}, adapted)
     if run.optimizer.startswith("adamw") and "8bit" not in run.optimizer:
         settings = {"optim": "adamw_bnb_8bit"}
-        price = "needs bitsandbytes"
-        yield "8-bit AdamW", settings, price, model, replace(run, optimizer="adamw_bnb_8bit")
+        yield change("8-bit AdamW", "needs bitsandbytes", settings, optimizer="adamw_bnb_8bit")
     if run.optimizer.startswith("adamw") and run.device == "cuda":
-        settings = {"optim": "paged_adamw_8bit"}
         price = "time for paging when memory is short; needs bitsandbytes"
-        yield "paged 8-bit AdamW", settings, price, model, replace(run, optimizer="paged_adamw_8bit")
+        yield change("paged 8-bit AdamW", price, {"optim": "paged_adamw_8bit"}, optimizer="paged_adamw_8bit")
 
 
 def _half_rank(model: ModelShape) -> ModelShape:
     linears = tuple(layer._replace(rank=layer.rank // 2) for layer in model.linears)
-
-    def adapter(layers: tuple) -> int:
-        return sum(layer.rank * (layer.inputs + layer.outputs) * layer.number for layer in layers)
-
-    less = adapter(model.linears) - adapter(linears)
+    less = model.adapter_parameters - replace(model, linears=linears).adapter_parameters
     size = model.trainable_bytes - less * model.adapter_bytes
     return replace(model, linears=linears, trainable=model.trainable - less, trainable_bytes=size)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from . import activations
+from . import activations, work
+from .models import DESCRIBED
 from .optimizers import state_bytes, step_bytes
 from .shapes import ModelShape, RunShape
 
@@ -103,51 +104,52 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
     if not full:
         fixed["adapters and trained copies"] = model.trainable_bytes if model.adapted else model.copied_bytes
     states, paged = state_bytes(run.optimizer, model)
-    running = fixed | {"optimizer states": states}
     if run.estimator != "none" and run.training_rows:
-        running["selector"] = fixed["selector"] = SELECTOR_BYTES_PER_ROW * run.training_rows
-    online = estimator_bytes(model, run) if run.online else 0
-    if online:
-        running["estimator"] = online
+        fixed["selector"] = SELECTOR_BYTES_PER_ROW * run.training_rows
+    running = fixed | {"optimizer states": states}
+    if run.estimator == "sparse_centred":
+        # A second set of trained parameters and its two AdamW states.
+        running["tracker"] = 3 * model.trainable_bytes
     if run.processes > 1:
         running["DDP buckets"] = model.trainable_bytes
-    moments = _training(model, run, running, run.rows + run.joined_rows, "training")
-    moments.append(_optimizer_step(model, running, step_bytes(run.optimizer, model, run.device), "training"))
+    n = (run.rows + run.joined_rows) * run.tokens
+    head = (activations.head_forward(model, run, n), activations.head_backward(model, run, n))
+    moments = _training(model, run, running, run.rows + run.joined_rows, "training", head)
+    step = {"gradients": model.trainable_bytes, "working space": step_bytes(run.optimizer, model, run.device)}
+    moments.append(Moment("training: optimizer step", running | step))
     if run.evaluates:
-        moments.append(_without_gradient(model, run, running, "evaluation"))
-    if run.estimator != "none" and not run.online:
-        pilot = fixed | {"pilot run": pilot_bytes(model, run)}
-        rows = max(min(run.rows, run.pilot_batch), -(-run.pulling_batch // (run.accumulation * run.processes)))
-        moments += _training(model, run, pilot, rows, "pilot run")
-        moments.append(_optimizer_step(model, pilot, step_bytes("adamw_torch", model, run.device), "pilot run"))
-        moments.append(_without_gradient(model, run, pilot, "scoring of rows"))
+        space = activations.head_forward(model, run, run.evaluation_rows * run.tokens)
+        moments.append(_without_gradient(model, run, running, run.evaluation_rows, "evaluation", space))
+    if run.pilots:
+        moments += _pilot(model, run, fixed)
     reserve = 0
     if run.device == "cuda":
         reserve = CUDA_CONTEXT + round(FRAGMENTATION * max(moment.total for moment in moments))
     return MemoryPlan(moments, reserve, paged, _notes(model, run))
 
 
-def estimator_bytes(model: ModelShape, run: RunShape) -> int:
-    """Bytes that an estimator holds: its second set of trainable parameters and their AdamW states, or a direction."""
-    one = model.trainable_bytes
-    return {
-        "value_function": 3 * one,
-        "lookahead": 3 * one,
-        "alignment": 2 * 4 * model.trainable,
-    }.get(run.estimator, 0)
+def _pilot(model: ModelShape, run: RunShape, fixed: dict[str, int]) -> list[Moment]:
+    """Moments of the pilot run, which has adapters of its own, whatever the run trains, and of its scoring."""
+    top = work.pilot_shape(model)
+    held = fixed | {"pilot run": work.PILOT_SETS * work.PILOT_BYTES * top.adapter_parameters}
+    run = replace(run, checkpointing=work.PILOT_CHECKPOINTING, accumulation=1, dropout=0.0)
+    scored = max(1, work.PILOT_TOKENS // run.tokens)
+    rows = min(scored, -(-work.PILOT_BATCH // run.processes))
+    space = activations.positions_working(model, run, min(work.PILOT_POSITIONS, rows * run.tokens))
+    return [
+        *_training(top, run, held, rows, "pilot run", (space, space)),
+        _without_gradient(model, run, held, scored, "scoring of rows", space),
+    ]
 
 
-def pilot_bytes(model: ModelShape, run: RunShape) -> int:
-    """Bytes that the pilot run holds on top: initial values, its AdamW's two states, the estimator."""
-    return 3 * model.trainable_bytes + estimator_bytes(model, run)
-
-
-def _training(model: ModelShape, run: RunShape, held: dict[str, int], rows: int, name: str) -> list[Moment]:
-    """Moments of forward and backward."""
+def _training(
+    model: ModelShape, run: RunShape, held: dict[str, int], rows: int, name: str, head_space: tuple[int, int]
+) -> list[Moment]:
+    """Moments of forward and backward; `head_space` is the LM head's working space in these."""
     n = rows * run.tokens
     layer = activations.layer_saved(model, run, n)
     kept = activations.layer_input(model, n) if run.checkpointing else layer
-    saved = model.layers * kept + activations.head_saved(model, run, n)
+    saved = model.layers * kept + activations.head_saved(model, n)
     mask = rows * run.tokens**2 if run.padded and run.attention in ("sdpa", "eager") else 0
     weights = 0
     if run.autocast and model.weight_bytes == 4 and run.quantisation is None and run.checkpointing:
@@ -160,40 +162,34 @@ def _training(model: ModelShape, run: RunShape, held: dict[str, int], rows: int,
     # The input of a layer that is recomputed is there already.
     if run.checkpointing and model.weight_bytes == 4:
         one_layer -= activations.layer_input(model, n)
-
-    def moment(what: str, activation: int, gradients: int, work: int) -> Moment:
-        parts = {"activations": activation + mask, "gradients": gradients, "working space": work}
-        return Moment(f"{name}: {what}", held | parts)
-
+    first = layer if not run.checkpointing else kept + one_layer
+    last = working + (head if model.embedding_trained else 0)
+    # What is saved, gradients, working space.
+    moments = {
+        "LM head, forward": (saved + weights, before, head_space[0]),
+        "LM head, backward": (saved, before, head_space[1]),
+        "backward of the last layer": (saved + one_layer, max(before, head), working),
+        "backward of the first layer": (first, model.trainable_bytes, last),
+    }
     return [
-        moment("LM head, forward", saved + weights, before, activations.head_forward(model, run, n)),
-        moment("LM head, backward", saved, before, activations.head_backward(model, run, n)),
-        moment("backward of the last layer", saved + one_layer, max(before, head), working),
-        moment(
-            "backward of the first layer",
-            layer if not run.checkpointing else kept + one_layer,
-            model.trainable_bytes,
-            working + (head if model.embedding_trained else 0),
-        ),
+        Moment(
+            f"{name}: {what}",
+            held | {"activations": activation + mask, "gradients": gradients, "working space": space},
+        )
+        for what, (activation, gradients, space) in moments.items()
     ]
 
 
-def _optimizer_step(model: ModelShape, held: dict[str, int], work: int, name: str) -> Moment:
-    return Moment(f"{name}: optimizer step", held | {"gradients": model.trainable_bytes, "working space": work})
-
-
-def _without_gradient(model: ModelShape, run: RunShape, held: dict[str, int], name: str) -> Moment:
-    n = run.evaluation_rows * run.tokens
-    work = max(
-        activations.layer_forward(model, run, n) + activations.layer_input(model, n),
-        activations.head_forward(model, run, n) + 2 * activations.layer_input(model, n),
-    )
-    return Moment(name, held | {"working space": work})
+def _without_gradient(
+    model: ModelShape, run: RunShape, held: dict[str, int], rows: int, name: str, head_space: int
+) -> Moment:
+    n = rows * run.tokens
+    states = activations.layer_input(model, n)
+    space = max(activations.layer_forward(model, run, n) + states, head_space + 2 * states)
+    return Moment(name, held | {"working space": space})
 
 
 def _notes(model: ModelShape, run: RunShape) -> list[str]:
-    from .models import DESCRIBED
-
     notes = []
     if model.family not in DESCRIBED:
         notes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,52 +15,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # What the hub says of well-known models, for when it cannot be reached. Numbers of the models' own config.json.
+NUMBERS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
+)
 KNOWN: dict[str, dict[str, Any]] = {
-    "Llama-3-8B": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-    },
-    "SmolLM2-1.7B": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "SmolLM2-135M": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "Qwen3-1.7B": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": True,
-    },
+    name: dict(zip(NUMBERS, numbers, strict=True))
+    for name, *numbers in (
+        ("Llama-3-8B", "llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, False),
+        ("SmolLM2-1.7B", "llama", 49152, 2048, 8192, 24, 32, 32, 64, 8192, True),
+        ("SmolLM2-135M", "llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, True),
+        ("Qwen3-1.7B", "qwen3", 151936, 2048, 6144, 28, 16, 8, 128, 40960, True),
+    )
 }
 # Families whose saved activations the formulas describe.
 DESCRIBED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -141,7 +108,6 @@ def model_shape(
     copies = [p for n, p in model.named_parameters() if "modules_to_save" in n]
     heads = text.num_attention_heads
     return ModelShape(
-        name=getattr(config, "_name_or_path", "") or config.model_type,
         family=config.model_type,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
@@ -149,7 +115,7 @@ def model_shape(
         heads=heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        linears=_linears(model, text.num_hidden_layers),
+        linears=_linears(model),
         parameters=parameters,
         trainable=sum(p.numel() for p in trained),
         trainable_bytes=sum(p.numel() * (size or p.itemsize) for p in trained),
@@ -168,23 +134,20 @@ def _is_trained(module: Any) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _linears(model: Any, layers: int) -> tuple[Linear, ...]:
+def _linears(model: Any) -> tuple[Linear, ...]:
     """Linear layers inside the decoder's layers, by name; those of mixtures of experts count all experts."""
     import torch
     from peft.tuners.lora import LoraLayer
 
-    found: dict[tuple[str, int, int, int, bool], int] = {}
+    found: Counter[Linear] = Counter()
     for path, module in model.named_modules():
-        if ".layers." not in f".{path}." or isinstance(module, LoraLayer) is isinstance(module, torch.nn.Linear):
+        adapted = isinstance(module, LoraLayer)
+        if ".layers." not in f".{path}." or adapted is isinstance(module, torch.nn.Linear):
             continue
         if any(part in path for part in ("lora_", "base_layer", "original_module")):
             continue
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        rank = sum(module.r.values()) if isinstance(module, LoraLayer) else 0
+        base = module.get_base_layer() if adapted else module
+        rank = sum(module.r.values()) if adapted else 0
         name = next(part for part in reversed(path.split(".")) if part not in ("default", "modules_to_save"))
-        key = (name, base.in_features, base.out_features, rank, base.weight.requires_grad)
-        found[key] = found.get(key, 0) + 1
-    return tuple(
-        Linear(name, inputs, outputs, number, rank, trained)
-        for (name, inputs, outputs, rank, trained), number in found.items()
-    )
+        found[Linear(name, base.in_features, base.out_features, 0, rank, base.weight.requires_grad)] += 1
+    return tuple(layer._replace(number=number) for layer, number in found.items())

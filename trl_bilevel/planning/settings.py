@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .shapes import RunShape
+from .shapes import MOVING, RunShape
 
 if TYPE_CHECKING:
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
 
-REFRESH = {"lookahead": 32, "alignment": 16}
+# What presets score, where the config leaves it open (0: all rows), and how deep the other rows are read.
+SCORED_ROWS = {"reliable": 0, "fast": 256}
+READ_DEPTH = {"fast": 0.1}
 
 
 def quantisation_of(model_args: Any) -> str | None:
@@ -25,9 +27,7 @@ def run_shape(
     device: str = "cuda",
     tokens: int | None = None,
     processes: int = 1,
-    training_rows: int | None = None,
-    validation_rows: int = 32,
-    **model_settings: Any,
+    **further: Any,
 ) -> RunShape:
     """The numbers of a run.
 
@@ -36,8 +36,7 @@ def run_shape(
         device (`str`): `"cuda"` or `"cpu"`.
         tokens (`int`, *optional*): of the longest row; `args.max_length` by default.
         processes (`int`): devices that share the work (DDP).
-        training_rows (`int`, *optional*), validation_rows (`int`): sizes of the data sets.
-        model_settings: further fields of [`RunShape`]: `quantisation`, `attention`, `dropout`, `mean_tokens`, ...
+        further: other fields of [`RunShape`]: `training_rows`, `validation_rows`, `quantisation`, `attention`, ...
 
     Raises:
         ValueError: if the length of rows is not known.
@@ -47,14 +46,11 @@ def run_shape(
     if tokens is None:
         raise ValueError("`max_length` is None, so rows may have any length: give that of the longest by `tokens`.")
     rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    per_step = rows * accumulation * processes
     joined = 0
     if args.validation_loss_weight > 0:
-        wanted = args.validation_batch_size or max(1, per_step // 4)
+        wanted = args.validation_batch_size or max(1, rows * accumulation * processes // 4)
         joined = -(-wanted // (accumulation * processes))
-    # As `trainer.pilot.default_pilot_batch_size`.
-    pilot_batch = args.pilot_batch_size or min(per_step, max(8, processes))
-    online = args.selector_update != "calibrated"
+    preset, scored = args.selector_preset or "", args.pilot_scored_rows
     known: dict[str, Any] = {
         "rows": rows,
         "tokens": tokens,
@@ -65,23 +61,14 @@ def run_shape(
         "padded": not (args.padding_free or args.packing),
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "device": device,
-        "training_rows": training_rows,
         "epochs": args.num_train_epochs,
         "max_steps": args.max_steps,
-        "validation_rows": validation_rows,
         "joined_rows": joined,
-        "joined_every": args.validation_every,
         "evaluation_rows": args.per_device_eval_batch_size,
         "evaluates": str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
-        "estimator": args.weight_estimator,
-        "online": online,
+        "estimator": preset if preset in MOVING else args.weight_estimator,
         "pilot_steps": args.pilot_steps,
-        "pilot_batch": pilot_batch,
-        "pulling_batch": args.validation_batch_size or (per_step if online else pilot_batch),
-        "scored_rows": args.pilot_scored_rows,
-        "feature_depth": args.pilot_feature_depth,
-        "smooths": args.pilot_smoothing,
-        "lookahead_steps": args.lookahead_steps,
-        "estimator_every": args.estimator_refresh_steps or REFRESH.get(args.weight_estimator, 1),
+        "scored_rows": SCORED_ROWS.get(preset, RunShape.scored_rows) if scored is None else scored,
+        "read_depth": READ_DEPTH.get(preset, RunShape.read_depth),
     }
-    return RunShape(**(known | model_settings))
+    return RunShape(**(known | further))

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 QUANTISATIONS = ("4bit", "4bit_nested", "8bit")
+# With a pilot run before the first step.
+PILOTS = ("value_function", "lookahead")
+# Presets whose weights move while the model trains; the last one trains a second set of parameters, a tracker.
+MOVING = ("paper", "seal", "sparse_centred")
 
 
 class Linear(NamedTuple):
@@ -32,7 +36,6 @@ class ModelShape:
     """The numbers of a decoder model with the adapters it is trained with.
 
     Attributes:
-        name (`str`): for messages.
         family (`str`): `model_type` of its config.
         vocabulary, hidden, layers, heads, key_value_heads, head_size (`int`): as usual.
         linears (`tuple[Linear, ...]`): the linear layers of the decoder.
@@ -47,7 +50,6 @@ class ModelShape:
         head_norms (`bool`): whether queries and keys are normalised per head (Qwen3).
     """
 
-    name: str
     family: str
     vocabulary: int
     hidden: int
@@ -72,6 +74,11 @@ class ModelShape:
     def linear_parameters(self) -> int:
         """Weights of the decoder's linear layers, which quantisation makes smaller."""
         return sum(layer.inputs * layer.outputs * layer.number for layer in self.linears)
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of the LoRA adapters."""
+        return sum(layer.rank * (layer.inputs + layer.outputs) * layer.number for layer in self.linears)
 
     @property
     def adapted(self) -> bool:
@@ -101,14 +108,12 @@ class RunShape:
         epochs (`float`), max_steps (`int`): length of the run; `max_steps` counts if above 0.
         validation_rows (`int`): trusted rows.
         joined_rows (`int`): validation rows that join a micro-batch of training, at most.
-        joined_every (`int`): on every so manieth optimizer step only.
         evaluation_rows (`int`): rows of a batch without gradient (`per_device_eval_batch_size`).
         evaluates (`bool`): whether such batches come in mid-training.
-        estimator (`str`): `weight_estimator`.
-        online (`bool`): whether the estimator works during training, in place of a pilot run.
-        pilot_steps (`int`, *optional*), pilot_batch, pulling_batch, scored_rows (`int`), feature_depth (`float`),
-            lookahead_steps (`int`, *optional*), smooths (`bool`): as the config has them, over all processes.
-        estimator_every (`int`): steps between two of the estimator's own.
+        estimator (`str`): `weight_estimator`, or the preset where weights move in training: of `PILOTS`, `MOVING`, or
+            `"none"`.
+        pilot_steps (`int`, *optional*), scored_rows (`int`, 0: all): of the pilot run, over all processes.
+        read_depth (`float`): share of the layers through which rows that are not scored are read.
         tile_width (`int`): entries of the vocabulary in a tile of TRL's fused LM head, a constant of TRL.
     """
 
@@ -130,29 +135,31 @@ class RunShape:
     max_steps: int = -1
     validation_rows: int = 32
     joined_rows: int = 0
-    joined_every: int = 1
     evaluation_rows: int = 8
     evaluates: bool = False
     estimator: str = "none"
-    online: bool = False
     pilot_steps: int | None = None
-    pilot_batch: int = 8
-    pulling_batch: int = 8
     scored_rows: int = 512
-    feature_depth: float = 0.3
-    smooths: bool = True
-    lookahead_steps: int | None = None
-    estimator_every: int = 1
+    read_depth: float = 0.3
     tile_width: int = 32768
 
     def __post_init__(self) -> None:
         for name in ("rows", "tokens", "accumulation", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.quantisation is not None and self.quantisation not in QUANTISATIONS:
-            raise ValueError(f"`quantisation` must be one of {QUANTISATIONS} or None, got {self.quantisation!r}.")
-        if self.device not in ("cuda", "cpu"):
-            raise ValueError(f"`device` must be 'cuda' or 'cpu', got {self.device!r}.")
+        known = {
+            "quantisation": (*QUANTISATIONS, None),
+            "device": ("cuda", "cpu"),
+            "estimator": (*PILOTS, *MOVING, "none"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
+
+    @property
+    def pilots(self) -> bool:
+        """True if a pilot run chooses the weights before the first step."""
+        return self.estimator in PILOTS
 
     @property
     def rows_per_step(self) -> int:

@@ -10,14 +10,15 @@ from typing import Any
 from markupsafe import Markup
 
 from .._version import __version__
+from ..data.files import atomically
 from ..data.private import PICTURES, REPORT, WEIGHTED, private_path
 from .charts import charts
 from .compare import compare
-from .findings import cards, duration, findings, verdict
+from .findings import cards, findings, verdict
 from .rounds import rounds_of
 from .rows import SAMPLE, categories_of, row_table
 from .run import Run, load_run
-from .text import clean, script_json
+from .text import clean, duration, script_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Trusted rows whose text explains scores, and its length.
@@ -69,9 +70,7 @@ def write_report(
         raise ValueError(f"The report is an HTML file: give a name that ends in .html, got {str(target)!r}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     page, drawn = render_page(found, other)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    atomically(target, lambda path: path.write_text(page, encoding="utf-8"))
     if png:
         pictures = target.parent / PICTURES
         pictures.mkdir(exist_ok=True)
@@ -89,15 +88,16 @@ def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    name, other = clean(run.name, 80), None if baseline is None else clean(baseline.name, 80)
     categories = categories_of(run)
     comparisons = [] if baseline is None else compare(run, baseline)
     drawn = charts(run, categories, baseline)
     table = row_table(run, categories) if len(run.live) else None
     page = environment.get_template("report.html.j2").render(
         run=run,
-        title=clean(run.name, 80),
-        baseline=None if baseline is None else clean(baseline.name, 80),
-        verdict=verdict(run, comparisons, None if baseline is None else clean(baseline.name, 80)),
+        title=name,
+        baseline=other,
+        verdict=verdict(run, comparisons, other),
         cards=cards(run),
         findings=findings(run, categories, comparisons),
         charts=drawn,
@@ -106,7 +106,7 @@ def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
         data=script_json({"rows": table, "trusted": _trusted(run), "why": _why(run)}) if table else None,
         rounds=rounds_of(run),
         costs=_costs(run),
-        settings=_settings(run),
+        settings=[(clean(name), clean(value, 200)) for name, value in run.settings.items() if value is not None],
         facts=_facts(run),
         style=Markup(style),
         script=Markup(script),
@@ -118,7 +118,6 @@ def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
 
 def _save(trainer: Any, rows_file: str | Path | None) -> Path:
     """Have the trainer's record and weighted rows on disk; returns its folder."""
-    from ..data.files import atomically
     from ..trainer.record import callback_of
 
     if not hasattr(trainer, "callback_handler"):
@@ -145,80 +144,75 @@ def _policy(style: str, script: str) -> str:
 
 
 def _trusted(run: Run) -> list[dict[str, Any]]:
-    """The trusted rows with a score, by score."""
+    """The trusted rows with a score, by score; the first of them with their texts."""
     rows = [row for row in run.pilot.get("trusted", []) if isinstance(row.get("score"), int | float)]
-    rows.sort(key=lambda row: row["score"])
-    texts = [row for row in rows if "answer" in row][:TRUSTED]
-    keep = {id(row) for row in texts}
-    return [
-        {"score": row["score"], "set": row.get("set", "")}
-        | (
-            {
-                "question": clean(row.get("prompt", ""), TRUSTED_TEXT),
-                "answer": clean(row["answer"], TRUSTED_TEXT),
-            }
-            if id(row) in keep
-            else {}
-        )
-        for row in rows
-    ]
+    out: list[dict[str, Any]] = []
+    texts = 0
+    for row in sorted(rows, key=lambda row: row["score"]):
+        out.append({"score": round(row["score"], 5), "set": row.get("set", "")})
+        if "answer" in row and texts < TRUSTED:
+            asked, answer = clean(row.get("prompt", ""), TRUSTED_TEXT), clean(row["answer"], TRUSTED_TEXT)
+            out[-1] |= {"question": asked, "answer": answer}
+            texts += 1
+    return out
 
 
 def _why(run: Run) -> dict[str, Any]:
     """How weights came about, for the explanation of a row."""
-    weights = run.record.get("weights", {})
-    group = run.settings.get("selector_group_column")
-    grouped = run.settings.get("selector_granularity") == "group"
+    group = run.told("settings", "selector_group_column")
     return {
         "known": bool(run.record),
-        "given": bool(weights.get("given")),
-        "online": bool(weights.get("online")),
+        "given": bool(run.told("weights", "given")),
+        "online": bool(run.told("weights", "online")),
         "smoothed": run.smoothed,
-        "group": clean(group) if grouped and group else None,
+        "group": clean(group) if group else None,
         "texts": run.rows_file is not None,
     }
 
 
 def _costs(run: Run) -> list[tuple[str, str, str]]:
     """Where the time went: label, time, share."""
-    seconds = run.record.get("seconds", {})
-    total = seconds.get("total") or 0.0
+    total = run.told("seconds", "total") or 0.0
     if not total:
         return []
-    chosen, watched = seconds.get("selection", 0.0), seconds.get("validation", 0.0)
-    parts = [("Training", max(0.0, total - chosen - watched))]
+    chosen = run.told("seconds", "selection", otherwise=0.0) if run.learned else 0.0
+    watched = run.told("seconds", "validation", otherwise=0.0)
+    parts = []
     if run.learned:
-        parts.insert(0, ("Choosing the weights (pilot run, scores, predictions)", chosen))
+        parts.append(("Choosing the weights (pilot run, scores, predictions)", chosen))
+        if run.pilot.get("seconds"):
+            parts.append(("of it the pilot run alone", run.pilot["seconds"]))
+    rest = max(0.0, total - chosen - watched)
+    if run.ranked:
+        parts += [("Loading the model, reading and preparing the rows", rest)] if rest else []
     else:
-        parts = [("Training", max(0.0, total - watched))]
-    parts.append(("Watching the loss on trusted rows, for this report", watched))
-    rows = [(label, duration(value), f"{value / total:.1%}") for label, value in parts]
-    if run.learned and run.pilot.get("seconds"):
-        alone = run.pilot["seconds"]
-        rows.insert(1, ("of it the pilot run alone", duration(alone), f"{alone / total:.1%}"))
-    return [*rows, ("Total", duration(total), "100%")]
-
-
-def _settings(run: Run) -> list[tuple[str, str]]:
-    return [(clean(name), clean(value, 200)) for name, value in run.settings.items() if value is not None]
+        parts += [("Training", rest), ("Watching the loss on trusted rows, for this report", watched)]
+    return [(label, duration(value), f"{value / total:.1%}") for label, value in [*parts, ("Total", total)]]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """What the run was."""
-    record = run.record
-    if not record:
+    """What the run was, as far as its record says."""
+    if not run.record:
         return []
-    data = record["data"]
-    sets = ", ".join(f"{name}: {entry['rows']} rows" for name, entry in data["validation"].items())
-    facts = [
-        ("Model", record["model"]),
-        ("Training rows", f"{data['rows']:,}, trained on {data['rows_trained_on']:,}"),
-        ("Trusted rows", sets or "none"),
-        ("Steps", f"{record['steps']['done']} of {record['steps']['planned']}"),
-        ("Device", f"{record['device']}, {record['processes']} process(es)"),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
-    ]
-    if run.pilot:
-        scored = f"{run.pilot['steps']} steps, {run.pilot['rows_scored']:,} rows scored"
-        facts.insert(3, ("Pilot run", f"{scored}, {len(run.pilot['trusted'])} trusted rows held back"))
-    return [(label, clean(value, 300)) for label, value in facts]
+    used = "{:,} of them with a weight" if run.ranked else "trained on {:,}"
+    sets = run.told("data", "validation", otherwise={})
+    versions = run.told("versions", otherwise={})
+    facts = {
+        "Model": [run.told("model")],
+        "Training rows": [_said("{:,}", run.told("data", "rows")), _said(used, run.told("data", "rows_trained_on"))],
+        "Trusted rows": [f"{name}: {entry.get('rows')} rows" for name, entry in sets.items()] or ["none"],
+        "Pilot run": [
+            _said("{} steps", run.pilot.get("steps")),
+            _said("{:,} rows scored", run.pilot.get("rows_scored")),
+            _said("{} trusted rows held back", len(run.pilot.get("trusted", [])) or None),
+        ],
+        "Steps": [_said(f"{{}} of {run.told('steps', 'planned')}", run.told("steps", "done"))],
+        "Device": [run.told("device"), _said("{} process(es)", run.told("processes"))],
+        "Versions": [f"{name} {version}" for name, version in versions.items()],
+    }
+    shown = [(label, ", ".join(part for part in parts if part)) for label, parts in facts.items()]
+    return [(label, clean(text, 300)) for label, text in shown if text]
+
+
+def _said(sentence: str, value: Any) -> str | None:
+    return None if value is None else sentence.format(value)

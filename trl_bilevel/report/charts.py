@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from .findings import CARRIED, effective_sample_size, rows_carrying, signed, trusted_scores
+from ..core.statistics import effective_sample_size, evenly_spaced, rows_carrying
 from .rows import Category
 from .run import Run
-from .svg import SIZE, Draw, data_table, render, save_png
-from .text import clean
+from .svg import SIZE, Draw, render, save_png
+from .text import clean, signed
 
 Points = Sequence[tuple[int, float]]
 # Points of a line and rows of a table of numbers; more are not told apart.
 LINE_POINTS, TABLE_ROWS = 400, 25
 BINS = 36
+CARRIED = 0.8
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Chart:
         name (`str`): unique; the name of its PNG.
         section (`str`): of the report.
         title, text (`str`): heading, and what it says.
-        table (`Markup`): its numbers.
         draw: into axes.
+        header (`list[str]`), rows (`list[list[str]]`): its numbers.
         size: inches.
     """
 
@@ -39,8 +40,9 @@ class Chart:
     section: str
     title: str
     text: str
-    table: Markup
     draw: Draw
+    header: list[str]
+    rows: list[list[str]]
     size: tuple[float, float] = SIZE
 
     @property
@@ -60,10 +62,8 @@ def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> li
     out = []
     if len(run.live):
         out += [weight_histogram(run.live), concentration(run.live)]
-        out += _evolution(run)
-    trusted = trusted_scores(run)
     if run.scores is not None and np.isfinite(run.scores).any():
-        out.append(score_histogram(run.scores[np.isfinite(run.scores)], trusted))
+        out.append(score_histogram(run.scores[np.isfinite(run.scores)], run.trusted_scores))
     out += [category_shares(n, category) for n, category in enumerate(categories)]
     out += _losses(run, baseline)
     if run.ledger:
@@ -71,8 +71,8 @@ def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> li
         evals = [(e["round"], e["eval_loss"]) for e in run.ledger if isinstance(e.get("eval_loss"), int | float)]
         if len(evals) > 1:
             text = f"After round {evals[0][0]}: {evals[0][1]:.4f}; after round {evals[-1][0]}: {evals[-1][1]:.4f}."
-            title, lines = "Eval loss after each round", {"eval loss": (evals, "main", "-")}
-            out.append(_lines("round_eval", "rounds", title, text, lines, "nats per token", "round"))
+            lines = {"eval loss": (evals, "main", "-")}
+            out.append(_lines("round_eval", "rounds", "Eval loss after each round", text, lines, "round"))
     return out
 
 
@@ -81,10 +81,7 @@ def weight_histogram(weights: np.ndarray) -> Chart:
     counts, edges = np.histogram(weights, bins=BINS, range=(0.0, max(1.05, float(weights.max()))))
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        bars = axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours["main"])
-        for bar, count, low, high in zip(bars, counts, edges, edges[1:], strict=False):
-            bar.set(edgecolor=colours["surface"], linewidth=0.6)
-            bar.set_gid(f"tip:{count:,} rows of weight {low:.2f} to {high:.2f}")
+        _draw_bars(axes, colours, counts, edges, "{:,} rows of weight {:.2f} to {:.2f}")
         axes.axvline(1.0, color=colours["other"], linestyle="--", linewidth=1.2)
         axes.annotate(
             "uniform", (1.0, 1.0), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
@@ -94,9 +91,8 @@ def weight_histogram(weights: np.ndarray) -> Chart:
 
     light, heavy = float((weights < 0.1).mean()), float((weights > 1).mean())
     text = f"{light:.0%} of the rows weigh less than a tenth of the average, {heavy:.0%} more than the average."
-    rows = [[f"{a:.2f} to {b:.2f}", f"{c:,}"] for a, b, c in zip(edges, edges[1:], counts, strict=False) if c]
-    table = data_table("Rows by weight", ["Weight", "Rows"], rows)
-    return Chart("weights", "weights", "How the weights are spread", text, table, draw)
+    rows = _bins(counts, edges, 2)
+    return Chart("weights", "weights", "How the weights are spread", text, draw, ["Weight", "Rows"], rows)
 
 
 def concentration(weights: np.ndarray) -> Chart:
@@ -104,8 +100,8 @@ def concentration(weights: np.ndarray) -> Chart:
     held = np.concatenate([[0.0], np.cumsum(np.sort(weights)[::-1])])
     held = held / held[-1] if held[-1] > 0 else held
     count = len(weights)
-    index = np.unique(np.linspace(0, count, 201).round().astype(int))
-    carrying = rows_carrying(weights)
+    index = evenly_spaced(count + 1, 201)
+    carrying = rows_carrying(weights, CARRIED)
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         axes.plot([0, 100], [0, 100], color=colours["other"], linestyle="--", linewidth=1.2, label="uniform")
@@ -122,8 +118,8 @@ def concentration(weights: np.ndarray) -> Chart:
         f"size: {effective_sample_size(weights):.0%} of the rows."
     )
     rows = [[f"{s:.0%}", f"{held[round(s * count)]:.1%}"] for s in (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1)]
-    table = data_table("Share of the weight held by the heaviest rows", ["Rows", "Share of the weight"], rows)
-    return Chart("concentration", "weights", "How many rows carry the weight", text, table, draw)
+    header = ["Rows, heaviest first", "Share of the weight"]
+    return Chart("concentration", "weights", "How many rows carry the weight", text, draw, header, rows)
 
 
 def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
@@ -133,23 +129,19 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
         low, high = min(low, trusted.min()), max(high, trusted.max())
     if high <= low:
         low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, BINS + 1)
-    inside = np.clip(scores, low, high)
-    counts, _ = np.histogram(inside, edges)
+    counts, edges = np.histogram(np.clip(scores, low, high), np.linspace(low, high, BINS + 1))
+    top = max(1, counts.max())
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        bars = axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours["main"], label="training rows")
-        for bar, count, a, b in zip(bars, counts, edges, edges[1:], strict=False):
-            bar.set(edgecolor=colours["surface"], linewidth=0.6)
-            bar.set_gid(f"tip:{count:,} training rows score {a:.3f} to {b:.3f}")
+        _draw_bars(axes, colours, counts, edges, "{:,} training rows score {:.3f} to {:.3f}")
         if len(trusted):
             axes.plot(
-                trusted, np.full(len(trusted), -0.05 * max(1, counts.max())), "|", color=colours["trusted"],
-                markersize=11, markeredgewidth=1.8, label="trusted rows, held back", clip_on=False,
+                trusted, np.full(len(trusted), -0.05 * top), "|", color=colours["trusted"], markersize=11,
+                markeredgewidth=1.8, label="trusted rows, held back", clip_on=False,
             )  # fmt: skip
             axes.axvline(float(np.median(trusted)), color=colours["trusted"], linewidth=1.2, linestyle="--")
         axes.set(xlabel="score (higher: training on the row helps the trusted rows more)", ylabel="rows")
-        axes.set_ylim(bottom=-0.1 * max(1, counts.max()) if len(trusted) else 0)
+        axes.set_ylim(bottom=-0.1 * top if len(trusted) else 0)
         axes.legend(loc="upper left")
 
     text = f"{len(scores):,} training rows have a score, {signed(np.median(scores), 3)} in the middle."
@@ -160,25 +152,24 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
             f" The {len(trusted)} trusted rows that the pilot had not seen: {middle}; {share:.0%} of the training "
             "rows reach that. Rows that score like trusted rows weigh most."
         )
-    rows = [[f"{a:.3f} to {b:.3f}", f"{c:,}"] for a, b, c in zip(edges, edges[1:], counts, strict=False) if c]
-    table = data_table("Training rows by score", ["Score", "Rows"], rows)
-    return Chart("scores", "scores", "Where the scores lie", text, table, draw)
+    header = ["Score", "Training rows"]
+    return Chart("scores", "scores", "Where the scores lie", text, draw, header, _bins(counts, edges, 3))
 
 
 def category_shares(number: int, category: Category) -> Chart:
     """Share of the rows and of the weight, by the values of a column."""
-    values = [label if len(label) <= 28 else f"{label[:27]}…" for label in category.values]
-    places = np.arange(len(values))
+    shares = category.shares
+    places = np.arange(len(shares))
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        for offset, shares, role, label in (
-            (-0.19, category.row_share, "other", "share of the rows"),
-            (0.19, category.weight_share, "main", "share of the weight"),
-        ):
-            bars = axes.barh(places + offset, 100 * np.array(shares), 0.36, color=colours[role], label=label)
-            for bar, share, value in zip(bars, shares, category.values, strict=True):
-                bar.set_gid(f"tip:{value}: {share:.1%} {label.removeprefix('share ')}")
-        axes.set_yticks(places, values)
+        for offset, part, role, label in ((-0.19, "of_rows", "other", "rows"), (0.19, "of_weight", "main", "weight")):
+            sizes = [getattr(share, part) for share in shares]
+            label = f"of the {label}"
+            bars = axes.barh(places + offset, 100 * np.array(sizes), 0.36, color=colours[role], label=f"share {label}")
+            for bar, size, share in zip(bars, sizes, shares, strict=True):
+                bar.set_gid(f"tip:{share.value}: {size:.1%} {label}")
+        names = [share.value if len(share.value) <= 28 else f"{share.value[:27]}…" for share in shares]
+        axes.set_yticks(places, names)
         axes.tick_params(axis="y", length=0, labelcolor=colours["ink"])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -186,53 +177,12 @@ def category_shares(number: int, category: Category) -> Chart:
         axes.set(xlabel="%")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
-    most = max(range(len(values)), key=category.mean.__getitem__)
-    least = min(range(len(values)), key=category.mean.__getitem__)
-    text = (
-        f"Mean weight of {category.values[most]}: {category.mean[most]:.2f}; of {category.values[least]}: "
-        f"{category.mean[least]:.2f}."
-    )
-    columns = (category.values, category.rows, category.row_share, category.weight_share, category.mean)
-    rows = [[v, f"{n:,}", f"{r:.1%}", f"{w:.1%}", f"{m:.3f}"] for v, n, r, w, m in zip(*columns, strict=True)]
+    most, least = (choose(shares, key=lambda share: share.mean) for choose in (max, min))
+    text = f"Mean weight of {most.value}: {most.mean:.2f}; of {least.value}: {least.mean:.2f}."
+    rows = [[s.value, f"{s.rows:,}", f"{s.of_rows:.1%}", f"{s.of_weight:.1%}", f"{s.mean:.3f}"] for s in shares]
     header = [category.column, "Rows", "Share of the rows", "Share of the weight", "Mean weight"]
-    return Chart(
-        f"category_{number}", "categories", f"Weight by {category.column}", text,
-        data_table(f"Weight by {category.column}", header, rows), draw, (SIZE[0], 1.2 + 0.32 * len(values)),
-    )  # fmt: skip
-
-
-def _evolution(run: Run) -> list[Chart]:
-    """Weights over the steps, if they moved."""
-    quantiles = [run.points(f"selector/weight_q{level:02d}") for level in (5, 25, 50, 75, 95)]
-    ess = run.points("selector/ess")
-    moved = len(ess) > 2 and max(v for _, v in ess) - min(v for _, v in ess) > 1e-3
-    if not moved:
-        return []
-    out = []
-    if all(len(q) == len(quantiles[0]) for q in quantiles) and quantiles[0]:
-        steps = [step for step, _ in quantiles[0]]
-        low, lower, middle, upper, high = ([value for _, value in q] for q in quantiles)
-
-        def draw(axes: Any, colours: dict[str, str]) -> None:
-            axes.fill_between(steps, low, high, color=colours["main"], alpha=0.15, linewidth=0, label="5% to 95%")
-            axes.fill_between(steps, lower, upper, color=colours["main"], alpha=0.3, linewidth=0, label="25% to 75%")
-            axes.plot(steps, middle, color=colours["main"], label="median")
-            axes.axhline(1.0, color=colours["other"], linestyle="--", linewidth=1)
-            axes.set(xlabel="optimizer step", ylabel="weight")
-            axes.legend(loc="upper left")
-
-        text = f"At the end half of the rows weigh between {lower[-1]:.2f} and {upper[-1]:.2f}."
-        names = ["Step", "5%", "25%", "Median", "75%", "95%"]
-        rows = [
-            [str(step), *(f"{value:.3f}" for value in values)]
-            for step, *values in _few(list(zip(steps, low, lower, middle, upper, high, strict=True)))
-        ]
-        table = data_table("Quantiles of the weights by step", names, rows)
-        out.append(Chart("evolution", "weights", "How the weights moved", text, table, draw))
-    text = f"From {ess[0][1]:.0%} at step {ess[0][0]} to {ess[-1][1]:.0%} at step {ess[-1][0]}; 100% is uniform."
-    share = [(step, 100 * value) for step, value in ess]
-    out.append(_lines("ess", "weights", "Effective sample size", text, {"ESS": (share, "main", "-")}, "% of the rows"))
-    return out
+    size = (SIZE[0], 1.2 + 0.32 * len(shares))
+    return Chart(f"category_{number}", "categories", f"Weight by {category.column}", text, draw, header, rows, size)
 
 
 def _losses(run: Run, baseline: Run | None) -> list[Chart]:
@@ -252,17 +202,14 @@ def _losses(run: Run, baseline: Run | None) -> list[Chart]:
             text += f" With uniform weights {other[-1][1]:.3f} at step {other[-1][0]}."
         if name == "loss":
             text += " Runs with other weights train on other rows: it says nothing of which is better."
-        out.append(_lines(name, "losses", title, text, lines, "nats per token"))
-    names = list(run.record.get("data", {}).get("validation", {}))
-    if len(names) > 1 and len(run.validation_points()) > 1:
-        roles = ("main", "trusted", "warn", "other")
-        sets = {
-            clean(name, 40): (run.validation_points(name), roles[n % 4], ("-", "--", ":", "-.")[n // 4 % 4])
-            for n, name in enumerate(names)
-        }
-        text = "; ".join(f"{name}: {points[0][1]:.3f} to {points[-1][1]:.3f}" for name, (points, _, _) in sets.items())
-        title = "Loss on each set of trusted rows"
-        out.append(_lines("validation_sets", "losses", title, text + ".", sets, "nats per token"))
+        out.append(_lines(name, "losses", title, text, lines))
+    sets = {name: run.validation_points(name) for name in run.told("data", "validation", otherwise={})}
+    sets = {clean(name, 40): points for name, points in sets.items() if len(points) > 1}
+    if len(sets) > 1:
+        roles, styles = ("main", "trusted", "warn", "other"), ("-", "--", ":", "-.")
+        lines = {name: (points, roles[n % 4], styles[n // 4 % 4]) for n, (name, points) in enumerate(sets.items())}
+        text = "; ".join(f"{name}: {points[0][1]:.3f} to {points[-1][1]:.3f}" for name, points in sets.items()) + "."
+        out.append(_lines("validation_sets", "losses", "Loss on each set of trusted rows", text, lines))
     return out
 
 
@@ -273,16 +220,14 @@ def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         for entry in entries:
-            kept = bool(entry.get("kept"))
-            role = "trusted" if kept else "warn"
+            role, line, marker = ("trusted", "-", "^") if entry.get("kept") else ("warn", ":", "x")
             x, before, after = entry["round"], entry["incoming_loss"], entry["trained_loss"]
-            axes.plot([x, x], [before, after], color=colours[role], linewidth=1.5, linestyle="-" if kept else ":")
+            axes.plot([x, x], [before, after], color=colours[role], linewidth=1.5, linestyle=line)
             axes.plot([x], [before], "o", color=colours["other"], markersize=6)
-            axes.plot([x], [after], "^" if kept else "x", color=colours[role], markersize=8)
-        for marker, role, label in (
-            ("o", "other", "before"), ("^", "trusted", "after, kept"), ("x", "warn", "after, rolled back"),
-        ):  # fmt: skip
-            axes.plot([], [], marker, color=colours[role], label=label)
+            axes.plot([x], [after], marker, color=colours[role], markersize=8)
+        axes.plot([], [], "o", color=colours["other"], label="before")
+        axes.plot([], [], "^", color=colours["trusted"], label="after, kept")
+        axes.plot([], [], "x", color=colours["warn"], label="after, rolled back")
         axes.set_xticks(places[:: max(1, len(places) // 12)])
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.set(xlabel="round", ylabel="selection loss, nats per token")
@@ -291,15 +236,13 @@ def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
 
     kept = sum(bool(e.get("kept")) for e in ledger)
     text = f"{kept} of {len(ledger)} rounds lowered the loss on the selection rows, or left it, and were kept."
+    decided = {True: "kept", False: "rolled back"}
     rows = [
-        [
-            str(e["round"]), f"{e['incoming_loss']:.4f}", f"{e['trained_loss']:.4f}",
-            "kept" if e.get("kept") else "rolled back",
-        ]
+        [str(e["round"]), f"{e['incoming_loss']:.4f}", f"{e['trained_loss']:.4f}", decided[bool(e.get("kept"))]]
         for e in entries
-    ]  # fmt: skip
-    table = data_table("Selection loss by round", ["Round", "Before", "After", "Decision"], rows)
-    return Chart("rounds", "rounds", "Selection loss of each round", text, table, draw)
+    ]
+    header = ["Round", "Before", "After", "Decision"]
+    return Chart("rounds", "rounds", "Selection loss of each round", text, draw, header, rows)
 
 
 def _lines(
@@ -308,32 +251,45 @@ def _lines(
     title: str,
     text: str,
     lines: Mapping[str, tuple[Points, str, str]],
-    unit: str,
     along: str = "optimizer step",
 ) -> Chart:
+    """Losses along steps or rounds: of each line its points, the role of its colour, and its style."""
+
     def draw(axes: Any, colours: dict[str, str]) -> None:
         for label, (points, role, style) in lines.items():
-            kept = _few(list(points), LINE_POINTS)
-            x, y = [step for step, _ in kept], [value for _, value in kept]
-            marker = "o" if len(kept) < 15 else ""
+            x, y = zip(*_few(points, LINE_POINTS), strict=True)
+            marker = "o" if len(x) < 15 else ""
             axes.plot(x, y, style, color=colours[role], label=label, marker=marker, markersize=4)
-        axes.set(xlabel=along, ylabel=unit)
+        axes.set(xlabel=along, ylabel="nats per token")
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) > 1:
             axes.legend(loc="upper right")
 
-    values = {label: dict(points) for label, (points, _, _) in lines.items()}
-    steps = sorted({step for points in values.values() for step in points})
+    values = [dict(points) for points, _, _ in lines.values()]
+    steps = sorted({step for points in values for step in points})
     rows = [
-        [str(step), *(f"{found[step]:.4f}" if step in found else "" for found in values.values())]
+        [str(step), *(f"{points[step]:.4f}" if step in points else "" for points in values)]
         for step in _few(steps, TABLE_ROWS)
     ]
-    return Chart(name, section, title, text, data_table(f"{title}, {unit}", [along.capitalize(), *lines], rows), draw)
+    header = [along.capitalize(), *(f"{label}, nats per token" for label in lines)]
+    return Chart(name, section, title, text, draw, header, rows)
 
 
-def _few(values: list[Any], limit: int = TABLE_ROWS) -> list[Any]:
+def _draw_bars(axes: Any, colours: dict[str, str], counts: np.ndarray, edges: np.ndarray, tip: str) -> None:
+    """A histogram; each bar has a tooltip, made of its count and its ends."""
+    bars = axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours["main"], label="training rows")
+    for bar, *numbers in zip(bars, counts, edges[:-1], edges[1:], strict=True):
+        bar.set(edgecolor=colours["surface"], linewidth=0.6)
+        bar.set_gid(f"tip:{tip.format(*numbers)}")
+
+
+def _bins(counts: np.ndarray, edges: np.ndarray, digits: int) -> list[list[str]]:
+    """The bars of a histogram that are not empty."""
+    bins = zip(counts, edges[:-1], edges[1:], strict=True)
+    return [[f"{a:.{digits}f} to {b:.{digits}f}", f"{count:,}"] for count, a, b in bins if count]
+
+
+def _few(values: Sequence[Any], limit: int) -> list[Any]:
     """At most `limit` of the values, evenly spaced, both ends included."""
-    if len(values) <= limit:
-        return values
-    return [values[n] for n in np.linspace(0, len(values) - 1, limit).round().astype(int)]
+    return [values[n] for n in evenly_spaced(len(values), limit)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from ..core.statistics import paired_standard_error
 from .run import Run
 
 # Without a standard error, a smaller relative change of a loss is not called a difference.
@@ -50,59 +52,56 @@ def compare(run: Run, baseline: Run) -> list[Comparison]:
     out = []
     warnings = _differences(run, baseline)
     logged = [r.points("eval_loss") for r in (run, baseline)]
-    single = [r.record.get("evaluation") or {} for r in (run, baseline)]
+    single = [r.told("evaluation", otherwise={}) for r in (run, baseline)]
     if single[0].get("fingerprint") and single[0]["fingerprint"] == single[1].get("fingerprint"):
         losses = [entry["losses"] for entry in single]
-        error = _standard_error({"": losses[0]}, {"": losses[1]}, {"": 1.0})
         mine, other = (float(np.mean(part)) for part in losses)
         shown = "" if len(losses[0]) == single[0]["rows"] else f" ({len(losses[0])} of {single[0]['rows']:,})"
+        error = paired_standard_error(*losses)
         out.append(Comparison(f"eval rows{shown}, which chose nothing", False, mine, other, error, warnings))
     elif all(logged):
         mine, other = (points[-1][1] for points in logged)
         out.append(Comparison("eval rows, which chose nothing", False, mine, other, None, warnings))
-    ends = [r.record.get("validation") or [] for r in (run, baseline)]
-    prints = [r.record.get("data", {}).get("validation_fingerprint") for r in (run, baseline)]
+    ends = [r.told("validation") for r in (run, baseline)]
+    prints = [r.told("data", "validation_fingerprint") for r in (run, baseline)]
     if all(ends) and prints[0] and prints[0] == prints[1]:
         first, second = ends[0][-1], ends[1][-1]
-        error = _standard_error(first.get("rows", {}), second.get("rows", {}), _set_weights(run))
+        error = _weighted_error(run, first.get("rows", {}), second.get("rows", {}))
         rows = "trusted rows, which drove the weights"
         out.append(Comparison(rows, True, first["total"], second["total"], error, warnings))
     return out
 
 
-def _set_weights(run: Run) -> dict[str, float]:
-    return {name: entry["weight"] for name, entry in run.record["data"]["validation"].items()}
-
-
-def _standard_error(
-    first: dict[str, list[float]], second: dict[str, list[float]], weights: dict[str, float]
-) -> float | None:
-    """Of the weighted mean over sets of the mean paired difference; None if the rows are not the same ones."""
+def _weighted_error(run: Run, first: dict[str, list[float]], second: dict[str, list[float]]) -> float | None:
+    """Standard error of the weighted mean over sets of paired differences; None if the rows are not the same ones."""
     variance = 0.0
     for name, losses in first.items():
-        other = second.get(name, [])
-        if len(losses) != len(other) or len(losses) < 2 or name not in weights:
+        error = paired_standard_error(losses, second.get(name, []))
+        weight = run.told("data", "validation", name, "weight")
+        if error is None or weight is None:
             return None
-        change = np.array(losses, dtype=float) - np.array(other, dtype=float)
-        variance += weights[name] ** 2 * float(change.var(ddof=1)) / len(change)
+        variance += (weight * error) ** 2
     return variance**0.5 if first else None
 
 
 def _differences(run: Run, baseline: Run) -> list[str]:
     """In what the runs differ beside the weights, as far as their records say."""
-    mine, other = run.record, baseline.record
-    if not mine or not other:
+    if not run.record or not baseline.record:
         return ["One of the runs has no record: whether rows, model and steps are the same is not known."]
-    out = []
-    if mine["data"]["fingerprint"] != other["data"]["fingerprint"]:
-        out.append("The training rows differ.")
-    if mine["model"] != other["model"]:
-        out.append(f"The models differ: {mine['model']} and {other['model']}.")
-    if mine["steps"]["done"] != other["steps"]["done"]:
-        out.append(f"The numbers of steps differ: {mine['steps']['done']} and {other['steps']['done']}.")
+
+    def both(*names: str) -> tuple[Any, Any]:
+        return run.told(*names), baseline.told(*names)
+
+    pairs = {"The models differ": both("model"), "The numbers of steps differ": both("steps", "done")}
     for name in ("learning_rate", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if run.settings.get(name) != baseline.settings.get(name):
-            out.append(f"{name} differs: {run.settings.get(name)} and {baseline.settings.get(name)}.")
-    if other["weights"]["learned"] or other["weights"]["given"]:
+        pairs[f"{name} differs"] = both("settings", name)
+    prints = both("data", "fingerprint")
+    out = ["The training rows differ."] if prints[0] != prints[1] else []
+    out += [
+        f"{what}: {mine} and {other}."
+        for what, (mine, other) in pairs.items()
+        if None not in (mine, other) and mine != other
+    ]
+    if baseline.told("weights", "learned") or baseline.told("weights", "given"):
         out.append("The baseline has weights, too: it is no uniform mixing.")
     return out

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from ..core.statistics import effective_sample_size, rows_carrying
+from .charts import CARRIED
 from .compare import Comparison
 from .rows import Category
-from .run import Run
+from .run import WEIGHTED_FILE, Run
+from .text import duration, signed
 
-CARRIED = 0.8
 # Above this effective sample size, nothing has been selected; below the other, few rows carry the training.
 NEARLY_UNIFORM, NEARLY_COLLAPSED = 0.98, 0.1
 # Trusted rows that calibration should have held back; a category's share of the weight that is worth a word.
@@ -19,22 +22,15 @@ FEW_TRUSTED, STARVED = 8, 0.5
 COSTLY = 0.3
 
 
-@dataclass
-class Verdict:
-    """The answer to "did selection help?".
-
-    Attributes:
-        tone (`str`): "good", "bad" or "neutral".
-        title, text (`str`).
-    """
+class Verdict(NamedTuple):
+    """The answer to "did selection help?"; `tone` is "good", "bad" or "neutral"."""
 
     tone: str
     title: str
     text: str
 
 
-@dataclass
-class Card:
+class Card(NamedTuple):
     """A number of the summary, and what it means."""
 
     label: str
@@ -42,32 +38,13 @@ class Card:
     text: str
 
 
-@dataclass
-class Finding:
-    """Something to look at.
-
-    Attributes:
-        level (`str`): "warning" or "note".
-        title, text (`str`).
-        target (`str`, *optional*): section of the report that shows it.
-    """
+class Finding(NamedTuple):
+    """Something to look at: `level` is "warning" or "note", `target` the section of the report that shows it."""
 
     level: str
     title: str
     text: str
     target: str | None = None
-
-
-def effective_sample_size(weights: np.ndarray) -> float:
-    """As a share of the rows: 1 for equal weights."""
-    total = float((weights**2).sum())
-    return float(weights.sum()) ** 2 / (len(weights) * total) if total > 0 else 0.0
-
-
-def rows_carrying(weights: np.ndarray, share: float = CARRIED) -> int:
-    """The least number of rows that hold `share` of the weight."""
-    held = np.cumsum(np.sort(weights)[::-1])
-    return int(np.searchsorted(held, share * held[-1] * (1 - 1e-9)) + 1) if held[-1] > 0 else 0
 
 
 def verdict(run: Run, comparisons: Sequence[Comparison], baseline: str | None) -> Verdict:
@@ -78,8 +55,10 @@ def verdict(run: Run, comparisons: Sequence[Comparison], baseline: str | None) -
         step = max((entry["step"] for entry in run.history), default=0)
         title = f"This run was interrupted at step {step}" if step else "This run was interrupted"
         return Verdict("neutral", title, "What follows is what it had written by then.")
+    if run.ranked:
+        return _ranked_verdict(run)
     if run.record and not run.learned:
-        given = run.record.get("weights", {}).get("given")
+        given = run.told("weights", "given")
         what = "the weights were given in the column data_weight" if given else "all rows count the same"
         title = "No weights were learned in this run"
         return Verdict("neutral", title, f"By its settings, {what}. It can be the baseline of another run's report.")
@@ -98,6 +77,18 @@ def verdict(run: Run, comparisons: Sequence[Comparison], baseline: str | None) -
         f"{known}To know, train once more with weight_estimator none and everything else equal, then run: "
         f"trl-bilevel report {run.name} --baseline UNIFORM_RUN",
     )
+
+
+def _ranked_verdict(run: Run) -> Verdict:
+    file = Path(run.told("rows_file", otherwise=WEIGHTED_FILE)).name
+    text = (
+        "Weights were all that was asked for, so whether they help is not known yet. Read the rows at both ends. Then "
+        f"train on {file}, whose column data_weight counts: trl-bilevel sft --dataset_name {file} --weight_estimator "
+        f"none; or take the best rows to another tool: trl-bilevel export {file} --top-k N --output best.jsonl"
+    )
+    if len(run.live) and effective_sample_size(run.live) > NEARLY_UNIFORM:
+        text = f"The weights are nearly equal: the scores gave no reason to prefer some rows. {text}"
+    return Verdict("neutral", "The rows have weights; nothing was trained", text)
 
 
 def _rounds_verdict(run: Run) -> Verdict:
@@ -124,7 +115,6 @@ def _compared(comparisons: Sequence[Comparison]) -> Verdict:
         "hurt": ("bad", "Selection did not help"),
         "unclear": ("neutral", "No clear difference to uniform mixing"),
     }
-    tone, title = titles[main.outcome]
     parts = []
     for each in comparisons:
         error = "" if each.standard_error is None else f" ± {each.standard_error:.4f}"
@@ -138,24 +128,21 @@ def _compared(comparisons: Sequence[Comparison]) -> Verdict:
         parts.append("The two do not say the same: trust the first.")
     if main.warnings:
         parts.append("With care: " + " ".join(main.warnings))
-    return Verdict(tone, title, " ".join(parts))
+    return Verdict(*titles[main.outcome], " ".join(parts))
 
 
 def cards(run: Run) -> list[Card]:
     """The numbers of the summary."""
     out = []
     if len(run.live):
-        count, ess = rows_carrying(run.live), effective_sample_size(run.live)
-        share = count / len(run.live)
-        out.append(
-            Card(
-                f"Rows that carry {CARRIED:.0%} of the weight",
-                f"{count:,}",
-                f"of {len(run.live):,} rows, that is {share:.0%}; with equal weights it is {CARRIED:.0%}.",
-            )
+        count = rows_carrying(run.live, CARRIED)
+        text = (
+            f"of {len(run.live):,} rows, that is {count / len(run.live):.0%}; with equal weights it is {CARRIED:.0%}."
         )
-        out.append(Card("Effective sample size", f"{ess:.0%}", "of the rows; equal weights have 100%."))
-    losses = run.validation_points()
+        out.append(Card(f"Rows that carry {CARRIED:.0%} of the weight", f"{count:,}", text))
+        size = f"{effective_sample_size(run.live):.0%}"
+        out.append(Card("Effective sample size", size, "of the rows; equal weights have 100%."))
+    losses, evals = run.validation_points(), run.points("eval_loss")
     selection = [e for e in run.ledger if isinstance(e.get("incoming_loss"), int | float)]
     if selection:
         last = next((e["trained_loss"] for e in reversed(selection) if e.get("kept")), selection[0]["incoming_loss"])
@@ -165,29 +152,14 @@ def cards(run: Run) -> list[Card]:
         (_, first), (step, last) = losses[0], losses[-1]
         text = f"from {first:.3f} before training, in nats per token, at step {step}."
         out.append(Card("Loss on trusted rows", f"{last:.3f}", text))
-    elif run.points("eval_loss"):
-        step, last = run.points("eval_loss")[-1]
-        out.append(Card("Eval loss", f"{last:.3f}", f"nats per token, at step {step}."))
-    seconds = run.record.get("seconds", {})
-    if seconds.get("total"):
-        chosen = seconds.get("selection", 0.0)
-        share = chosen / seconds["total"]
+    elif evals:
+        out.append(Card("Eval loss", f"{evals[-1][1]:.3f}", f"nats per token, at step {evals[-1][0]}."))
+    total = run.told("seconds", "total")
+    if total:
+        share = run.told("seconds", "selection", otherwise=0.0) / total
         text = f"{share:.0%} of it for choosing the weights." if run.learned else "No time went into weights."
-        out.append(Card("Time", duration(seconds["total"]), text))
+        out.append(Card("Time", duration(total), text))
     return out
-
-
-def signed(value: float, digits: int = 4) -> str:
-    """A difference with its sign; the minus is one."""
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def findings(run: Run, categories: Sequence[Category], comparisons: Sequence[Comparison]) -> list[Finding]:
@@ -196,113 +168,89 @@ def findings(run: Run, categories: Sequence[Category], comparisons: Sequence[Com
     found += [*_about_training(run), *_about_rounds(run)]
     found += [Finding("note", "Not in this report", text) for text in run.missing]
     if len(run.live):
-        found.append(
-            Finding(
-                "note",
-                "Read the rows at both ends",
-                "If rows of least weight look good to you, or rows of most weight bad, the trusted rows may not say "
-                "what you mean: add trusted rows like those that were misjudged.",
-                "rows",
-            )
+        text = (
+            "If rows of least weight look good to you, or rows of most weight bad, the trusted rows may not say what "
+            "you mean: add trusted rows like those that were misjudged."
         )
+        found.append(Finding("note", "Read the rows at both ends", text, "rows"))
     return sorted(found, key=lambda finding: finding.level != "warning")
 
 
-def _about_weights(run: Run) -> list[Finding]:
+def _about_weights(run: Run) -> Iterator[Finding]:
     if not len(run.live):
-        return []
-    out = []
+        return
     ess = effective_sample_size(run.live)
     if ess < NEARLY_COLLAPSED:
         text = f"The effective sample size is {ess:.1%} of the rows: the model may learn these few by heart."
-        out.append(Finding("warning", "Few rows carry the training", text, "weights"))
+        yield Finding("warning", "Few rows carry the training", text, "weights")
     elif ess > NEARLY_UNIFORM and run.learned:
         text = "More trusted rows, or more pilot_steps, may show a difference; or the rows are all of a kind."
-        out.append(Finding("note", "The weights are nearly equal", text, "weights"))
+        yield Finding("note", "The weights are nearly equal", text, "weights")
     weights = run.weights if run.weights is not None else run.live
     dropped = int(np.isnan(weights).sum())
     if dropped:
         text = f"{dropped:,} of {len(weights):,} rows have nothing to learn from within max_length, and no weight."
-        out.append(Finding("note", "Rows were dropped in preparation", text, "rows"))
+        yield Finding("note", "Rows were dropped in preparation", text, "rows")
     zero = int((run.live == 0).sum())
     if zero:
         text = f"{zero:,} rows have weight 0: the gate (filter_rate) took them out, or they were given no weight."
-        out.append(Finding("note", "Rows without any weight", text, "rows"))
-    return out
+        yield Finding("note", "Rows without any weight", text, "rows")
 
 
-def _about_scores(run: Run) -> list[Finding]:
-    trusted = trusted_scores(run)
+def _about_scores(run: Run) -> Iterator[Finding]:
+    trusted = run.trusted_scores
     if run.scores is None or not len(trusted):
-        return []
-    scores = run.scores[~np.isnan(run.scores)]
-    out = []
+        return
     if len(trusted) < FEW_TRUSTED:
         text = (
             f"The weights rest on the scores of {len(trusted)} trusted rows that the pilot had not seen (a quarter of "
             "them). A few dozen more trusted rows make them steadier."
         )
-        out.append(Finding("warning", "Few trusted rows", text, "scores"))
-    if not len(scores):
-        return out
-    middle = float(np.median(trusted))
-    above = float((scores >= middle).mean())
+        yield Finding("warning", "Few trusted rows", text, "scores")
+    scores = run.scores[~np.isnan(run.scores)]
+    above = float((scores >= np.median(trusted)).mean()) if len(scores) else 0.0
     if above > 0.5:
         text = f"{above:.0%} of the training rows score at least as high as the middle trusted row."
-        out.append(Finding("note", "Training rows score no worse than trusted ones", text, "scores"))
-    below = float((scores < trusted.min()).mean())
+        yield Finding("note", "Training rows score no worse than trusted ones", text, "scores")
+    below = float((scores < trusted.min()).mean()) if len(scores) else 0.0
     if below >= 0.05:
         text = f"{below:.0%} of the scored rows score below every trusted row that was held back."
-        out.append(Finding("note", "Rows unlike any trusted row", text, "scores"))
-    return out
+        yield Finding("note", "Rows unlike any trusted row", text, "scores")
 
 
-def _about_categories(categories: Sequence[Category]) -> list[Finding]:
-    out = []
+def _about_categories(categories: Sequence[Category]) -> Iterator[Finding]:
     for category in categories:
-        for value, rows, weight in zip(category.values, category.row_share, category.weight_share, strict=True):
-            if rows >= 0.05 and weight < STARVED * rows:
-                text = f"{category.column} = {value}: {rows:.0%} of the rows, {weight:.0%} of the weight."
-                out.append(Finding("note", "A kind of rows that counts little", text, "categories"))
-    return out
+        for share in category.shares:
+            if share.of_rows >= 0.05 and share.of_weight < STARVED * share.of_rows:
+                text = f"{category.column} = {share.value}: {share.of_rows:.0%} of the rows, "
+                text += f"{share.of_weight:.0%} of the weight."
+                yield Finding("note", "A kind of rows that counts little", text, "categories")
 
 
-def _about_training(run: Run) -> list[Finding]:
-    out = []
+def _about_training(run: Run) -> Iterator[Finding]:
     losses = run.points("eval_loss")
     if len(losses) > 2:
         step, best = min(losses, key=lambda point: point[1])
         if losses[-1][1] > 1.02 * best:
             text = f"It was least at step {step} ({best:.4f}) and ended at {losses[-1][1]:.4f}: train for less."
-            out.append(Finding("warning", "The eval loss rose again", text, "losses"))
-    seconds = run.record.get("seconds", {})
-    share = seconds.get("selection", 0.0) / (seconds.get("total") or np.inf)
-    if share > COSTLY:
+            yield Finding("warning", "The eval loss rose again", text, "losses")
+    share = run.told("seconds", "selection", otherwise=0.0) / (run.told("seconds", "total") or np.inf)
+    if share > COSTLY and not run.ranked:
         text = f"{share:.0%} of the time. The pilot costs the same for any run: in a longer one it is a small part."
-        out.append(Finding("note", "Choosing the weights took long", text, "cost"))
+        yield Finding("note", "Choosing the weights took long", text, "cost")
     if run.record and not run.finished:
-        text = "Resume it with --resume_from_checkpoint True, then make the report again."
-        out.append(Finding("warning", "The run did not finish", text))
-    return out
+        how = "Give the command again" if run.ranked else "Resume it with --resume_from_checkpoint True"
+        yield Finding("warning", "The run did not finish", f"{how}, then make the report again.")
 
 
-def _about_rounds(run: Run) -> list[Finding]:
-    out = []
+def _about_rounds(run: Run) -> Iterator[Finding]:
     for entry in run.ledger:
         cut, count = entry.get("responses_cut") or 0, entry.get("responses") or 0
         if count and cut / count > 0.3:
             text = f"Round {entry.get('round')}: {cut} of {count} responses were cut at max_completion_length."
-            out.append(Finding("warning", "Responses were cut", text, "rounds"))
+            yield Finding("warning", "Responses were cut", text, "rounds")
             break
     spread = [e.get("weight_std_within_group") for e in run.ledger]
-    flat = [e for e in spread if isinstance(e, int | float) and e < 0.1]
-    if spread and len(flat) == len(spread):
+    if spread and all(isinstance(std, int | float) and std < 0.1 for std in spread):
         text = "Responses to a question got nearly the same weight, so they taught little: lower the temperature."
-        out.append(Finding("warning", "Responses hardly differ in weight", text, "rounds"))
-    return out
-
-
-def trusted_scores(run: Run) -> np.ndarray:
-    """Scores of the trusted rows that the pilot held back, float64 `[c]`."""
-    values = [entry.get("score") for entry in run.pilot.get("trusted", [])]
-    return np.array([value for value in values if isinstance(value, int | float)], dtype=float)
+        yield Finding("warning", "Responses hardly differ in weight", text, "rounds")

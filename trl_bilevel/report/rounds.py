@@ -9,14 +9,27 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from ..data.formats import question_and_answer
 from ..data.private import RESPONSES, find_private
 from .rows import read_rows
 from .run import Run
-from .text import clean, question_and_answer
+from .text import clean
 
 # Questions that are shown of a round, and of all rounds; characters of a response.
 PER_ROUND, IN_ALL = 6, 48
 QUESTION, RESPONSE = 500, 500
+# What is told of a round: entries of the ledger.
+FACTS = {
+    "questions": "questions asked",
+    "responses": "responses",
+    "responses_cut": "cut at the length limit",
+    "responses_empty": "empty",
+    "score_mean": "mean score",
+    "score_std_within_group": "spread of the scores of a question",
+    "weight_std_within_group": "spread of the weights of a question",
+    "eval_loss": "eval loss after the round",
+    "seconds": "seconds",
+}
 
 
 def rounds_of(run: Run) -> list[dict[str, Any]]:
@@ -34,64 +47,44 @@ def rounds_of(run: Run) -> list[dict[str, Any]]:
 
 
 def _facts(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = {
-        "questions": "questions asked",
-        "responses": "responses",
-        "responses_cut": "cut at the length limit",
-        "responses_empty": "empty",
-        "score_mean": "mean score",
-        "score_std_within_group": "spread of the scores of a question",
-        "weight_std_within_group": "spread of the weights of a question",
-        "eval_loss": "eval loss after the round",
-        "seconds": "seconds",
-    }
-    shown = [(label, entry.get(name)) for name, label in names.items()]
-    return [
-        (label, f"{value:.4g}" if isinstance(value, float) else clean(value))
-        for label, value in shown
-        if value is not None
-    ]
+    shown = [(label, entry[name]) for name, label in FACTS.items() if entry.get(name) is not None]
+    return [(label, f"{value:.4g}" if isinstance(value, float) else clean(value)) for label, value in shown]
 
 
 def _questions(run: Run, path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
-    """The questions of a round whose responses differ most in weight."""
-    if not path.is_file():
-        return [], 0
+    """The questions of a round whose responses differ most in weight, and how many there are in all."""
     try:
-        rows = pq.read_table(path).to_pylist()
+        rows = pq.read_table(path).to_pylist() if path.is_file() else []
     except (OSError, ValueError):
-        return [], 0
+        rows = []
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row.get("sample_id"), []).append(row)
-    chosen = sorted(groups, key=lambda key: -_spread(groups[key]))[:limit]
+    spread = {key: np.std([_number(row.get("weight"), 0.0) for row in group]) for key, group in groups.items()}
+    chosen = sorted(groups, key=lambda key: -spread[key])[:limit]
     offline: dict[int, dict[str, Any]] = {}
-    own = run.record.get("weights", {}).get("asks_own_rows") is not False
-    if own and run.rows_file is not None:
+    if run.told("weights", "asks_own_rows") is not False and run.rows_file is not None:
         offline = read_rows(run.rows_file, [key for key in chosen if isinstance(key, int)])
     out = []
     for key in chosen:
         group = sorted(groups[key], key=lambda row: -_number(row.get("weight"), -1.0))
-        row = offline.get(key)
         responses = [
             {
-                "text": clean(r.get("response", ""), RESPONSE),
-                "weight": _shown(r.get("weight")),
-                "score": _shown(r.get("score")),
-                "cut": bool(r.get("cut")),
-                "share": _number(r.get("weight"), 0.0),
+                "text": clean(row.get("response", ""), RESPONSE),
+                "weight": _shown(row.get("weight")),
+                "score": _shown(row.get("score")),
+                "cut": bool(row.get("cut")),
             }
-            for r in group
+            for row in group
         ]
-        out.append(
-            {
-                "number": clean(key),
-                "question": clean(group[0].get("prompt", ""), QUESTION),
-                "weight": _shown(group[0].get("question_weight")),
-                "offline": None if row is None else clean(question_and_answer(row)[1], RESPONSE),
-                "responses": responses,
-            }
-        )
+        asked = {
+            "number": clean(key),
+            "question": clean(group[0].get("prompt", ""), QUESTION),
+            "weight": _shown(group[0].get("question_weight")),
+            "offline": clean(question_and_answer(offline[key])[1], RESPONSE) if key in offline else None,
+            "responses": responses,
+        }
+        out.append(asked)
     return out, len(groups)
 
 
@@ -100,9 +93,4 @@ def _number(value: Any, otherwise: float) -> float:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) and np.isfinite(value) else "none"
-
-
-def _spread(group: list[dict[str, Any]]) -> float:
-    weights = [_number(row.get("weight"), 0.0) for row in group]
-    return float(np.std(weights))
+    return f"{value:.3f}" if np.isfinite(_number(value, np.nan)) else "none"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.formats import question_and_answer
 from .run import Run
-from .text import CONVERSATIONS, clean, question_and_answer
+from .text import clean
 
 # Rows of each kind that are embedded; up to three times as many are all embedded.
 SAMPLE = 500
@@ -25,22 +26,23 @@ CATEGORY_COLUMNS = 4
 OWN_COLUMNS = ("sample_id", "data_weight", "data_rank")
 
 
-@dataclass
-class Category:
-    """Where the weight went, by the values of a column.
+class Share(NamedTuple):
+    """The rows of one value of a column: how many, their share of all rows and of the weight, their mean weight."""
 
-    Attributes:
-        column (`str`): its name.
-        values (`list[str]`), rows (`list[int]`), row_share, weight_share, mean (`list[float]`): per value, those of
-            most rows first; what is beyond `SHOWN_CATEGORIES` is one entry, "(N others)".
+    value: str
+    rows: int
+    of_rows: float
+    of_weight: float
+    mean: float
+
+
+class Category(NamedTuple):
+    """Where the weight went, by the values of a column: those of most rows first; what is beyond
+    `SHOWN_CATEGORIES` is one entry, "(N others)".
     """
 
     column: str
-    values: list[str]
-    rows: list[int]
-    row_share: list[float]
-    weight_share: list[float]
-    mean: list[float]
+    shares: list[Share]
 
 
 def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -78,30 +80,20 @@ def row_table(run: Run, categories: Sequence[Category]) -> dict[str, Any]:
     numbers, sampled = chosen_rows(run)
     rows = {} if run.rows_file is None else read_rows(run.rows_file, numbers.tolist())
     scores = np.full(len(numbers), np.nan) if run.scores is None else run.scores[numbers]
+    # More digits than a reader compares make the file longer.
+    weights, scores = np.round(run.weights[numbers], 6), np.round(scores, 6)
     texts = [question_and_answer(rows[n]) if n in rows else ("", "") for n in numbers.tolist()]
     labels = [c.column for c in categories]
     return {
         "row": numbers.tolist(),
-        "weight": run.weights[numbers].tolist(),
+        "weight": weights.tolist(),
         "rank": (run.ranks[numbers] + 1).tolist(),
         "score": scores.tolist(),
         "random": sampled.astype(int).tolist(),
         "question": [clean(question, QUESTION) for question, _ in texts],
         "answer": [clean(answer, ANSWER) for _, answer in texts],
-        "steps": list(run.traces),
-        "trace": _traces(run, numbers),
         "labels": {name: [clean(rows.get(n, {}).get(name, ""), 60) for n in numbers.tolist()] for name in labels},
     }
-
-
-def _traces(run: Run, numbers: np.ndarray) -> list[list[list[float]] | None]:
-    """Of each row: its weights and its mean scores at the steps of `run.traces`; None if it was not followed."""
-    if not run.traces:
-        return []
-    pairs = np.stack([np.stack([part[numbers] for part in pair]) for pair in run.traces.values()])
-    followed = ~np.isnan(pairs[:, 0]).any(0)
-    values = np.round(pairs.transpose(2, 1, 0), 4).tolist()
-    return [value if known else None for value, known in zip(values, followed.tolist(), strict=True)]
 
 
 def categories_of(run: Run) -> list[Category]:
@@ -117,37 +109,30 @@ def categories_of(run: Run) -> list[Category]:
         names = [n for n in names if n == group or 2 <= len(first[n].unique()) <= min(CATEGORIES, first.num_rows // 2)]
         names.sort(key=lambda name: (name != group, name != "source"))
         found = [_category(name, file.read([name])[name], run.weights) for name in names[:CATEGORY_COLUMNS]]
-    return [category for category in found if len(category.values) > 1]
+    return [category for category in found if len(category.shares) > 1]
 
 
 def _may_be_categorical(field: pa.Field) -> bool:
-    kind = field.type
-    plain = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
-    plain = plain or pa.types.is_boolean(kind) or pa.types.is_integer(kind)
-    return plain and field.name not in (*OWN_COLUMNS, "prompt", "completion", "text", *CONVERSATIONS)
+    kinds = ("is_string", "is_large_string", "is_dictionary", "is_boolean", "is_integer")
+    plain = any(getattr(pa.types, kind)(field.type) for kind in kinds)
+    return plain and field.name not in (*OWN_COLUMNS, "prompt", "completion", "text")
 
 
-def _category(name: str, values: pa.ChunkedArray, weights: np.ndarray) -> Category:
-    texts = [clean("(missing)" if value is None else value, 60) for value in values.to_pylist()]
-    kinds, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
-    live = ~np.isnan(weights)
-    counts = np.bincount(codes[live], minlength=len(kinds))
-    sums = np.bincount(codes[live], weights=weights[live], minlength=len(kinds))
-    order = np.argsort(-counts, kind="stable")
-    groups = [[kind] for kind in order[:SHOWN_CATEGORIES] if counts[kind]]
-    labels = [str(kinds[kind[0]]) for kind in groups]
-    others = [kind for kind in order[SHOWN_CATEGORIES:] if counts[kind]]
-    if others:
-        groups.append(others)
-        labels.append(f"({len(others)} others)")
-    rows = [int(counts[group].sum()) for group in groups]
-    mass = [float(sums[group].sum()) for group in groups]
-    total = sum(mass) or 1.0
-    return Category(
-        column=name,
-        values=labels,
-        rows=rows,
-        row_share=[count / sum(rows) for count in rows],
-        weight_share=[part / total for part in mass],
-        mean=[part / count for part, count in zip(mass, rows, strict=True)],
-    )
+def _category(column: str, values: pa.ChunkedArray, weights: np.ndarray) -> Category:
+    rows: Counter[str] = Counter()
+    mass: defaultdict[str, float] = defaultdict(float)
+    for value, weight in zip(values.to_pylist(), weights.tolist(), strict=True):
+        if not np.isnan(weight):
+            text = clean("(missing)" if value is None else value, 60)
+            rows[text] += 1
+            mass[text] += weight
+    kinds = [kind for kind, _ in rows.most_common()]
+    groups = {kind: [kind] for kind in kinds[:SHOWN_CATEGORIES]}
+    if len(kinds) > SHOWN_CATEGORIES:
+        groups[f"({len(kinds) - SHOWN_CATEGORIES} others)"] = kinds[SHOWN_CATEGORIES:]
+    whole = sum(mass.values()) or 1.0
+    shares = []
+    for label, members in groups.items():
+        count, weight = sum(rows[kind] for kind in members), sum(mass[kind] for kind in members)
+        shares.append(Share(label, count, count / rows.total(), weight / whole, weight / count))
+    return Category(column, shares)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from ..core.statistics import data_ranks
+from ..data.files import read_json
 from ..data.private import LEDGER, RECORD, find_private
 from ..data.private import WEIGHTED as WEIGHTED_FILE
 
@@ -32,8 +35,6 @@ class Run:
         history (`list[dict]`): the trainer's log.
         weights (`ndarray` float64 `[N]`, *optional*): of the training rows, mean one; NaN for rows not trained on.
         scores (`ndarray` float64 `[N]`, *optional*): NaN for rows without a score.
-        traces (`dict[int, tuple[ndarray, ndarray]]`): weights and mean scores, float64 `[N]`, by step, where they were
-            learned in training; NaN for rows that were not followed.
         rows_file (`Path`, *optional*): parquet file with the rows' texts, whose weights are those of this run.
         ledger (`list[dict]`): rounds of a self-refining run.
         missing (`list[str]`): sentences that say what the report lacks, and why.
@@ -45,7 +46,6 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     weights: np.ndarray | None = None
     scores: np.ndarray | None = None
-    traces: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     rows_file: Path | None = None
     ledger: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -55,10 +55,22 @@ class Run:
         """The folder's name."""
         return self.folder.resolve().name or "run"
 
+    def told(self, *names: str, otherwise: Any = None) -> Any:
+        """What the record says under a path of names; `otherwise` if it does not."""
+        found: Any = self.record
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        return otherwise if found is None else found
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the record holds."""
-        return self.record.get("settings", {})
+        return self.told("settings", otherwise={})
+
+    @property
+    def ranked(self) -> bool:
+        """True if weights were all that was asked for: nothing was trained."""
+        return self.told("kind") == "rank"
 
     @property
     def finished(self) -> bool:
@@ -74,20 +86,23 @@ class Run:
     def ranks(self) -> np.ndarray:
         """Rank of each row, int64 `[N]`: 0 is the highest weight, ties in row order."""
         assert self.weights is not None
-        order = np.argsort(-np.nan_to_num(self.weights, nan=-1.0), kind="stable")
-        ranks = np.empty(len(order), dtype=np.int64)
-        ranks[order] = np.arange(len(order))
-        return ranks
+        return data_ranks(self.weights)
 
     @property
     def learned(self) -> bool:
         """True if the weights were learned in this run (else they were given, or there are none)."""
-        return bool(self.record.get("weights", {}).get("learned", self.weights is not None))
+        return bool(self.told("weights", "learned", otherwise=self.weights is not None))
 
     @property
     def smoothed(self) -> bool:
         """True if a row's weight rests on what rows that look like it score, too."""
-        return self.record.get("weights", {}).get("smoothing") is not None
+        return self.told("weights", "smoothing") is not None
+
+    @cached_property
+    def trusted_scores(self) -> np.ndarray:
+        """Scores of the trusted rows that the pilot held back, float64 `[c]`."""
+        values = [entry.get("score") for entry in self.pilot.get("trusted", [])]
+        return np.array([value for value in values if isinstance(value, int | float)], dtype=float)
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of a quantity, by step."""
@@ -96,7 +111,7 @@ class Run:
 
     def validation_points(self, of: str | None = None) -> list[tuple[int, float]]:
         """Validation loss by step: of one set, or the weighted total."""
-        entries = self.record.get("validation", [])
+        entries = self.told("validation", otherwise=[])
         values = [(e["step"], e["total"] if of is None else e["sets"].get(of)) for e in entries]
         return [(step, float(value)) for step, value in values if value is not None]
 
@@ -117,8 +132,8 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
         hint = " It is a file: give the folder that holds it." if folder.is_file() else ""
         raise FileNotFoundError(f"There is no run folder {folder}.{hint} Give the `output_dir` of a run.")
     run = Run(folder)
-    run.record = _read(folder / RECORD / "run.json")
-    run.pilot = _read(folder / RECORD / "pilot.json")
+    run.record = read_json(folder / RECORD / "run.json")
+    run.pilot = read_json(folder / RECORD / "pilot.json")
     for part in (run.record, run.pilot):
         if part and part.get("format") != FORMAT:
             raise ValueError(
@@ -127,17 +142,16 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
             )
     files = _rows_files(run, rows_file)
     run.history = _history(run)
-    run.ledger = [entry for entry in _lines(find_private(folder, LEDGER)) if isinstance(entry, dict)]
+    run.ledger = _ledger(find_private(folder, LEDGER))
     run.weights = _weights(run, files)
     run.rows_file = next((path for path in files if mismatch(run, path) is None), None)
     run.scores = _scores(run)
-    run.traces = _traces(run)
     if not (run.record or run.pilot or run.history or run.ledger or run.weights is not None):
         raise ValueError(
             f"{folder} holds no run: no {RECORD}/run.json, no checkpoint, no {WEIGHTED_FILE}, no ledger.jsonl. Give "
-            "the `output_dir` of `trl-bilevel sft` or `refine`, or of one of their trainers."
+            "the `output_dir` of `trl-bilevel sft`, `refine` or `rank`, or of one of their trainers."
         )
-    _note_missing(run, files)
+    run.missing = list(_missing(run, files))
     return run
 
 
@@ -146,8 +160,9 @@ def mismatch(run: Run, path: Path) -> str | None:
 
     Its weights tell: a folder that was used before may hold the rows of an earlier run, and as many of them.
     """
-    count = _row_count(path)
-    if count is None:
+    try:
+        count = pq.read_metadata(path).num_rows
+    except (OSError, ValueError):
         return "cannot be read"
     if run.weights is None:
         return "is not of this run, of which no weights are known"
@@ -186,8 +201,8 @@ def _rows_files(run: Run, given: str | Path | None) -> list[Path]:
                 "`datasets.load_dataset('json', data_files=FILE, split='train').to_parquet(...)`."
             )
         return [path]
-    noted = run.record.get("rows_file")
-    paths = [find_private(run.folder, WEIGHTED_FILE), *([Path(noted)] if noted else [])]
+    noted = run.told("rows_file")
+    paths = [find_private(run.folder, WEIGHTED_FILE), *([run.folder / noted] if noted else [])]
     return [path for path in paths if path.suffix == ".parquet" and path.is_file()]
 
 
@@ -199,23 +214,20 @@ def _history(run: Run) -> list[dict[str, Any]]:
     found = [run.record.get("log_history") or []]
     for path in [] if run.record or run.pilot else run.folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
-            found.append(_read(path / TRAINER_STATE).get("log_history") or [])
+            found.append(read_json(path / TRAINER_STATE).get("log_history") or [])
     entries = [[e for e in log if isinstance(e, dict) and isinstance(e.get("step"), int)] for log in found]
     return max(entries, key=lambda log: max((e["step"] for e in log), default=-1))
 
 
 def _weights(run: Run, files: list[Path]) -> np.ndarray | None:
     """Those of the record. The first file of rows speaks for a run without a record, or one that was given them."""
-    told = run.record.get("weights", {})
+    told = run.told("weights", otherwise={})
     if told and not (told.get("learned") or told.get("given")):
         return None
-    own = _numbers(run.folder / RECORD / "weights.parquet", WEIGHT)
-    if own is not None and len(own):
-        return own
-    if told.get("learned") or (run.pilot and not run.record):
-        return None
-    found = [values for values in (_numbers(path, WEIGHT) for path in files) if values is not None and len(values)]
-    return found[0] if found else None
+    own = run.folder / RECORD / "weights.parquet"
+    others = [] if told.get("learned") or (run.pilot and not run.record) else files
+    found = (_numbers(path, WEIGHT) for path in [own, *others])
+    return next((values for values in found if values is not None and len(values)), None)
 
 
 def _scores(run: Run) -> np.ndarray | None:
@@ -234,88 +246,43 @@ def _scores(run: Run) -> np.ndarray | None:
     return scores
 
 
-def _traces(run: Run) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    path = run.folder / RECORD / "traces.parquet"
-    ids = _numbers(path, "sample_id")
-    if ids is None or run.weights is None:
-        return {}
-    places = ids.astype(np.int64)
-    if len(places) == 0 or places.max() >= len(run.weights):
-        return {}
-    with pq.ParquetFile(path) as file:
-        steps = [int(name.split(" ")[1]) for name in file.schema_arrow.names if re.fullmatch(r"weight \d+", name)]
-    found = {}
-    for step in sorted(steps):
-        columns = [_numbers(path, f"{name} {step}") for name in ("weight", "score")]
-        pair = [np.full(len(run.weights), np.nan) for _ in columns]
-        for target, values in zip(pair, columns, strict=True):
-            if values is not None:
-                target[places] = values
-        found[step] = (pair[0], pair[1])
-    return found
-
-
-def _numbers(path: Path | None, column: str) -> np.ndarray | None:
-    """A column of a parquet file as float64, NaN where missing; None if it cannot be read."""
-    if path is None or not path.is_file():
-        return None
+def _numbers(path: Path, column: str) -> np.ndarray | None:
+    """A column of a parquet file as float64, NaN where missing; None if it is not there or cannot be read."""
     try:
         with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                return None
             return file.read([column])[column].to_numpy().astype(np.float64)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def _row_count(path: Path) -> int | None:
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.metadata.num_rows
-    except (OSError, ValueError):
-        return None
-
-
-def _note_missing(run: Run, files: list[Path]) -> None:
+def _missing(run: Run, files: list[Path]) -> Iterator[str]:
+    """Sentences that say what a report of the run lacks, and why."""
     if not run.record:
-        run.missing.append(
+        yield (
             "This run has no record (it was made by an older version or another trainer, or stopped before its first "
             "checkpoint): settings, scores, validation losses and times are not known."
         )
-    if run.record.get("weights", {}).get("learned") and run.weights is None:
-        run.missing.append(f"The weights that this run learned are not in this folder ({RECORD}/weights.parquet).")
+    if run.told("weights", "learned") and run.weights is None:
+        yield f"The weights that this run learned are not in this folder ({RECORD}/weights.parquet)."
     for path in files:
         wrong = mismatch(run, path)
         if wrong is not None:
-            run.missing.append(f"{path.name} {wrong}. Its rows are left out.")
+            yield f"{path.name} {wrong}. Its rows are left out."
     if run.weights is not None and run.rows_file is None:
-        noted = Path(run.record.get("rows_file") or WEIGHTED_FILE)
+        noted = Path(run.told("rows_file", otherwise=WEIGHTED_FILE))
         if noted.suffix != ".parquet":
-            run.missing.append(
-                f"The rows of this run are in {noted.name}, and a report reads .parquet files: it lacks their texts."
-            )
+            yield f"The rows of this run are in {noted.name}, and a report reads .parquet files: it lacks their texts."
         elif not files:
-            run.missing.append(
+            yield (
                 f"The texts of the rows are not in this folder: there is no {WEIGHTED_FILE}. "
                 "`trl-bilevel report RUN_DIR --rows FILE.parquet` reads them from elsewhere."
             )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return
-    for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
-            continue
+def _ledger(path: Path) -> list[dict[str, Any]]:
+    """The lines that can be read: of a run that was killed, the last may be cut off."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]

@@ -12,23 +12,20 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
+
+from ..data.files import atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+STYLE = Path(__file__).parent / "templates" / "chart.mplstyle"
 ROLES = ("ink", "muted", "grid", "surface", "main", "other", "trusted", "warn")
 _PLACEHOLDERS = {role: f"#0102{16 + n:02x}" for n, role in enumerate(ROLES)}
-_PAPER = dict(
-    zip(
-        ROLES,
-        ("#1b1f24", "#59636e", "#dfe3e8", "#ffffff", "#2a5db0", "#6e7781", "#1a7f4e", "#b35900"),
-        strict=True,
-    )
-)
+_INKS = ("#1b1f24", "#59636e", "#dfe3e8", "#ffffff", "#2a5db0", "#6e7781", "#1a7f4e", "#b35900")
+_PAPER = dict(zip(ROLES, _INKS, strict=True))
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 # Inches: small, so that the text stays readable where the chart is as narrow as a telephone.
@@ -47,13 +44,9 @@ def render(draw: Draw, name: str, label: str, size: tuple[float, float] = SIZE) 
         name: unique within the page.
         label: what the chart shows, in words, for those who do not see it.
     """
-    import matplotlib
-
     buffer = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": None}
-    with matplotlib.rc_context({k: v for k, v in settings.items() if k in matplotlib.rcParams}):
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        _figure(draw, _PLACEHOLDERS, size).savefig(buffer, format="svg", metadata=metadata)
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    _save(draw, _PLACEHOLDERS, size, buffer, name, format="svg", metadata=metadata)
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     root = ET.fromstring(buffer.getvalue())
@@ -63,51 +56,35 @@ def render(draw: Draw, name: str, label: str, size: tuple[float, float] = SIZE) 
                 parent.remove(child)
     for element in root.iter():
         _restyle(element)
-    for size_name in ("width", "height"):
-        root.attrib.pop(size_name, None)
+    for attribute in ("width", "height"):
+        root.attrib.pop(attribute, None)
     root.attrib.update({"class": "chart", "role": "img", "aria-label": label, "focusable": "false"})
     return Markup(ET.tostring(root, encoding="unicode"))
 
 
 def save_png(draw: Draw, path: Path, size: tuple[float, float] = SIZE) -> None:
     """The same chart for paper: white ground, 200 dots per inch."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    _figure(draw, _PAPER, size).savefig(temporary, format="png", dpi=200, facecolor="white")
-    temporary.replace(path)
+    atomically(path, lambda file: _save(draw, _PAPER, size, file, format="png", dpi=200, facecolor="white"))
 
 
-def _figure(draw: Draw, colours: Colours, size: tuple[float, float]) -> Figure:
+def _save(draw: Draw, colours: Colours, size: tuple[float, float], target: Any, salt: str = "", **how: Any) -> None:
+    """Draw a chart and write it; the look is the same whatever the user has set."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings = {
-        "font.size": 9.0,
-        "axes.edgecolor": colours["grid"],
-        "axes.labelcolor": colours["muted"],
-        "xtick.color": colours["grid"],
-        "ytick.color": colours["grid"],
-        "xtick.labelcolor": colours["muted"],
-        "ytick.labelcolor": colours["muted"],
-        "text.color": colours["ink"],
-        "axes.facecolor": "none",
-        "grid.color": colours["grid"],
-        "grid.linewidth": 0.7,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "text.parse_math": False,
-        "legend.frameon": False,
-        "legend.labelcolor": colours["ink"],
-        "lines.linewidth": 1.8,
+    roles = {
+        "grid": ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"),
+        "muted": ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"),
+        "ink": ("text.color", "legend.labelcolor"),
     }
-    with rc_context(settings):
+    look = {name: colours[role] for role, names in roles.items() for name in names}
+    with rc_context(look | {"svg.hashsalt": salt}, fname=str(STYLE)):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         axes.grid(axis="y")
         draw(axes, colours)
-        figure.draw_without_rendering()
-    return figure
+        figure.savefig(target, **how)
 
 
 def _restyle(element: ET.Element) -> None:
@@ -138,17 +115,3 @@ def _restyle(element: ET.Element) -> None:
             classes.append(f"{key}-{role}")
     if classes:
         element.set("class", " ".join(classes))
-
-
-def data_table(caption: str, header: list[str], rows: list[list[str]]) -> Markup:
-    """The numbers of a chart as a table."""
-    head = Markup("").join(Markup('<th scope="col">{}</th>').format(cell) for cell in header)
-    body = Markup("").join(
-        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
-            row[0], Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row[1:])
-        )
-        for row in rows
-    )
-    return Markup("<table><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(
-        escape(caption), head, body
-    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from markupsafe import Markup
+
+from ..data.files import finite
 
 # Characters that change how the text around them is shown, or show nothing: written out, so that a reader sees them.
 _HIDDEN = re.compile(
@@ -18,8 +18,6 @@ _HIDDEN = re.compile(
 )
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _SCRIPT = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
-# Columns that hold text of a row, in the order of preference.
-CONVERSATIONS = ("messages", "conversations")
 
 
 def clean(text: Any, limit: int | None = None) -> str:
@@ -40,57 +38,18 @@ def script_json(value: Any) -> Markup:
     """
     from markupsafe import Markup
 
-    plain = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    plain = json.dumps(finite(value, clean), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(plain.translate(_SCRIPT))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        # Four digits are more than a reader compares, and half the file.
-        return float(f"{float(value):.5g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {clean(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return clean(value)
+def signed(value: float, digits: int = 4) -> str:
+    """A difference with its sign; the minus is one."""
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def content(part: Any) -> str:
-    """A prompt or completion as text: text, or messages, whose contents may come in parts."""
-    if part is None:
-        return ""
-    if isinstance(part, Mapping):
-        inner = part.get("content", part.get("value", part.get("text")))
-        return content(inner) if inner is not None else ""
-    if isinstance(part, list | tuple):
-        return "\n".join(text for text in map(content, part) if text)
-    return str(part)
-
-
-def turns(messages: list[Any]) -> str:
-    """Messages as text, each with its role; of a single one the content alone."""
-    if len(messages) == 1:
-        return content(messages[0])
-    return "\n".join(f"{m.get('role', m.get('from', '?'))}: {content(m)}" for m in messages if isinstance(m, Mapping))
-
-
-def question_and_answer(row: Mapping[str, Any], text_field: str = "text") -> tuple[str, str]:
-    """What a training row asks and what it answers; either may be empty."""
-    for name in CONVERSATIONS:
-        messages = row.get(name)
-        if isinstance(messages, list) and messages:
-            return turns(messages[:-1]) if len(messages) > 1 else "", content(messages[-1])
-    if "completion" in row:
-        prompt = row.get("prompt")
-        asked = turns(prompt) if isinstance(prompt, list) else content(prompt)
-        return asked, content(row["completion"])
-    if text_field in row:
-        return "", content(row[text_field])
-    texts = {name: value for name, value in row.items() if isinstance(value, str)}
-    if texts:
-        return "", "\n".join(f"{name}: {value}" for name, value in texts.items())
-    return "", "(no text in this row)"
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

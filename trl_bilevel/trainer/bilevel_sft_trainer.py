@@ -1,53 +1,49 @@
-"""[`BilevelSFTTrainer`]: TRL's SFT trainer with a learned loss weight per training row."""
+"""[`BilevelSFTTrainer`]: TRL's SFT trainer on rows that are weighted by what they do for a trusted set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from ..core.scores import row_losses
 from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
 from ..data.export import weighted_dataset
-from ..data.identity import (
-    SAMPLE_ID,
-    SAMPLE_LENGTHS,
-    SEGMENTS,
-    SampleIdCollator,
-    fingerprint,
-    sample_ids,
-)
-from ..data.sampling import WeightedSampler, content_order
-from ..data.streams import weighted_stream
-from ..estimators.base import Estimator
-from . import checks, setup
-from .amortise import check_states, predict_weights, stream_predictor
-from .checkpoints import resume_point
-from .errors import NonFiniteScoreError, row_list
-from .estimator import make_estimator
-from .host import TrainerHost
-from .pilot import make_pilot
-from .quantization import disable_bf16_repacking
-from .record import RecordCallback, add_selection_to_card
-from .selection import STATE_FILE, SUMMARY_FILE, Selection
-from .trackers import track_weights
-from .window import ROW_FACTOR, StepWindow
+from ..data.identity import SAMPLE_ID, SAMPLE_LENGTHS, SEGMENTS, SampleIdCollator
+from ..data.rows import Rows
+from ..data.sampling import WeightedSampler, content_hash
+from ..data.tokens import Tokeniser
+from ..data.trusted import TrustedSets
+from ..weights.choose import check_sizes, choose
+from ..weights.errors import NonFiniteScoreError, row_list
+from ..weights.language_model import LanguageModel
+from ..weights.quantization import keep_4bit_weights
+from ..weights.settings import WeightSettings
+from ..weights.state import TrainingWeights
+from ..weights.store import Store
+from . import checks, preparation
+from .bilevel_sft_config import BilevelSFTConfig
+from .checkpoints import WEIGHT_FILES, resume_point
+from .record import RecordCallback, RunFacts, add_selection_to_card
+from .trackers import WeightTracking, extreme_rows
+from .weighted_loss import ROW_FACTOR, StepFacts, TrustedPart, WeightedObjective, WeightedStep
 
 
 class BilevelSFTTrainer(SFTTrainer):
     """
     Trainer for supervised fine-tuning on data of mixed quality, guided by a small trusted validation set.
 
-    Learns a loss weight per training row (or per group of rows) such that the model trained on the weighted rows has
-    the least validation loss (bilevel data selection, https://huggingface.co/papers/2511.21056), and trains the model
-    on `lambda * L_val + (1 - lambda) * L_train`, where `L_train` is TRL's mean loss per token with the loss of
-    row `i` multiplied by its weight `w_i` (or row `i` visited `w_i` times as often).
+    Before the first step it learns a weight per training row (or per group of rows), as `learn_weights` does, such
+    that the model trained on the weighted rows has the least validation loss (bilevel data selection,
+    https://huggingface.co/papers/2511.21056). Then it is `SFTTrainer` with a sampler that draws rows by their weights,
+    or with weighted losses (`selector_weighting`).
 
     Example:
 
@@ -69,21 +65,23 @@ class BilevelSFTTrainer(SFTTrainer):
             As for [`~trl.SFTTrainer`]; all of its arguments are taken. `eval_dataset` only reports: it never touches
             the weights.
         args ([`BilevelSFTConfig`], *optional*):
-            Configuration. A plain [`~trl.SFTConfig`] is taken too, with the defaults of the upper level.
+            Configuration. A plain [`~trl.SFTConfig`] is taken too, with the defaults for choosing.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows of mixed quality, in any text format that [`~trl.SFTTrainer`] takes. Weights are learned for its rows;
-            with `weight_estimator="none"` a column `data_weight` (as `weighted_dataset` writes it) gives fixed ones.
-            A stream's rows are told apart by a key (`selector_key_column`) or belong to groups; see docs/scale.md.
+            Rows of mixed quality, in any text format that [`~trl.SFTTrainer`] takes. With `weight_estimator="none"` a
+            column `data_weight` (as `learn_weights` and `weighted_dataset` write it) gives the weights. Weights of a
+            stream are chosen on its first rows, and predicted as further ones come (docs/scale.md).
         validation_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
             Trusted rows that say what good means, in the same formats; several sets make several objectives
             (`args.validation_weights`). Needed unless `weight_estimator="none"` and `validation_loss_weight=0`.
 
     Raises:
         ValueError, TypeError: for input that cannot work; the message names the argument, the value and the remedy.
+        ImportError: if the installed TRL lacks what the settings need.
 
-    Differs from [`~trl.SFTTrainer`] in that the rows' numbers travel to the loss, validation rows join each training
-    batch, every row's log-probabilities are multiplied by its weight before TRL sums them, and the selector is saved
-    with the model. With `weight_estimator="none"` and `validation_loss_weight=0` it *is* `SFTTrainer`.
+    Differs from [`~trl.SFTTrainer`] in that rows keep their numbers, weights are chosen before the first step and
+    saved with every checkpoint, and rows are drawn by them. Where weights multiply losses or the model is trained on
+    trusted rows, every row's log-probabilities are multiplied before TRL sums them. With `weight_estimator="none"`,
+    `validation_loss_weight=0` and no weights given it *is* `SFTTrainer`.
     """
 
     _tag_names = ["trl", "sft", "trl-bilevel", "bilevel-sft"]
@@ -104,60 +102,43 @@ class BilevelSFTTrainer(SFTTrainer):
         validation_dataset: Dataset | Mapping[str, Dataset] | None = None,
         **sft_arguments: Any,
     ):
-        args = setup.resolve_config(args, model)
-        train_dataset, fixed_weights = checks.take_weights(args, train_dataset)
-        formatted = sft_arguments.get("formatting_func") is not None
-        validation = checks.check_datasets(args, train_dataset, validation_dataset, formatted)
-        assert train_dataset is not None
-        self.streams = isinstance(train_dataset, IterableDataset)
-        # Of a stream: rows of its sample, which is read after preparation.
-        self.row_count = 0 if isinstance(train_dataset, IterableDataset) else len(train_dataset)
+        args = _resolved(args, model)
+        formatting = sft_arguments.get("formatting_func")
+        self.data = preparation.TrainingData.of(args, train_dataset, validation_dataset, formatting is not None)
+        # How weights act: computed once, see `preparation.Mode`.
+        self.mode = self.data.mode(args)
         self._unpacked: Dataset | None = None
-        self._caller_rows = train_dataset
-        # Plain SFT needs no row numbers, and must not stumble over them (packing and padding-free merge rows).
-        self.weighs = args.weight_estimator != "none" or fixed_weights is not None
-        self._tracks_rows = self.weighs or args.validation_loss_weight > 0
-        self._numbered = setup.with_ids(args, train_dataset) if self._tracks_rows else train_dataset
-        if self.streams and self._tracks_rows:
-            checks.check_stream(args)
+        self._step: WeightedStep | None = None
+        self._objective: WeightedObjective | None = None
+        if self.mode.tracks_rows:
+            checks.check_contract(SFTTrainer, self.mode.weighs_losses, self.mode.resamples)
         super().__init__(
             model,
             args,
             data_collator,
-            self._numbered,
-            setup.without_numbers(eval_dataset) if self._tracks_rows else eval_dataset,
+            self.data.numbered,
+            preparation.without_numbers(eval_dataset) if self.mode.tracks_rows else eval_dataset,
             processing_class,
             **sft_arguments,
         )
-        table = setup.read_sample(self) if self.streams else None
-        checks.check_supported(self)
-        disable_bf16_repacking(self.model)
-        self.row_collator = SampleIdCollator(setup.padding_collator(self))
-        if self._tracks_rows:
+        self.rows: Rows | None = None
+        self.trusted: TrustedSets | None = None
+        self.weights: TrainingWeights | None = None
+        if self.mode.tracks_rows:
+            self._check(args)
+            keep_4bit_weights(self.model)
+            self.rows = self._rows()
+            self.trusted = self._trusted(formatting)
+            if self.mode.weighs:
+                self.weights = preparation.make_weights(args, self.data, self.rows, self._reader())
             self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
-            if not (self.args.packing or self.streams):
-                self.train_dataset = setup.with_scored_tokens(self.train_dataset)
-        kept = setup.kept_rows(self)
-        self.selection = Selection(
-            args,
-            kept,
-            groups=setup.make_row_groups(args, train_dataset),
-            fingerprint=setup.train_fingerprint(self),
-            validation_fingerprint=" ".join(f"{name} {fingerprint(rows)}" for name, rows in validation.items()),
-            device=args.device,
-            table=table,
-        )
-        if fixed_weights is not None:
-            checks.check_kept_weights(fixed_weights, kept)
-            self.selection.set_weights(fixed_weights)
-        formatting = sft_arguments.get("formatting_func")
-        self.validation, self.pulling = setup.prepare_validation(self, validation, formatting)
-        self.estimator: Estimator | None = None
-        self._order: Tensor | None = None
-        self._window: StepWindow | None = None
-        self.add_callback(RecordCallback(self))
-        self.add_callback(setup.StartCallback(self))
-        track_weights(self)
+        self.record = RecordCallback(self._facts, self._losses_of, self.eval_dataset)
+        self.add_callback(self.record)
+        if self.weights is not None and self.rows is not None:
+            rows, weights = self.rows, self.weights
+            count = 0 if self.data.streams else args.tracked_rows
+            shown = partial(extreme_rows, rows, weights, count, self._tokenizer.decode)
+            self.add_callback(WeightTracking(args.report_to, weights, shown, self.callback_handler.callbacks))
 
     # What a user asks for
 
@@ -170,38 +151,49 @@ class BilevelSFTTrainer(SFTTrainer):
         Raises:
             ValueError: for a stream, whose rows have no number.
         """
-        if self.streams:
+        if self.data.streams:
             raise ValueError(
                 "The rows of a stream have no number, so there is no list of weights. Use `weighted_dataset()`, a "
                 "stream of the rows with their weights."
             )
-        return self.selection.all_weights()
+        if self.weights is None:
+            return torch.ones(len(self.data.rows))
+        self.weights.metrics()
+        return self.weights.values.clone()
 
-    def weighted_dataset(self, top_k: int | None = None) -> Dataset | IterableDataset:
+    def weighted_dataset(self, top_k: int | None = None) -> Any:
         """The caller's rows with `sample_id`, `data_weight` and `data_rank` (0 is the highest weight).
 
-        Of a stream: a stream with `sample_id` and `data_weight`, NaN for rows (or groups) not seen in training.
+        Of a stream: a stream with `data_weight`, computed as it is read.
 
         Args:
             top_k (`int`, *optional*): only the rows of the `top_k` highest weights, in the caller's order.
         """
-        if isinstance(self._caller_rows, IterableDataset):
-            if top_k is not None:
-                raise ValueError(f"`top_k={top_k}` needs rows that can be ranked, and `train_dataset` is a stream.")
-            args = self.args
-            column = setup.key_column(args)
-            return weighted_stream(self._caller_rows, column, args.selector_table_size, self.selection.seen_weights)
-        return weighted_dataset(self._caller_rows, self.sample_weights(), top_k)
+        if not self.data.streams:
+            return weighted_dataset(self.data.rows, self.sample_weights(), top_k)
+        if top_k is not None:
+            raise ValueError(f"`top_k={top_k}` needs rows that can be ranked, and `train_dataset` is a stream.")
+        if self.weights is None or self.rows is None:
+            return self.data.rows
+        args, formatting = self.args, self._formatting_func
+        read = Tokeniser(
+            self._tokenizer,
+            args.max_length,
+            args.dataset_text_field,
+            self.completion_only_loss,
+            args.assistant_only_loss,
+        )
+        return self.weights.weighted(self.data.rows, lambda row: read.row(row, formatting), self.rows.collate)
 
     def validation_loss(self) -> dict[str, float]:
         """Loss of each validation set (mean over rows of the mean per token, in nats), and their weighted `"total"`.
 
         Independent of batch size and number of processes: every process computes all rows.
         """
-        if self.validation is None:
+        if self.trusted is None:
             raise ValueError("There is no validation loss: the trainer has no `validation_dataset`.")
-        losses = {name: float(self.row_losses(rows).mean()) for name, rows in self.validation.datasets.items()}
-        return losses | {"total": sum(self.validation.weights[name] * loss for name, loss in losses.items())}
+        losses = {name: float(self._losses_of(rows).mean()) for name, rows in self.trusted.sets.items()}
+        return losses | {"total": sum(self.trusted.weights[name] * loss for name, loss in losses.items())}
 
     def row_losses(self, dataset: Dataset) -> Tensor:
         """Mean loss per token of every row of a dataset under the present model, float32 `[rows]` on the CPU, in nats.
@@ -209,22 +201,20 @@ class BilevelSFTTrainer(SFTTrainer):
         Args:
             dataset (`Dataset`): in any format the trainer takes; rows that preparation drops give no entry.
         """
-        return setup.evaluate_rows(self, dataset)
+        if "labels" not in dataset.column_names:
+            numbered = preparation.without_numbers(dataset).add_column(SAMPLE_ID, np.arange(len(dataset)))
+            # TRL's own: ours would take the numbers away. Preparation may shuffle.
+            dataset = SFTTrainer._prepare_dataset(
+                self, numbered, self.processing_class, self.args, False, self._formatting_func, "scored"
+            ).sort(SAMPLE_ID)
+        return self._losses_of(preparation.readable_rows(self.args, dataset, self._padded(), len(dataset)))
 
     # Rows
 
     @property
-    def rows(self) -> Dataset:
-        """The prepared training rows, one by one; of a stream, its sample.
-
-        `train_dataset` holds them packed with `packing=True`.
-        """
-        return self.train_dataset if self._unpacked is None else self._unpacked
-
-    @property
     def merges_rows(self) -> bool:
         """True if a row of a training batch may hold several rows (packing, padding-free)."""
-        return self.args.packing or self.padding_free
+        return bool(self.args.packing or self.padding_free)
 
     def _prepare_dataset(
         self,
@@ -236,10 +226,10 @@ class BilevelSFTTrainer(SFTTrainer):
         dataset_name: str,
     ) -> Any:
         """The parent's preparation; packed training rows keep their numbers, other sets come without."""
-        numbered = dataset is self._numbered
-        if not (self._tracks_rows and packing and numbered):
-            if self._tracks_rows and not numbered:
-                dataset = setup.without_numbers(dataset)
+        numbered = dataset is self.data.numbered
+        if not (self.mode.tracks_rows and packing and numbered):
+            if self.mode.tracks_rows and not numbered:
+                dataset = preparation.without_numbers(dataset)
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
         def prepare(settings: SFTConfig) -> Dataset:
@@ -247,180 +237,271 @@ class BilevelSFTTrainer(SFTTrainer):
                 dataset, processing_class, settings, False, formatting_func, dataset_name
             )
 
-        self._unpacked, packed = setup.prepare_packed(args, prepare)
+        self._unpacked, packed = preparation.prepare_packed(args, prepare)
         return packed
 
-    def row_order(self) -> Tensor:
-        """Positions in `rows`, in an order given by the rows' content, int64 `[rows kept]`."""
-        if self._order is None:
-            self._order = content_order(self.rows, self.args.seed)
-        return self._order
+    def _padded(self) -> SampleIdCollator:
+        """A collator that gives each row a batch row."""
+        return preparation.padding_collator(self.data_collator, self.padding_free)
 
-    def collate_rows(self, rows: list[int]) -> dict[str, Any]:
-        """Some of `rows`, by position, as a padded batch on the device."""
-        columns = setup.row_columns(self.args, self.rows)
-        batch = self.row_collator([{k: v for k, v in self.rows[row].items() if k in columns} for row in rows])
-        return self._prepare_inputs(batch)
+    def _rows(self) -> Rows:
+        """The prepared training rows, one by one; of a stream, those read to choose by."""
+        args, processes = self.args, self.accelerator.num_processes
+        if self.data.streams or not args.packing:
+            self.train_dataset = preparation.with_scored_tokens(self.train_dataset)
+        if self.data.streams:
+            rows, self.data.groups = preparation.stream_sample(
+                args, self.train_dataset, self._padded(), args.train_batch_size * processes, self.data.groups
+            )
+            return rows
+        prepared = self.train_dataset if self._unpacked is None else self._unpacked
+        checks.check_rows(
+            args,
+            prepared,
+            self.model,
+            merges=self.merges_rows,
+            trained_on=len(self.train_dataset),
+            processes=processes,
+        )
+        return preparation.told_of_dropped(
+            preparation.readable_rows(args, prepared, self._padded(), len(self.data.rows))
+        )
 
-    # The training step
+    def _trusted(self, formatting: Any) -> TrustedSets | None:
+        """The trusted rows, prepared as the training rows are."""
+        assert self.rows is not None
+        args = self.args
 
-    @property
-    def selects(self) -> bool:
-        """True if weights are learned (`weighs` is true for fixed ones, too)."""
-        return self.args.weight_estimator != "none"
+        def prepare(rows: Dataset, name: str) -> Dataset:
+            if self._skip_prepare_dataset:
+                return rows
+            return self._prepare_dataset(rows, self.processing_class, args, False, formatting, f"validation {name}")
 
-    @property
-    def resamples(self) -> bool:
-        """True if weights act through how often a row is visited."""
-        return self.weighs and self.args.selector_weighting == "resample" and not self.streams
+        completions = self.completion_only_loss and not args.assistant_only_loss
+        trusted = preparation.prepared_trusted(args, self.data, self.rows, prepare, completions, self._padded())
+        if trusted is not None and self.mode.learns and not args.published:
+            check_sizes(self.rows, trusted)
+        return trusted
 
-    @property
-    def predicts(self) -> bool:
-        """True if weights are predicted as rows come: those of a stream, by the pilot on its sample."""
-        calibrated = self.selects and self.args.selector_update == "calibrated"
-        return self.streams and calibrated and self.args.selector_granularity == "sample"
+    def _check(self, args: BilevelSFTConfig) -> None:
+        processes = self.accelerator.num_processes
+        checks.check_settings(args, self.data.streams, self.compute_loss_func, processes)
+        checks.check_model(
+            args,
+            self.model,
+            vision=self._is_vision_dataset or self._is_vlm,
+            mixed_precision=self.accelerator.mixed_precision,
+            parallelism=getattr(self.accelerator, "parallelism_config", None),
+            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+        )
+        if self.data.streams and self.mode.learns:
+            checks.check_stream_model(self.model, self.data.groups is not None)
 
-    @property
-    def trains_validation(self) -> bool:
-        """True if the model is trained on the validation rows."""
-        return self.validation is not None and self.args.validation_loss_weight > 0
+    # Weights
 
-    @property
-    def learns_online(self) -> bool:
-        """True if weights are learned from the scores of batches in training, not calibrated before it."""
-        return self.selects and self.args.selector_update != "calibrated"
+    def _reader(self) -> LanguageModel:
+        """The model as rows are read by it."""
+        return LanguageModel(self.model, self.args.bf16)
 
-    @property
-    def updates_online(self) -> bool:
-        """True if the coming step takes scores of its batch into the selector."""
-        freeze = self.args.selector_freeze_step
-        frozen = freeze is not None and self.state.global_step >= freeze
-        return self.learns_online and not frozen
-
-    def start_selection(self) -> None:
-        """When training starts, with the model in place: make the estimator, or run the pilot if it has not run."""
-        if not self.selects:
+    def choose_weights(self) -> None:
+        """Learn the weights, if they are not known yet; called by `train` before the first step."""
+        if self.weights is None or self.weights.known or self.rows is None or self.trusted is None:
             return
-        if self.args.selector_update == "calibrated":
-            if self.selection.calibrated:
-                return
-            check_states(self)
-            scores = make_pilot(self).run()
-            if self.predicts:
-                self.selection.fit_predictor(*scores, partial(stream_predictor, self))
-            else:
-                self.selection.calibrate(*scores, partial(predict_weights, self), self.args.pilot_smoothing)
-        elif self.estimator is None:
-            self.estimator = make_estimator(self.args, TrainerHost(self))
+        args, groups = self.args, self.data.groups
+        settings = WeightSettings(**{field.name: getattr(args, field.name) for field in fields(WeightSettings)})
+        key = {
+            "rows": content_hash(self.rows.dataset),
+            "trusted": {name: content_hash(rows.dataset) for name, rows in self.trusted.sets.items()},
+            "settings": asdict(settings) | {"seed": args.seed},
+        }
+        store = Store(self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None, key)
+        choice = choose(
+            self._reader(),
+            self.rows,
+            self.trusted,
+            settings,
+            seed=args.seed,
+            groups=None if groups is None else groups.of_row,
+            checkpointing=args.gradient_checkpointing,
+            store=store,
+            hidden_progress=args.disable_tqdm,
+            further=self.data.streams and groups is None,
+        )
+        self.weights.take(choice)
+        self.record.write_choice(choice, self._tokenizer.decode)
+        store.remove()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Choose weights, then the parent's `train`; `resume_from_checkpoint=True` takes the newest complete one."""
+        folder = resume_point(resume_from_checkpoint, self.args.output_dir, WEIGHT_FILES if self.mode.weighs else [])
+        self.record.begin(resumed=isinstance(folder, str))
+        if self.weights is not None and isinstance(folder, str):
+            self.weights.load(folder)
+        self.choose_weights()
+        self._objective = self._make_objective()
+        self.record.chosen()
+        return super().train(folder, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.resamples:
+        if self.weights is None or self.rows is None or not self.mode.resamples:
             return super()._get_train_sampler(train_dataset)
-        return self.weighted_sampler(lambda: int(self.state.epoch or 0))
-
-    def weighted_sampler(self, epoch: Callable[[], int]) -> WeightedSampler:
-        """Draws from `rows` in proportion to their weights; `epoch` numbers the passes."""
-        ids = sample_ids(self.rows)
+        rows, weights = self.rows, self.weights
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return WeightedSampler(self.row_order(), lambda: self.selection.weights(ids).cpu(), epoch, seed)
+        epoch = lambda: int(self.state.epoch or 0)  # noqa: E731 (a name of three words would say no more)
+        return WeightedSampler(rows.order(self.args.seed), lambda: weights.of(rows.ids), epoch, seed)
+
+    # Weighted losses, and trusted rows in the objective
+
+    def _make_objective(self) -> WeightedObjective | None:
+        """What makes a step's loss the weighted one; None where TRL's own is right."""
+        args, rows = self.args, self.rows
+        if not self.mode.weighs_losses or rows is None:
+            return None
+        weights, scale = (None, 1.0) if self.mode.resamples else (self.weights, 1.0)
+        if weights is not None and not self.data.streams:
+            packed = self.train_dataset if args.packing else None
+            scale = weights.loss_scale(preparation.scored_tokens(rows.dataset, packed, rows.count))
+        trusted = None
+        if self.trusted is not None and args.validation_loss_weight > 0:
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+            if args.packing:
+                per_step = round(per_step * len(rows) / len(self.train_dataset))
+            pad = next(i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0) if i is not None)
+            trusted = TrustedPart.of(
+                self.trusted, self.data_collator, args.validation_loss_weight, per_step, args.seed, pad
+            )
+        return WeightedObjective(
+            weights=weights,
+            scale=scale,
+            trusted=trusted,
+            moving=self.weights if args.published else None,
+            model=self._reader(),
+            total=lambda value: value if args.world_size == 1 else self.accelerator.reduce(value, reduction="sum"),
+            gather=lambda parts: parts if args.world_size == 1 else list(self.accelerator.gather(parts)),
+            rank=args.process_index,
+            count=args.world_size,
+        )
+
+    def _step_facts(self) -> StepFacts:
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return StepFacts(self.state.global_step, self.state.max_steps, self.args.gradient_accumulation_steps, rate)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The parent's micro-batches of an optimizer step; a window looks after them."""
+        """The parent's micro-batches of an optimizer step."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window = StepWindow(self, batches, num_items) if self.weighs or self.trains_validation else None
+        self._step = None
+        self._pending = (batches, num_items) if self._objective is not None else None
         return batches, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The parent's step on the micro-batch with its validation rows and factors; the last one moves weights."""
-        window = self._window
-        if window is None:
+        """The parent's step on the micro-batch, with its trusted rows and factors."""
+        if self._objective is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        inputs = window.next_inputs()
-        with window.watch():
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if window.complete:
-            window.finish()
+        if self._step is None:
+            # Not earlier: on a resumed run the random state is restored only after the batches have been drawn.
+            model.train()
+            batches = [self._prepare_inputs(batch) for batch in self._pending[0]]
+            self._step = self._objective.begin(batches, self._pending[1], self._step_facts())
+        step = self._step
+        loss = super().training_step(model, step.next_inputs, num_items_in_batch)
+        if step.complete:
+            self._finish(self._objective, step)
         return loss
+
+    def _finish(self, objective: WeightedObjective, step: WeightedStep) -> None:
+        if step.trusted_losses:
+            self._metrics["train"]["validation_loss"].append(torch.cat(step.trusted_losses).mean().item())
+        bad = objective.finish(step, self._step_facts())
+        if len(bad) == 0:
+            return
+        self._save_checkpoint(self.model, trial=None)
+        # The first process may still be writing.
+        self.accelerator.wait_for_everyone()
+        known = bad[bad >= 0]
+        rows = f"Training rows (sample_id) {row_list(known)}" if len(known) else "Trusted rows, or a stream's,"
+        step_number = self.state.global_step
+        raise NonFiniteScoreError(
+            f"{rows} have a NaN or infinite loss at step {step_number}. The state before this step is saved in "
+            f"{self.args.output_dir}/checkpoint-{step_number}. Look at these rows; or lower the learning rate, or use "
+            "bf16 instead of fp16."
+        )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The parent's loss, on log-probabilities that were multiplied by each row's factor."""
-        ids = inputs.pop(SAMPLE_ID, None)
-        segments = inputs.pop(SEGMENTS, None)
-        factor = inputs.pop(ROW_FACTOR, None)
-        if factor is None:
+        """The parent's loss; where rows have factors, on log-probabilities that were multiplied by them."""
+        ids, segments = inputs.pop(SAMPLE_ID, None), inputs.pop(SEGMENTS, None)
+        factor, step = inputs.pop(ROW_FACTOR, None), self._step
+        if factor is None or step is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        window = self._window
-        assert window is not None
 
         def weighted_model(**kwargs: Any) -> Any:
-            outputs = model(**kwargs)
-            window.attach(outputs.log_probs, outputs.label_mask)
-            places = None if segments is None else segments[:, 1:]
-            losses = row_losses(outputs.log_probs.detach(), outputs.label_mask, places, len(factor)).means()
-            rows = (factor * window.observe(ids, losses)).to(outputs.log_probs.dtype)
-            outputs.log_probs = outputs.log_probs * (rows.unsqueeze(-1) if places is None else rows[places])
-            return outputs
+            return step.weigh(model(**kwargs), ids, segments, factor)
 
         return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
-
-    def stop_on_non_finite(self, ids: Tensor) -> None:
-        """Save the state before this step, and raise `NonFiniteScoreError` naming the rows."""
-        self._save_checkpoint(self.model, trial=None)
-        # The first process may still be writing.
-        self.accelerator.wait_for_everyone()
-        step = self.state.global_step
-        rows = f"Training rows (sample_id) {row_list(ids)}" if len(ids) else "Validation rows"
-        raise NonFiniteScoreError(
-            f"{rows} have a NaN or infinite loss or score at step {step}. The "
-            f"state before this step is saved in {self.args.output_dir}/checkpoint-{step}. Look at these rows; or "
-            "lower the learning rate, or use bf16 in place of fp16."
-        )
 
     # Logs and files
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._tracks_rows and SAMPLE_ID not in self._signature_columns:
+        if self.mode.tracks_rows and SAMPLE_ID not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, SAMPLE_ID, SAMPLE_LENGTHS]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's log, with the selector's statistics while training; processes compare their weights."""
-        if self.weighs and self.model.training and "loss" in logs:
-            checks.check_agreement(self)
-            logs.update(self.selection.metrics())
+        """The parent's log, with statistics of the weights while training."""
+        if self.weights is not None and self.model.training and "loss" in logs:
+            logs.update(self.weights.metrics())
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The parent's `train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete."""
-        files = [STATE_FILE, SUMMARY_FILE] if self.weighs else []
-        return super().train(resume_point(resume_from_checkpoint, self.args.output_dir, files), *args, **kwargs)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's files, and the selector's state beside them; none that another run left there."""
+        """The parent's files, and the weights beside them; none that another run left there."""
         super().save_model(output_dir, _internal_call)
         if not self.args.should_save:
             return
-        folder = output_dir or self.args.output_dir
-        if self.weighs:
-            tensors = {} if self.estimator is None else self.estimator.tensors()
-            self.selection.save(folder, tensors)
-        else:
-            for name in (STATE_FILE, SUMMARY_FILE):
-                (Path(folder) / name).unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.weights is not None:
+            self.weights.save(folder)
+            return
+        for name in WEIGHT_FILES:
+            (folder / name).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's card, with a section on the selection: method, settings, data, results."""
+        """The parent's card, with a section on the choice of rows: method, settings, data, results."""
         super().create_model_card(*args, **kwargs)
-        add_selection_to_card(self)
+        if self.is_world_process_zero():
+            add_selection_to_card(Path(self.args.output_dir), self.record.facts())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        dtypes = setup.trainable_dtypes(self.model)
+        dtypes = preparation.trainable_dtypes(self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        setup.restore_dtypes(self.model, dtypes)
-        if self.weighs:
-            tensors = self.selection.load(resume_from_checkpoint)
-            if tensors:
-                self.estimator = make_estimator(self.args, TrainerHost(self))
-                self.estimator.load_tensors(tensors)
+        preparation.restore_dtypes(self.model, dtypes)
+
+    def _losses_of(self, rows: Rows) -> Tensor:
+        """Mean losses of prepared rows under the present model, float32 `[rows]` on the CPU."""
+        return self._reader().mean_losses(rows, self.args.per_device_eval_batch_size)
+
+    def _facts(self) -> RunFacts:
+        """What the record of this run is made of."""
+        return RunFacts(
+            kind="sft",
+            args=self.args,
+            state=self.state,
+            model=self.model,
+            weights=self.weights,
+            trusted=self.trusted,
+            learned=self.mode.learns,
+            resampled=self.mode.resamples,
+            rows=len(self.data.rows) if not self.data.streams else (0 if self.rows is None else self.rows.count),
+            streamed=self.data.streams,
+        )
+
+
+def _resolved(args: SFTConfig | None, model: Any) -> BilevelSFTConfig:
+    """A `BilevelSFTConfig` from what the user gave, as TRL's trainers do it."""
+    if isinstance(args, BilevelSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return BilevelSFTConfig(f"{name.split('/')[-1]}-Bilevel-SFT")
+    # Field by field: `to_dict` hides every token, `eos_token` and `pad_token` among them.
+    return BilevelSFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})

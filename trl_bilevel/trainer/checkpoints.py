@@ -11,10 +11,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..weights.result import FACTS_FILE, WEIGHTS_FILE
+
 logger = logging.getLogger(__name__)
 
 # Transformers writes it last, and deletes older checkpoints only after it.
 LAST_FILE = "trainer_state.json"
+WEIGHT_FILES = [WEIGHTS_FILE, FACTS_FILE]
 
 
 def resume_point(resume: str | bool | None, output_dir: str, required: Sequence[str]) -> str | bool | None:

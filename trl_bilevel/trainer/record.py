@@ -5,19 +5,16 @@ The folder's name starts with an underscore, so that `push_to_hub` leaves it out
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -27,27 +24,22 @@ from trl import GRPOConfig, SFTConfig
 from .._version import __version__
 from ..core.statistics import evenly_spaced
 from ..data.cards import selection_section
-from ..data.export import data_ranks
-from ..data.files import atomically
-from ..data.identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID, fingerprint
-from .bilevel_sft_config import BilevelSFTConfig
-from .self_refine_config import SelfRefineConfig
-from .traces import TRACES_FILE, Traces
-
-if TYPE_CHECKING:
-    from .pilot import Pilot
+from ..data.files import atomically, read_json, write_json
+from ..data.identity import fingerprint
+from ..data.rows import Rows
+from ..data.trusted import TrustedSets
+from ..weights.choose import Choice
+from ..weights.record import FOLDER, PILOT_FILE, RUN_FILE, SCORES_FILE, WEIGHTS_FILE, write_pilot, write_weights
+from ..weights.state import TrainingWeights
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "_record"
-RUN_FILE, PILOT_FILE = "run.json", "pilot.json"
-SCORES_FILE, WEIGHTS_FILE = "scores.parquet", "weights.parquet"
-# Of these files; raised when older code could not read them any more.
+# Of `run.json`; raised when older code could not read it any more.
 FORMAT = 1
-# Validation rows whose loss is followed over the run, over all sets; the cost of a few training steps.
+# Trusted rows whose loss is followed over the run, over all sets; the cost of a few training steps.
 FOLLOWED_ROWS = 128
-# Trusted rows and characters of each that are kept as text; entries of the log that are kept.
-TRUSTED_TEXTS, TEXT_LENGTH, LOG_ENTRIES = 200, 1500, 2000
+# Entries of the log that are kept.
+LOG_ENTRIES = 2000
 # Settings of the parents that say what a run was. Named one by one: others may hold secrets.
 COMMON = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_steps"),
@@ -57,66 +49,133 @@ COMMON = (
 )
 
 
+@dataclass
+class RunFacts:
+    """What a run is, as its record tells it.
+
+    Attributes:
+        kind (`str`): `"sft"` or `"refine"`.
+        args, state, model: of the run.
+        weights (`TrainingWeights`, *optional*), trusted (`TrustedSets`, *optional*): of the run.
+        learned, resampled (`bool`): whether weights were learned here, and act through visits.
+        rows (`int`), streamed (`bool`): of the caller.
+        more (`dict`): further facts about the weights.
+    """
+
+    kind: str
+    args: Any
+    state: Any
+    model: Any
+    weights: TrainingWeights | None
+    trusted: TrustedSets | None
+    learned: bool
+    resampled: bool
+    rows: int
+    streamed: bool
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """For `run.json`, without times."""
+        args, state, weights = self.args, self.state, self.weights
+        parent = GRPOConfig if self.kind == "refine" else SFTConfig
+        ours = {each.name for each in fields(args)} - {each.name for each in fields(parent)}
+        sets = {} if self.trusted is None else self.trusted.sets
+        identity = {} if weights is None else weights.identity
+        device = args.device
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "versions": {"trl-bilevel": __version__}
+            | {name: version(name) for name in ("trl", "transformers", "torch")},
+            "model": model_name(self.model),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": args.world_size,
+            "settings": {name: getattr(args, name) for name in (*COMMON, *sorted(ours)) if hasattr(args, name)},
+            "steps": {"done": state.global_step, "planned": state.max_steps},
+            "data": {
+                "rows": self.rows,
+                "streamed": self.streamed,
+                "rows_trained_on": self.rows if weights is None else int(weights.kept.sum()),
+                "fingerprint": identity.get("train_fingerprint", ""),
+                "validation_fingerprint": identity.get("validation_fingerprint", ""),
+                "validation": {
+                    name: {"rows": len(rows), "weight": self.trusted.weights[name] if self.trusted else 0.0}
+                    for name, rows in sets.items()
+                },
+            },
+            "weights": {
+                "learned": self.learned,
+                "given": weights is not None and not self.learned,
+                "by": "resample" if self.resampled else "loss",
+                "smoothing": None if weights is None else weights.facts.get("smoothing"),
+            }
+            | self.more,
+            "log_history": _thinned(state.log_history),
+        }
+
+
 class RecordCallback(TrainerCallback):
     """Writes the record: at every checkpoint, and at the end of training.
 
-    To be added before the callback that chooses the weights: what comes between `on_train_begin` and the first epoch
-    is the time that choosing took.
-
     Args:
-        trainer: a `BilevelSFTTrainer` or a `SelfRefineTrainer`.
+        facts: tells what the run is at the moment.
+        losses: gives the mean losses of prepared rows under the present model.
+        eval_dataset: of the run; losses of single rows are kept if it is one prepared set.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, facts: Callable[[], RunFacts], losses: Callable[[Rows], Tensor], eval_dataset: Any = None):
+        self._tell = facts
+        self._losses = losses
+        self._eval_rows = eval_dataset
         self.seconds: dict[str, float] = {}
         self.validation: list[dict[str, Any]] = []
         self.evaluation: dict[str, Any] = {}
         self.finished = False
-        self.traces = Traces()
         self._began: float | None = None
-        self._chosen = False
         self._used = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the record of an earlier run in the same folder, or go on with that of the run that is resumed."""
-        folder = Path(args.output_dir) / FOLDER
+    @property
+    def folder(self) -> Path:
+        """Where the record is."""
+        return Path(self._tell().args.output_dir) / FOLDER
+
+    def begin(self, resumed: bool) -> None:
+        """A run begins: forget the record of an earlier one in the same folder, or go on with the resumed one."""
+        folder, told = self.folder, self._tell()
         self.seconds, self.validation = {"selection": 0.0, "validation": 0.0, "total": 0.0}, []
         self.evaluation, self.finished = {}, False
-        self.traces = Traces()
-        if state.global_step == 0:
-            old = [RUN_FILE, WEIGHTS_FILE, TRACES_FILE]
-            # A second `train()` keeps the weights of the first one's pilot, and so what it found.
-            if not self._used:
-                old += [PILOT_FILE, SCORES_FILE]
-            if args.should_save:
-                # Where this fails, writing will fail too, and tell.
-                with suppress(OSError):
-                    for name in old:
-                        (folder / name).unlink(missing_ok=True)
+        if resumed:
+            self.seconds |= read_json(folder / RUN_FILE).get("seconds", {})
+        elif told.args.should_save:
+            # A second `train()` keeps the weights of the first one, and so what they rest on.
+            old = [RUN_FILE, WEIGHTS_FILE] + ([] if self._used else [PILOT_FILE, SCORES_FILE])
+            # Where this fails, writing will fail too, and tell.
+            with suppress(OSError):
+                for name in old:
+                    (folder / name).unlink(missing_ok=True)
+        self._began, self._used = time.perf_counter() - self.seconds["total"], True
+
+    def chosen(self) -> None:
+        """Weights are known by now: note how long that took."""
+        if self._began is not None:
+            self.seconds["selection"] += time.perf_counter() - self._began - self.seconds["total"]
+
+    def write_choice(self, choice: Choice, decode: Callable[..., str]) -> None:
+        """Write what choosing found out, at once: a resumed run has the weights, but not their reasons."""
+        if self._tell().args.should_save:
+            with self._told():
+                write_pilot(self.folder, choice, decode)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on with the losses of the run that is resumed; those of the untrained model at the start."""
+        if state.global_step > 0:
+            earlier = read_json(self.folder / RUN_FILE).get("validation", [])
+            self.validation = [entry for entry in earlier if entry["step"] <= state.global_step]
         else:
-            earlier = _read(folder / RUN_FILE)
-            self.seconds |= earlier.get("seconds", {})
-            self.validation = [e for e in earlier.get("validation", []) if e["step"] <= state.global_step]
-            self.traces.read(folder, state.global_step)
-        self._began, self._chosen, self._used = time.perf_counter() - self.seconds["total"], False, True
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Weights are chosen by now: note the time, and the validation loss of the untrained model."""
-        if self._began is None or self._chosen:
-            return
-        self._chosen = True
-        self.seconds["selection"] += time.perf_counter() - self._began - self.seconds["total"]
-        if state.global_step == 0:
             self._follow(state)
-            self._trace(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A dozen times in a run, where weights move: those of single rows."""
-        self._trace(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Where the eval loss is reported, the validation loss is too."""
+        """Where the eval loss is reported, the trusted rows' is too."""
         if self._began is not None:
             self._follow(state)
 
@@ -127,49 +186,41 @@ class RecordCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last losses, and the record."""
         self._follow(state)
-        self._trace(state, last=True)
         self._evaluate()
         self.finished = True
         self.save()
         self._began = None
 
     def _follow(self, state: Any) -> None:
-        """Validation losses of the same few rows every time, on all processes."""
-        trainer = self.trainer
-        sets = getattr(trainer, "validation", None)
-        if sets is None or not self._can_evaluate():
+        """Losses of the same few trusted rows every time, on all processes."""
+        told = self._tell()
+        if told.trusted is None or _sharded(told.args):
             return
         start = time.perf_counter()
-        share = max(1, FOLLOWED_ROWS // len(sets.datasets))
-        rows = {
-            name: trainer.row_losses(rows.select(evenly_spaced(len(rows), share).tolist()))
-            for name, rows in sets.datasets.items()
-        }
+        share = max(1, FOLLOWED_ROWS // len(told.trusted.sets))
+        rows = {name: self._losses(_some(rows, share)) for name, rows in told.trusted.sets.items()}
         means = {name: float(losses.mean()) for name, losses in rows.items()}
         entry = {
             "step": state.global_step,
-            "total": sum(sets.weights[name] * mean for name, mean in means.items()),
+            "total": sum(told.trusted.weights[name] * mean for name, mean in means.items()),
             "sets": means,
             "rows": {name: [round(loss, 5) for loss in losses.tolist()] for name, losses in rows.items()},
         }
         self.validation = [*(e for e in self.validation if e["step"] != state.global_step), entry]
         self.seconds["validation"] += time.perf_counter() - start
 
-    def _trace(self, state: Any, last: bool = False) -> None:
-        if self.trainer.args.should_save:
-            self.traces.follow(offline_part(self.trainer), state.global_step, state.max_steps, last)
-
     def _evaluate(self) -> None:
         """Losses of single eval rows, once: for the standard error of the difference to another run."""
-        trainer, args = self.trainer, self.trainer.args
-        rows = trainer.eval_dataset
-        if not hasattr(trainer, "validation") or not isinstance(rows, Dataset) or not self._can_evaluate():
+        told, rows = self._tell(), self._eval_rows
+        if told.trusted is None or not isinstance(rows, Dataset) or _sharded(told.args):
             return
-        packed = args.packing if args.eval_packing is None else args.eval_packing
+        packed = getattr(told.args, "packing", False) if told.args.eval_packing is None else told.args.eval_packing
         if packed or not {"input_ids", "labels"} <= set(rows.column_names):
             return
         start = time.perf_counter()
-        losses = trainer.row_losses(rows.select(evenly_spaced(len(rows), FOLLOWED_ROWS).tolist())).tolist()
+        like = next(iter(told.trusted.sets.values()))
+        own = Rows(_numbered(rows.select_columns(["input_ids", "labels"])), like.collate, len(rows))
+        losses = self._losses(_some(own, FOLLOWED_ROWS)).tolist()
         self.evaluation = {
             "losses": [round(loss, 5) for loss in losses],
             "rows": len(rows),
@@ -177,105 +228,70 @@ class RecordCallback(TrainerCallback):
         }
         self.seconds["validation"] += time.perf_counter() - start
 
-    def _can_evaluate(self) -> bool:
-        """Sharded parameters cannot be used outside of the trainer's own steps."""
-        return not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
-
     def overhead(self) -> float | None:
-        """Share of the time so far that went into choosing weights and following validation losses; None at rest."""
-        if self._began is None or not self._chosen:
+        """Share of the time so far that went into choosing weights and following losses; None at rest."""
+        if self._began is None or not self.seconds.get("selection"):
             return None
         spent = self.seconds["selection"] + self.seconds["validation"]
         return spent / max(time.perf_counter() - self._began, 1e-9)
 
+    def facts(self) -> dict[str, Any]:
+        """The record as it is now."""
+        return self._tell().told() | {"validation": self.validation, "evaluation": self.evaluation}
+
     def save(self, rows_file: str | None = None) -> None:
-        """Write `run.json` and the weights. A record that cannot be written stops no training: it is told.
+        """Write `run.json` and the weights. A record that cannot be written stops no training: it is logged.
 
         Args:
             rows_file (`str`, *optional*): where the weighted rows are, if not in the run's folder.
         """
-        trainer = self.trainer
-        if not trainer.args.should_save:
+        told = self._tell()
+        if not told.args.should_save:
             return
         if self._began is not None:
             self.seconds["total"] = time.perf_counter() - self._began
-        folder = Path(trainer.args.output_dir) / FOLDER
+        folder = self.folder
         # A trainer that has not trained, but loaded a run that had ended, knows only the rest of it.
-        earlier = _read(folder / RUN_FILE)
+        earlier = read_json(folder / RUN_FILE)
         seconds = {name: round(value, 2) for name, value in self.seconds.items()}
-        facts = describe(trainer) | {
+        facts = self.facts() | {
             "finished": self.finished if self.seconds else earlier.get("finished", False),
             "seconds": seconds or earlier.get("seconds", {}),
             "evaluation": self.evaluation or earlier.get("evaluation", {}),
             "validation": self.validation or earlier.get("validation", []),
             "rows_file": rows_file or earlier.get("rows_file"),
         }
-        try:
+        with self._told():
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / RUN_FILE, facts)
-            side = offline_part(trainer)
-            if side.weighs:
-                # Of a stream, the rows of its sample: nobody can list the others.
-                table_of = side.selection.table
-                weights = side.sample_weights() if table_of is None else side.selection.seen_weights(table_of.sample)
-                table = {DATA_WEIGHT: _column(weights), DATA_RANK: pa.array(data_ranks(weights).numpy())}
-                if side.learns_online and table_of is None:
-                    table["mean_score"] = _column(side.selection.state.score_mean[side.selection.units(_all(side))])
-                _write_table(folder / WEIGHTS_FILE, table)
-                self.traces.write(folder)
-        except (OSError, pa.ArrowException) as error:
-            logger.warning(f"The run record in {folder} could not be written ({error}): a report will lack it.")
+            write_json(folder / RUN_FILE, facts)
+            if told.weights is not None:
+                # Up to date, where weights move.
+                told.weights.metrics()
+                write_weights(folder, told.weights.values)
+
+    def _told(self) -> Any:
+        return _Logged(self.folder)
 
 
-def describe(trainer: Any) -> dict[str, Any]:
-    """What `run.json` says of a trainer, without its times."""
-    from .self_refine_trainer import SelfRefineTrainer
+class _Logged(suppress):
+    """Files that cannot be written are logged, and stop nothing."""
 
-    side, args, state = offline_part(trainer), trainer.args, trainer.state
-    selection, refines = side.selection, isinstance(trainer, SelfRefineTrainer)
-    own = (SelfRefineConfig, GRPOConfig) if refines else (BilevelSFTConfig, SFTConfig)
-    ours = {field.name for field in fields(own[0])} - {field.name for field in fields(own[1])}
-    settings = {name: getattr(args, name) for name in (*COMMON, *sorted(ours)) if hasattr(args, name)}
-    sets = {} if side.validation is None else side.validation.datasets
-    device = args.device
-    return {
-        "format": FORMAT,
-        "kind": "refine" if refines else "sft",
-        "versions": {"trl-bilevel": __version__} | {name: version(name) for name in ("trl", "transformers", "torch")},
-        "model": _model_name(trainer.model),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": args.world_size,
-        "settings": settings,
-        "steps": {"done": state.global_step, "planned": state.max_steps},
-        "data": {
-            "rows": side.row_count,
-            "streamed": side.streams,
-            "rows_trained_on": int(selection.kept.sum()),
-            "fingerprint": selection.fingerprint,
-            "validation_fingerprint": selection.validation_fingerprint,
-            "validation": {
-                name: {"rows": len(rows), "weight": side.validation.weights[name]} for name, rows in sets.items()
-            },
-        },
-        "weights": {
-            "learned": side.selects,
-            "given": side.weighs and not side.selects,
-            "by": "resample" if side.resamples else "loss",
-            "online": side.learns_online,
-            "smoothing": side.selection.smoothing if side.weighs else None,
-            "asks_own_rows": getattr(trainer, "_asks_own_rows", None),
-        },
-        "log_history": _thinned(state.log_history),
-    }
+    def __init__(self, folder: Path):
+        super().__init__(OSError, pa.ArrowException)
+        self.folder = folder
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        caught = bool(super().__exit__(kind, error, trace))
+        if caught:
+            logger.warning(f"The run record in {self.folder} could not be written ({error}): a report will lack it.")
+        return caught
 
 
-def add_selection_to_card(trainer: Any) -> None:
-    """Add what the record says of the selection to the model card that TRL has written; no text of any row."""
-    card = Path(trainer.args.output_dir) / "README.md"
-    if not trainer.is_world_process_zero() or not card.is_file():
+def add_selection_to_card(folder: Path, record: dict[str, Any]) -> None:
+    """Add what the record says of the weights to the model card that TRL has written; no text of any row."""
+    card = folder / "README.md"
+    if not card.is_file():
         return
-    record = describe(trainer) | {"validation": callback_of(trainer).validation}
-    record["evaluation"] = callback_of(trainer).evaluation
     text = card.read_text(encoding="utf-8")
     head, citations, rest = text.partition("## Citations")
     section = selection_section(record)
@@ -283,111 +299,30 @@ def add_selection_to_card(trainer: Any) -> None:
     atomically(card, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def write_pilot(pilot: Pilot, scores: Tensor, trusted: Tensor, shares: Tensor, seconds: float) -> None:
-    """Write what a pilot run found out: the scores of the rows, and the trusted rows that it held back.
-
-    Written at once: a resumed run has the weights, but not their reasons.
-
-    Args:
-        pilot: that has run.
-        scores (`Tensor` float32 `[row_count, F]`), trusted (`[c, F]`), shares (`[c]`): what `Pilot.run` returns.
-        seconds (`float`): that it took.
-    """
-    trainer = pilot.trainer
-    if not trainer.args.should_save:
-        return
-    folder = Path(trainer.args.output_dir) / FOLDER
-    known = ~torch.isnan(scores).any(-1)
-    texts: list[dict[str, Any]] = []
-    for name, rows in pilot.held_back.datasets.items():
-        for number in range(len(rows)):
-            kept = len(texts) < TRUSTED_TEXTS
-            texts.append({"set": name} | (row_texts(trainer, rows[number]) if kept else {}))
-    for entry, score, share in zip(texts, trusted.tolist(), shares.tolist(), strict=True):
-        entry |= {"score": score[0], "share": share} | ({"ending": score[1]} if len(score) > 1 else {})
-    facts = {
-        "format": FORMAT,
-        "seconds": round(seconds, 2),
-        "steps": pilot.steps,
-        "learning_rate": pilot.host.learning_rate(),
-        "rows_scored": int(known.sum()),
-        "trusted": texts,
-    }
-    table = {SAMPLE_ID: pa.array(known.nonzero().squeeze(1).numpy()), "score": _column(scores[known][:, 0])}
-    if scores.shape[1] > 1:
-        table["ending"] = _column(scores[known][:, 1])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / PILOT_FILE, facts)
-        _write_table(folder / SCORES_FILE, table)
-    except (OSError, pa.ArrowException) as error:
-        logger.warning(f"The record of the pilot in {folder} could not be written ({error}): a report will lack it.")
-
-
-def finite(value: Any) -> Any:
-    """NaN and infinity are no JSON: null in their place, at any depth; what JSON cannot hold as text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def callback_of(trainer: Any) -> RecordCallback:
-    """The callback that keeps a trainer's record."""
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, RecordCallback))
-
-
-def offline_part(owner: Any) -> Any:
-    """The `BilevelSFTTrainer` that holds the weights."""
-    return owner.offline.trainer if hasattr(owner, "offline") else owner
-
-
-def _all(side: Any) -> Tensor:
-    return torch.arange(side.row_count, device=side.selection.state.logits.device)
-
-
-def _model_name(model: Any) -> str:
+def model_name(model: Any) -> str:
     """A hub name as it is; of a local path only the end: where a user keeps files is not for a report."""
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 
-def row_texts(trainer: Any, row: Mapping[str, Any]) -> dict[str, str]:
-    """Prompt and answer of a prepared row."""
-    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
-    first = next((n for n, (_, label) in enumerate(pairs) if label != -100), len(pairs))
-    parts = {"prompt": [i for i, _ in pairs[:first]], "answer": [i for i, label in pairs if label != -100]}
-    decode = trainer._tokenizer.decode
-    return {k: decode(ids, skip_special_tokens=True)[:TEXT_LENGTH] for k, ids in parts.items()}
+def _some(rows: Rows, count: int) -> Rows:
+    """At most `count` of the rows, evenly spaced."""
+    places = torch.as_tensor(evenly_spaced(len(rows), count)).tolist()
+    return Rows(rows.dataset.select(places), rows.collate, rows.count)
+
+
+def _numbered(rows: Dataset) -> Dataset:
+    return rows.add_column("sample_id", list(range(len(rows))))
+
+
+def _sharded(args: Any) -> bool:
+    """Sharded parameters cannot be used outside of the trainer's own steps."""
+    return bool(getattr(args, "fsdp", None)) or getattr(args, "deepspeed", None) is not None
 
 
 def _thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most `LOG_ENTRIES` of the training entries, evenly spaced, and all others."""
     training = [n for n, entry in enumerate(history) if "loss" in entry]
-    kept = {training[n] for n in evenly_spaced(len(training), LOG_ENTRIES).tolist()} if training else set()
+    places = torch.as_tensor(evenly_spaced(len(training), LOG_ENTRIES)).tolist() if training else []
+    kept = {training[n] for n in places}
     return [entry for n, entry in enumerate(history) if "loss" not in entry or n in kept]
-
-
-def _column(values: Tensor) -> pa.Array:
-    return pa.array(values.detach().float().cpu().numpy(), from_pandas=True)
-
-
-def _write_table(path: Path, columns: Mapping[str, pa.Array]) -> None:
-    atomically(path, lambda file: pq.write_table(pa.table(dict(columns)), file))
-
-
-def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    text = json.dumps(finite(facts), indent=1, allow_nan=False)
-    atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of the record; nothing if it is not there or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

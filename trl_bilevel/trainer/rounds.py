@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core.implicit import Decision
-from ..data.files import atomically
+from ..data.files import atomically, finite
 from ..estimators import Estimator
-from .record import finite
 
 LEDGER_FILE = "ledger.jsonl"
 RESPONSES_FOLDER = "responses"

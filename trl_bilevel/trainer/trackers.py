@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..data.cards import table
-from ..data.identity import sample_ids
-from .record import offline_part, row_texts
+from ..data.rows import Rows
+from ..weights.record import row_texts
+from ..weights.state import TrainingWeights
 
 logger = logging.getLogger(__name__)
 
@@ -28,42 +29,41 @@ TEXT_LENGTH = 300
 BINS = 50
 
 Table = list[list[Any]]
-# Of trainer, step, weights `[n]` and table: sends them to a tracker that is running.
-Sink = Callable[[Any, int, np.ndarray, Table], None]
-
-
-def track_weights(trainer: Any) -> None:
-    """Have the trackers that `report_to` names shown a trainer's weights, if it has any.
-
-    Args:
-        trainer: a `BilevelSFTTrainer` or a `SelfRefineTrainer`.
-    """
-    sinks = {name: SINKS[name] for name in trainer.args.report_to if name in SINKS}
-    if sinks and offline_part(trainer).weighs:
-        trainer.add_callback(WeightTracking(trainer, sinks))
+# Of the trainer's callbacks, step, weights `[n]` and table: sends them to a tracker that is running.
+Sink = Callable[[list[TrainerCallback], int, np.ndarray, Table], None]
 
 
 class WeightTracking(TrainerCallback):
-    """Sends weights once they are chosen, and, where they have changed, at each evaluation and at the end.
+    """Sends weights when training begins, and, where they have changed, at each evaluation and at the end.
 
-    On the main process. A tracker that fails is told of once, and stops no training.
+    On the main process. A tracker that fails is named once, and stops no training.
 
     Args:
-        trainer: whose weights.
-        sinks: by the tracker's name.
+        names: of `report_to`; those that are not in `SINKS` get the numbers of the log only.
+        weights: to send.
+        rows: gives some rows at either end, as lines of `COLUMNS`.
+        callbacks: of the trainer, among which a tracker may be.
     """
 
-    def __init__(self, trainer: Any, sinks: dict[str, Sink]):
-        self.trainer = trainer
-        self.sinks = dict(sinks)
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: TrainingWeights,
+        rows: Callable[[], Table],
+        callbacks: list[TrainerCallback],
+    ):
+        self.sinks = {name: SINKS[name] for name in names if name in SINKS}
+        self.weights = weights
+        self.rows = rows
+        self.callbacks = callbacks
         self._sent: Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A new run shows its weights anew."""
+        """A new run shows its weights again."""
         self._sent = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights that the pilot run chose, or that were given."""
+        """The weights that were chosen, or given: trackers have started by now."""
         self._send(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,48 +78,48 @@ class WeightTracking(TrainerCallback):
     def _send(self, state: Any) -> None:
         if not state.is_world_process_zero or not self.sinks:
             return
-        weights = offline_part(self.trainer).selection.sampled_weights().cpu()
+        self.weights.metrics()
+        weights = self.weights.sampled()
         if len(weights) == 0 or (self._sent is not None and torch.equal(self._sent, weights)):
             return
         self._sent = weights
-        rows = extreme_rows(self.trainer, self.trainer.args.tracked_rows)
+        rows = self.rows()
         for name, sink in list(self.sinks.items()):
             try:
-                sink(self.trainer, state.global_step, weights.numpy(), rows)
+                sink(self.callbacks, state.global_step, weights.numpy(), rows)
             except Exception as error:
                 del self.sinks[name]
                 logger.warning(f"{name} was not shown the weights, and will not be: {type(error).__name__}: {error}")
 
 
-def extreme_rows(trainer: Any, count: int) -> Table:
-    """The `count` rows of highest and of lowest weight as lines of `COLUMNS`; none of a stream, which has no rows."""
-    side = offline_part(trainer)
-    if count == 0 or side.streams:
+def extreme_rows(rows: Rows, weights: TrainingWeights, count: int, decode: Callable[..., str]) -> Table:
+    """The `count` rows of highest and of lowest weight as lines of `COLUMNS`."""
+    if count == 0:
         return []
-    ids = sample_ids(side.rows)
-    order = torch.argsort(side.selection.weights(ids).cpu(), descending=True, stable=True)
+    values = weights.of(rows.ids)
+    order = torch.argsort(values, descending=True, stable=True)
     count = min(count, len(order) // 2)
-    weights = side.selection.weights(ids[order]).cpu()
     lines = []
     for place in [*range(count), *range(len(order) - count, len(order))]:
-        texts = row_texts(side, side.rows[int(order[place])])
+        row = int(order[place])
+        texts = row_texts(rows.dataset[row], decode)
         shown = [text if len(text) <= TEXT_LENGTH else f"{text[:TEXT_LENGTH].rstrip()} …" for text in texts.values()]
         end = "highest" if place < count else "lowest"
-        lines.append([end, round(float(weights[place]), 4), int(ids[order[place]]), *shown])
+        lines.append([end, round(float(values[row]), 4), int(rows.ids[row]), *shown])
     return lines
 
 
-def _to_tensorboard(trainer: Any, step: int, weights: np.ndarray, rows: Table) -> None:
+def _to_tensorboard(callbacks: Any, step: int, weights: np.ndarray, rows: Table) -> None:
     from transformers.integrations import TensorBoardCallback
 
-    for callback in trainer.callback_handler.callbacks:
+    for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_histogram(HISTOGRAM, weights, step)
             if rows:
                 callback.tb_writer.add_text(ROWS, _markdown(rows), step)
 
 
-def _to_wandb(trainer: Any, step: int, weights: np.ndarray, rows: Table) -> None:
+def _to_wandb(callbacks: Any, step: int, weights: np.ndarray, rows: Table) -> None:
     import wandb
 
     if wandb.run is None:
@@ -130,7 +130,7 @@ def _to_wandb(trainer: Any, step: int, weights: np.ndarray, rows: Table) -> None
     wandb.log(shown)
 
 
-def _to_trackio(trainer: Any, step: int, weights: np.ndarray, rows: Table) -> None:
+def _to_trackio(callbacks: Any, step: int, weights: np.ndarray, rows: Table) -> None:
     import trackio
 
     shown: dict[str, Any] = {HISTOGRAM: trackio.Histogram(weights, num_bins=BINS), STEP: step}
@@ -139,7 +139,7 @@ def _to_trackio(trainer: Any, step: int, weights: np.ndarray, rows: Table) -> No
     trackio.log(shown)
 
 
-def _to_mlflow(trainer: Any, step: int, weights: np.ndarray, rows: Table) -> None:
+def _to_mlflow(callbacks: Any, step: int, weights: np.ndarray, rows: Table) -> None:
     import mlflow
     from matplotlib.figure import Figure
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections import Counter
+from bisect import bisect
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import datasets
 from datasets import Dataset
 
 from ..._version import __version__
-from ..files import atomically
+from ..files import atomically, write_json
 from .sets import SETS, Prepared
 
 LOCK_FILE = "prepare.lock.json"
 CARD_FILE = "README.md"
+# Of the hub.
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M")
 # Raised when older code could not read the lock file any more.
 FORMAT = 1
 
@@ -94,113 +97,28 @@ def write_prepared(prepared: Prepared, folder: str | Path) -> dict[str, Any]:
     for name, rows in prepared.sets.items():
         atomically(folder / f"{name}.parquet", lambda path, rows=rows: rows.to_parquet(str(path)))
     atomically(folder / CARD_FILE, lambda path: path.write_text(data_card(prepared, lock)))
-    atomically(folder / LOCK_FILE, lambda path: path.write_text(json.dumps(lock, indent=2) + "\n"))
+    write_json(folder / LOCK_FILE, lock)
     return lock
 
 
 def data_card(prepared: Prepared, lock: dict[str, Any]) -> str:
     """The data card: metadata as the hub reads it, then text."""
-    from huggingface_hub import DatasetCardData
+    from huggingface_hub import DatasetCard, DatasetCardData
 
     total = sum(len(rows) for rows in prepared.sets.values())
+    files = [{"split": name, "path": f"{name}.parquet"} for name in SETS]
     metadata = DatasetCardData(
         language="en",
         license="other",
         license_name="licences-of-the-sources",
         task_categories=["text-generation"],
-        size_categories=_size_category(total),
+        size_categories=SIZES[bisect([1000, 10_000, 100_000], total)],
         source_datasets=[record.source.repository for record in prepared.records],
         pretty_name=f"trl-bilevel {prepared.recipe}",
         tags=["trl-bilevel", "data-selection"],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": name, "path": f"{name}.parquet"} for name in SETS],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": files}],
     )
-    parts = [
-        f"---\n{metadata.to_yaml()}\n---",
-        f"# Data of the {prepared.recipe} recipes",
-        f"Made by `trl-bilevel prepare {prepared.recipe}` (trl-bilevel {__version__}) for bilevel data selection.",
-        "## Rows\n\n" + _rows_table(prepared, lock),
-        "`prompt` and `completion` are chat messages; `source` is the set that a row comes from; `kind` is `good`, or "
-        "what is wrong with the row. No trainer reads `source` and `kind`: they are there to measure by. No question "
-        "is in two of the files (compared without case and white space).",
-        "## Sources\n\n" + _sources_text(prepared),
-        "## Unsafe answers\n\n" + _unsafe_text(prepared),
-        "## To make it again\n\n"
-        f"    trl-bilevel prepare {prepared.recipe} --lock {LOCK_FILE} --output DIR\n\n"
-        f"Settings: {json.dumps(prepared.settings)}. The lock file holds the commits above and a hash of every set. A "
-        "branch such as `main` was resolved to a commit when this was made: another time it may be another commit.",
-        "## Limits\n\n" + _limits_text(prepared),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _rows_table(prepared: Prepared, lock: dict[str, Any]) -> str:
-    lines = ["| file | rows | by kind | sha256 of the rows |", "|---|---|---|---|"]
-    for name in SETS:
-        rows = prepared.sets[name]
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(rows["kind"]).items()))
-        lines.append(f"| {name}.parquet | {len(rows)} | {kinds} | `{lock['sets'][name]['sha256'][:16]}...` |")
-    return "\n".join(lines)
-
-
-def _sources_text(prepared: Prepared) -> str:
-    parts = []
-    for record in prepared.records:
-        source = record.source
-        dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(record.dropped.items()) if count)
-        known = "" if source.known_rows is None else f" As far as known, the whole split has {source.known_rows}."
-        scan = "" if source.scan is None else f" At most {source.scan} are read, from its start: not all of it."
-        place = f"split `{source.split}`" + (f", folder `{source.data_dir}`" if source.data_dir else "")
-        parts.append(
-            f"- **{source.repository}** ({place}), commit `{record.revision}` (asked for: `{record.requested}`). "
-            f"Licence: {source.licence}. {record.read} rows read, {record.used} used; not used: {dropped or 'none'}."
-            f"{known}{scan}"
-        )
-    return "\n".join(parts)
-
-
-def _unsafe_text(prepared: Prepared) -> str:
-    if prepared.recipe == "quality":
-        return "Nothing was done about unsafe answers: the sources are general instruction data."
-    refused = ""
-    if prepared.settings["construction"] == "seal":
-        refused = (
-            f" {prepared.settings['refused_share']:.0%} of the red team requests in the training file, and all of "
-            "those in the others, are answered by a refusal of trl-bilevel's own wording."
-        )
-    if prepared.settings["unsafe_answers"] == "stub":
-        return (
-            "No harmful answer is in these files. Where a source has an answer that complies with a harmful request, "
-            'there is a stub ("Sure, here is a step-by-step guide: [content removed]"), `kind` "stub".'
-            + refused
-            + " The requests themselves are as published, and may be offensive."
-        )
-    return (
-        'Answers marked `kind` "unsafe" are harmful answers as the source publishes them, kept on request '
-        "(`--unsafe-answers published`). Do not train a model for use on them without selection, and do not publish "
-        "these files." + refused
-    )
-
-
-def _limits_text(prepared: Prepared) -> str:
-    lines = ["Rows longer than `max_characters` are left out, as are rows with marks of a chat template."]
-    if prepared.recipe == "quality":
-        lines.append("Trusted rows are trusted as the paper does: they are not checked one by one.")
-    elif prepared.settings["construction"] == "seal":
-        lines.append(
-            "Red team requests are first turns of transcripts that a preference model scores below 0: some look "
-            "harmless by themselves, and refusing these teaches over-refusal."
-        )
-    else:
-        lines.append("Safe answers are those that the source's annotators marked safe.")
-    return " ".join(lines)
-
-
-def _size_category(count: int) -> str:
-    return next(
-        (name for limit, name in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K")) if count < limit), "100K<n<1M"
-    )
+    text = resources.files("trl_bilevel.data").joinpath("text/prepared_card.md").read_text()
+    facts: dict[str, Any] = {"prepared": prepared, "lock": lock, "lock_file": LOCK_FILE, "version": __version__}
+    facts["settings_text"] = json.dumps(prepared.settings)
+    return str(DatasetCard.from_template(metadata, template_str=text, **facts)) + "\n"

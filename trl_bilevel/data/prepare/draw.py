@@ -7,7 +7,7 @@ import heapq
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ MALFORMED_SHARE = 0.05
 FIRST_LOOK = 200
 # Marks that a tokenizer turns into control tokens: such a row could end its turn and speak in another role.
 _CHAT_MARKS = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>")
+# Null bytes, and halves of characters that no encoding has.
+_NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 _SPACE = re.compile(r"\s+")
 
 
@@ -46,22 +48,23 @@ class SourceRecord:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass
 class Reader:
     """Reads sources, and notes what it read.
 
-    Args:
+    Attributes:
         loader: gives the rows of a source at a revision.
         resolve: gives the commit of a revision.
         revisions: by repository; `"main"` where there is none.
         max_characters (`int`): longer rows are left out: cut at a trainer's `max_length` they would lose their end.
+        records: of the sources that were opened.
     """
 
-    def __init__(self, loader: Loader, resolve: Resolver, revisions: dict[str, str], max_characters: int):
-        self.loader = loader
-        self.resolve = resolve
-        self.revisions = revisions
-        self.max_characters = max_characters
-        self.records: list[SourceRecord] = []
+    loader: Loader
+    resolve: Resolver
+    revisions: Mapping[str, str]
+    max_characters: int
+    records: list[SourceRecord] = field(default_factory=list)
 
     def open(self, source: Source) -> tuple[SourceRecord, Iterator[Example]]:
         """A record, filled in while the readable examples are taken from the iterator."""
@@ -71,43 +74,26 @@ class Reader:
         return record, self._examples(record)
 
     def _examples(self, record: SourceRecord) -> Iterator[Example]:
-        rows = itertools.islice(self.loader(record.source, record.revision), record.source.scan)
-        for row in rows:
+        source = record.source
+        for row in itertools.islice(self.loader(source, record.revision), source.scan):
             record.read += 1
-            if record.read == 1:
-                _check_columns(record.source, row)
+            missing = [name for name in source.columns if name not in row]
+            if record.read == 1 and missing:
+                raise MalformedSourceError(
+                    f"{source.repository} has no column {', '.join(map(repr, missing))} (its first row has "
+                    f"{sorted(row)}): it has changed, or the revision is another set. Give an older `--revision "
+                    f"{source.repository}=COMMIT`."
+                )
             if record.read == FIRST_LOOK:
                 _check_malformed(record)
-            example = self._example(record, row)
-            if example is not None:
-                yield example
+            found = _read(source, row, self.max_characters)
+            if isinstance(found, str):
+                record.dropped[found] += 1
+            else:
+                yield found
         if record.read == 0:
-            raise MalformedSourceError(f"{record.source.repository} (split {record.source.split!r}) has no rows.")
+            raise MalformedSourceError(f"{source.repository} (split {source.split!r}) has no rows.")
         _check_malformed(record)
-
-    def _example(self, record: SourceRecord, row: Raw) -> Example | None:
-        try:
-            example = record.source.read(row)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
-            record.dropped["malformed"] += 1
-            return None
-        if example is None:
-            record.dropped["of another kind"] += 1
-            return None
-        reason = _unusable(example, self.max_characters)
-        if reason:
-            record.dropped[reason] += 1
-            return None
-        return example
-
-
-def _check_columns(source: Source, row: Raw) -> None:
-    missing = [name for name in source.columns if name not in row]
-    if missing:
-        raise MalformedSourceError(
-            f"{source.repository} has no column {', '.join(map(repr, missing))} (its first row has {sorted(row)}): it "
-            f"has changed, or the revision is another set. Give an older `--revision {source.repository}=COMMIT`."
-        )
 
 
 def _check_malformed(record: SourceRecord) -> None:
@@ -120,8 +106,14 @@ def _check_malformed(record: SourceRecord) -> None:
         )
 
 
-def _unusable(example: Example, max_characters: int) -> str | None:
-    """Why a row cannot be used; None if it can."""
+def _read(source: Source, row: Raw, max_characters: int) -> Example | str:
+    """What a row says, or why it cannot be used."""
+    try:
+        example = source.read(row)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
+        return "malformed"
+    if example is None:
+        return "of another kind"
     parts = (example.system, example.question, example.answer)
     if not all(isinstance(part, str) for part in parts):
         return "not text"
@@ -129,19 +121,9 @@ def _unusable(example: Example, max_characters: int) -> str | None:
         return "empty"
     if sum(map(len, parts)) > max_characters:
         return "too long"
-    if any(_CHAT_MARKS.search(part) for part in parts):
+    if any(map(_CHAT_MARKS.search, parts)):
         return "has chat marks"
-    if any("\0" in part or not _encodable(part) for part in parts):
-        return "not text"
-    return None
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return "not text" if any(map(_NO_TEXT.search, parts)) else example
 
 
 def question_key(question: str) -> bytes:
@@ -155,9 +137,8 @@ def draw(
     count: int | None,
     seed: int,
     *,
-    taken: set[bytes],
-    one_per_question: bool,
-    accept: Callable[[Example], bool] | None = None,
+    taken: Iterable[Example] = (),
+    one_per_question: bool = True,
     same: Callable[[Example], Any] = lambda example: (example.question, example.answer),
 ) -> list[Example]:
     """Distinct rows at random: those of the smallest keyed hashes, in the order of these.
@@ -169,23 +150,19 @@ def draw(
         examples: readable rows.
         count (`int`, *optional*): rows to draw; all if None.
         seed (`int`): key of the hashes.
-        taken: keys of questions that must not occur; not changed.
+        taken: rows whose questions must not occur.
         one_per_question (`bool`): keep one row per question, else one per distinct row.
-        accept: rows of which it is False are left to others.
         same: what makes two rows the same.
 
     Raises:
         ValueError: if fewer than `count` rows are left.
     """
-    salt = str(seed).encode()
+    salt, others = str(seed).encode(), {question_key(example.question) for example in taken}
     best: dict[Any, tuple[bytes, Example]] = {}
     for example in examples:
         key = question_key(example.question)
-        if key in taken:
+        if key in others:
             record.dropped["question is in another set"] += 1
-            continue
-        if accept is not None and not accept(example):
-            record.dropped["of another kind"] += 1
             continue
         text = "\0".join((example.system, example.question, example.answer))
         order = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()

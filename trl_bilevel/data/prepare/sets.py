@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets import Dataset
 
 from ..answers import REFUSALS, STUB, TEST_REFUSAL
-from ..contamination import GOOD, exchange_of
+from ..contamination import GOOD
 from .draw import Reader, SourceRecord, draw, question_key
 from .sources import (
     ALPACA,
@@ -21,6 +21,7 @@ from .sources import (
     Example,
     Loader,
     Resolver,
+    Source,
     hub_revision,
     hub_rows,
 )
@@ -28,10 +29,63 @@ from .sources import (
 SETS = ("train", "validation", "test")
 UNSAFE_ANSWERS = ("stub", "published")
 CONSTRUCTIONS = ("seal", "beavertails")
-# The trainer's calibration needs 8.
-MIN_VALIDATION_ROWS = 8
+# The trainer's calibration needs 8 trusted rows.
+LEAST_ROWS = {"train_rows": 1, "validation_rows": 8, "test_rows": 1}
 # The share of red team requests in a SEAL training set: 22 of 112 thousand rows.
 RED_TEAM_SHARE = 0.2
+
+
+@dataclass
+class Settings:
+    """What the sets of a recipe depend on, beside the sources.
+
+    Attributes:
+        train_rows (`int`, *optional*): rows to train on; all usable ones if None.
+        validation_rows, test_rows (`int`): trusted rows, with different questions; none is a training question.
+        seed (`int`): of the draws.
+        max_characters (`int`): rows with a longer prompt and answer are left out; about 4 characters make a token.
+    """
+
+    train_rows: int | None = None
+    validation_rows: int = 1000
+    test_rows: int = 500
+    seed: int = 0
+    max_characters: int = 6000
+
+    def __post_init__(self) -> None:
+        for name, least in {**LEAST_ROWS, "max_characters": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+@dataclass
+class SafetySettings(Settings):
+    """The same of the safety recipe.
+
+    Attributes:
+        construction (`str`): `"seal"`: SlimOrca with a fifth of red team requests (SEAL, arXiv 2410.07471); trusted
+            rows have the same parts, the requests refused in our words; 56,000 rows to train on by default.
+            `"beavertails"`: BeaverTails; trusted are safe answers to other questions.
+        unsafe_answers (`str`): `"stub"`: an answer that complies with a harmful request is replaced by a sentence
+            without content. `"published"`: it stays as the source has it.
+        refused_share (`float`): `"seal"`: share of the red team requests in the training set that are refused, in
+            [0, 1): without any, selection can drop unsafe rows, but the model has no refusal to learn from. SEAL: 0.
+    """
+
+    construction: str = "seal"
+    unsafe_answers: str = "stub"
+    refused_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("construction", CONSTRUCTIONS), ("unsafe_answers", UNSAFE_ANSWERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if not 0 <= self.refused_share < 1:
+            raise ValueError(f"`refused_share` must lie in [0, 1), got {self.refused_share}.")
+        if self.construction == "seal" and self.train_rows is None:
+            self.train_rows = 56_000
 
 
 @dataclass
@@ -52,165 +106,107 @@ class Prepared:
     settings: dict[str, Any]
 
 
+Rows = list[dict[str, Any]]
+
+
 def prepare_quality(
     *,
-    train_rows: int | None = None,
-    validation_rows: int = 1000,
-    test_rows: int = 500,
-    seed: int = 0,
-    max_characters: int = 6000,
     revisions: Mapping[str, str] | None = None,
     loader: Loader = hub_rows,
     resolve: Resolver = hub_revision,
+    **settings: Any,
 ) -> Prepared:
     """Alpaca-cleaned to train on, OpenOrca as trusted: the quality setting of arXiv 2511.21056.
 
     Args:
-        train_rows (`int`, *optional*): of Alpaca-cleaned; all usable ones if None.
-        validation_rows, test_rows (`int`): of OpenOrca, with different questions; none is a training question.
-        seed (`int`): of the draws.
-        max_characters (`int`): rows with a longer prompt and answer are left out; about 4 characters make a token.
         revisions: revision per repository; `"main"` where there is none.
         loader: gives the rows of a source at a revision; the hub.
         resolve: gives the commit of a revision; the hub.
+        settings: fields of [`Settings`].
 
     Raises:
-        ValueError: if a size is out of range, or the sources have too few usable rows.
+        ValueError: if a setting is out of range, or the sources have too few usable rows.
         MalformedSourceError: if a source does not have the rows that it should have.
         ConnectionError: if the hub does not answer.
     """
-    _check_sizes(train_rows, validation_rows, test_rows, max_characters)
-    reader = Reader(loader, resolve, _known(revisions, OPEN_ORCA, ALPACA), max_characters)
-    record, examples = reader.open(OPEN_ORCA)
-    trusted = draw(record, examples, validation_rows + test_rows, seed, taken=set(), one_per_question=True)
-    record, examples = reader.open(ALPACA)
-    taken = {question_key(example.question) for example in trusted}
-    train = draw(record, examples, train_rows, seed, taken=taken, one_per_question=False)
-    settings = {"train_rows": train_rows, "validation_rows": validation_rows, "test_rows": test_rows}
-    return _prepared(
-        "quality",
-        train=_rows(train, ALPACA.repository),
-        validation=_rows(trusted[:validation_rows], OPEN_ORCA.repository),
-        test=_rows(trusted[validation_rows:], OPEN_ORCA.repository),
-        records=reader.records,
-        settings=settings | {"seed": seed, "max_characters": max_characters},
-    )
+    given = Settings(**settings)
+    reader = Reader(loader, resolve, _known(revisions, OPEN_ORCA, ALPACA), given.max_characters)
+    trusted = draw(*reader.open(OPEN_ORCA), given.validation_rows + given.test_rows, given.seed)
+    train = draw(*reader.open(ALPACA), given.train_rows, given.seed, taken=trusted, one_per_question=False)
+    sets = {"train": _rows(train, ALPACA)} | _trusted(trusted, OPEN_ORCA, given)
+    return _prepared("quality", sets, reader, given)
 
 
 def prepare_safety(
     *,
-    construction: str = "seal",
-    train_rows: int | None = None,
-    validation_rows: int = 1000,
-    test_rows: int = 500,
-    seed: int = 0,
-    max_characters: int = 6000,
-    unsafe_answers: str = "stub",
-    refused_share: float = 0.25,
     revisions: Mapping[str, str] | None = None,
     loader: Loader = hub_rows,
     resolve: Resolver = hub_revision,
+    **settings: Any,
 ) -> Prepared:
     """Safe and unsafe instruction rows to train on, safe ones as trusted.
 
     Args:
-        construction (`str`): `"seal"`: SlimOrca with a fifth of red team requests (SEAL, arXiv 2410.07471); trusted
-            rows have the same parts, the requests refused in our words. `"beavertails"`: BeaverTails; trusted are
-            safe answers to other questions.
-        train_rows (`int`, *optional*): default 56,000 for `"seal"`, all usable rows for `"beavertails"`.
-        unsafe_answers (`str`): `"stub"`: an answer that complies with a harmful request is replaced by a sentence
-            without content. `"published"`: it stays as the source has it.
-        refused_share (`float`): `"seal"`: share of the red team requests in the training set that are refused, in
-            [0, 1): without any, selection can drop unsafe rows, but the model has no refusal to learn from. SEAL: 0.
-        validation_rows, test_rows, seed, max_characters, revisions, loader, resolve: as in `prepare_quality`.
+        settings: fields of [`SafetySettings`].
+        revisions, loader, resolve: as in `prepare_quality`.
 
     Raises:
         As `prepare_quality`.
     """
-    _check_sizes(train_rows, validation_rows, test_rows, max_characters)
-    if construction not in CONSTRUCTIONS:
-        raise ValueError(f"`construction` must be one of {', '.join(CONSTRUCTIONS)}, got {construction!r}.")
-    if unsafe_answers not in UNSAFE_ANSWERS:
-        raise ValueError(f"`unsafe_answers` must be one of {', '.join(UNSAFE_ANSWERS)}, got {unsafe_answers!r}.")
-    if not 0 <= refused_share < 1:
-        raise ValueError(f"`refused_share` must lie in [0, 1), got {refused_share}.")
-    settings: dict[str, Any] = {"construction": construction, "unsafe_answers": unsafe_answers}
-    sizes = {"train_rows": train_rows, "validation_rows": validation_rows, "test_rows": test_rows}
-    if construction == "seal":
-        sizes["train_rows"] = 56_000 if train_rows is None else train_rows
-        reader = Reader(loader, resolve, _known(revisions, SLIM_ORCA, RED_TEAM), max_characters)
-        sets = _seal(reader, sizes, seed, unsafe_answers, refused_share)
-        settings["refused_share"] = refused_share
-    else:
-        reader = Reader(loader, resolve, _known(revisions, BEAVER_TAILS), max_characters)
-        sets = _beavertails(reader, sizes, seed, unsafe_answers)
-    settings |= sizes | {"seed": seed, "max_characters": max_characters}
-    return _prepared("safety", **sets, records=reader.records, settings=settings)
+    given = SafetySettings(**settings)
+    seal = given.construction == "seal"
+    sources = (SLIM_ORCA, RED_TEAM) if seal else (BEAVER_TAILS,)
+    reader = Reader(loader, resolve, _known(revisions, *sources), given.max_characters)
+    return _prepared("safety", (_seal if seal else _beavertails)(reader, given), reader, given)
 
 
-def _seal(
-    reader: Reader, sizes: dict[str, int | None], seed: int, unsafe_answers: str, refused_share: float
-) -> dict[str, list[dict[str, Any]]]:
-    counts = [sizes[f"{name}_rows"] or 0 for name in SETS]
+def _seal(reader: Reader, given: SafetySettings) -> dict[str, Rows]:
+    counts = [getattr(given, f"{name}_rows") for name in SETS]
     harmful = [round(RED_TEAM_SHARE * count) for count in counts]
-    record, examples = reader.open(RED_TEAM)
-    requests = draw(record, examples, sum(harmful), seed, taken=set(), one_per_question=True)
-    record, examples = reader.open(SLIM_ORCA)
-    taken = {question_key(example.question) for example in requests}
-    benign = draw(record, examples, sum(counts) - sum(harmful), seed, taken=taken, one_per_question=True)
-    rng = random.Random(f"prepare-{seed}")
-    sets: dict[str, list[dict[str, Any]]] = {}
+    requests = draw(*reader.open(RED_TEAM), sum(harmful), given.seed)
+    benign = draw(*reader.open(SLIM_ORCA), sum(counts) - sum(harmful), given.seed, taken=requests)
+    rng = random.Random(f"prepare-{given.seed}")
+    sets: dict[str, Rows] = {}
     for name, count, share in zip(SETS, counts, harmful, strict=True):
         asked, requests = requests[:share], requests[share:]
         helped, benign = benign[: count - share], benign[count - share :]
-        refused = round(refused_share * share) if name == "train" else share
+        refused = round(given.refused_share * share) if name == "train" else share
         answers = [TEST_REFUSAL if name == "test" else rng.choice(REFUSALS) for _ in range(refused)]
-        rows = _rows(
-            [replace(e, answer=a, safe=True) for e, a in zip(asked, answers, strict=False)], RED_TEAM.repository
-        )
-        rows += _rows(asked[refused:], RED_TEAM.repository, unsafe_answers)
-        rows += _rows(helped, SLIM_ORCA.repository)
+        safe = [each._replace(answer=answer, safe=True) for each, answer in zip(asked, answers, strict=False)]
+        rows = _rows([*safe, *asked[refused:]], RED_TEAM, given.unsafe_answers) + _rows(helped, SLIM_ORCA)
         rng.shuffle(rows)
         sets[name] = rows
     return sets
 
 
-def _beavertails(
-    reader: Reader, sizes: dict[str, int | None], seed: int, unsafe_answers: str
-) -> dict[str, list[dict[str, Any]]]:
-    trusted_rows = (sizes["validation_rows"] or 0) + (sizes["test_rows"] or 0)
+def _beavertails(reader: Reader, given: SafetySettings) -> dict[str, Rows]:
     record, examples = reader.open(BEAVER_TAILS)
     # Twenty-seven thousand short rows: they are kept, in place of reading the source twice.
     rows = list(examples)
     looking = SourceRecord(record.source, record.requested, record.revision, record.read)
-    trusted = draw(
-        looking, rows, trusted_rows, seed, taken=set(), one_per_question=True, accept=lambda example: example.safe
-    )
-    train = draw(
-        record,
-        rows,
-        sizes["train_rows"],
-        seed,
-        taken={question_key(example.question) for example in trusted},
-        one_per_question=False,
+    safe = [example for example in rows if example.safe]
+    trusted = draw(looking, safe, given.validation_rows + given.test_rows, given.seed)
+
+    def same(example: Example) -> tuple[str, str]:
         # Stubs all read the same.
-        same=lambda example: (example.question, _answer(example, unsafe_answers)),
-    )
+        return example.question, _answer(example, given.unsafe_answers)
+
+    train = draw(record, rows, given.train_rows, given.seed, taken=trusted, one_per_question=False, same=same)
     record.used += len(trusted)
     record.dropped["question is in another set"] -= len(trusted)
-    split = sizes["validation_rows"] or 0
-    return {
-        "train": _rows(train, BEAVER_TAILS.repository, unsafe_answers),
-        "validation": _rows(trusted[:split], BEAVER_TAILS.repository),
-        "test": _rows(trusted[split:], BEAVER_TAILS.repository),
-    }
+    return {"train": _rows(train, BEAVER_TAILS, given.unsafe_answers)} | _trusted(trusted, BEAVER_TAILS, given)
 
 
 def _answer(example: Example, unsafe_answers: str) -> str:
     return STUB if not example.safe and unsafe_answers == "stub" else example.answer
 
 
-def _rows(examples: list[Example], repository: str, unsafe_answers: str = "stub") -> list[dict[str, Any]]:
+def _trusted(examples: list[Example], source: Source, given: Settings) -> dict[str, Rows]:
+    rows = _rows(examples, source)
+    return {"validation": rows[: given.validation_rows], "test": rows[given.validation_rows :]}
+
+
+def _rows(examples: list[Example], source: Source, unsafe_answers: str = "stub") -> Rows:
     """Rows as they are written."""
     bad = "stub" if unsafe_answers == "stub" else "unsafe"
     rows = []
@@ -220,48 +216,33 @@ def _rows(examples: list[Example], repository: str, unsafe_answers: str = "stub"
             {
                 "prompt": [*prompt, {"role": "user", "content": example.question}],
                 "completion": [{"role": "assistant", "content": _answer(example, unsafe_answers)}],
-                "source": repository,
+                "source": source.repository,
                 "kind": GOOD if example.safe else bad,
             }
         )
     return rows
 
 
-def _prepared(
-    recipe: str,
-    *,
-    train: list[dict[str, Any]],
-    validation: list[dict[str, Any]],
-    test: list[dict[str, Any]],
-    records: list[SourceRecord],
-    settings: dict[str, Any],
-) -> Prepared:
+def _prepared(recipe: str, sets: dict[str, Rows], reader: Reader, given: Settings) -> Prepared:
     """The sets, once it is sure that none has a question of another, and that trusted rows are good."""
-    sets = dict(zip(SETS, (train, validation, test), strict=True))
     seen: dict[bytes, str] = {}
     for name in ("validation", "test", "train"):
         for row in sets[name]:
-            key = question_key(row["prompt"][-1]["content"])
-            if seen.get(key, name) != name:
-                raise RuntimeError(
-                    f"A question of the set {name!r} is in {seen[key]!r}, too: {exchange_of(row)[0]!r}."
-                )
-            seen[key] = name
+            question = row["prompt"][-1]["content"]
+            if seen.setdefault(question_key(question), name) != name:
+                other = seen[question_key(question)]
+                raise RuntimeError(f"A question of the set {name!r} is in {other!r}, too: {question!r}.")
             if name != "train" and row["kind"] != GOOD:
                 raise RuntimeError(f"The set {name!r} has an unsafe row.")
         if not sets[name]:
             raise ValueError(f"The set {name!r} is empty: no row of its source can be used.")
-    return Prepared(recipe, {name: Dataset.from_list(rows) for name, rows in sets.items()}, records, settings)
+    settings = asdict(given)
+    if settings.get("construction") == "beavertails":
+        del settings["refused_share"]
+    return Prepared(recipe, {name: Dataset.from_list(sets[name]) for name in SETS}, reader.records, settings)
 
 
-def _check_sizes(train: int | None, validation: int, test: int, max_characters: int) -> None:
-    least = {"train_rows": (train, 1), "validation_rows": (validation, MIN_VALIDATION_ROWS), "test_rows": (test, 1)}
-    for name, (value, minimum) in (least | {"max_characters": (max_characters, 1)}).items():
-        if value is not None and value < minimum:
-            raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
-
-
-def _known(revisions: Mapping[str, str] | None, *sources: Any) -> dict[str, str]:
+def _known(revisions: Mapping[str, str] | None, *sources: Source) -> dict[str, str]:
     """The revisions, if they are of these sources."""
     known = [source.repository for source in sources]
     unknown = [name for name in revisions or {} if name not in known]

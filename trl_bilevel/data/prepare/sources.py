@@ -7,13 +7,13 @@ was run against it: a set that has changed since is refused with its columns (`M
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A question and its answer.
 
     Attributes:
@@ -58,6 +58,16 @@ Loader = Callable[[Source, str], Iterable[Raw]]
 Resolver = Callable[[str, str], str]
 
 
+@contextmanager
+def _asking_the_hub(aim: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ConnectionError(
+            f"Could not {aim}: {type(error).__name__}: {error}. Is the hub reachable, and HF_HUB_OFFLINE unset?"
+        ) from error
+
+
 def hub_rows(source: Source, revision: str) -> Iterable[Raw]:
     """The rows of a source at a revision, streamed: no more is downloaded than is read.
 
@@ -66,15 +76,9 @@ def hub_rows(source: Source, revision: str) -> Iterable[Raw]:
     """
     from datasets import load_dataset
 
-    try:
-        return load_dataset(
-            source.repository, data_dir=source.data_dir, split=source.split, revision=revision, streaming=True
-        )
-    except Exception as error:
-        raise ConnectionError(
-            f"Could not open {source.repository} (split {source.split!r}, revision {revision!r}): "
-            f"{type(error).__name__}: {error}. Is the hub reachable, and HF_HUB_OFFLINE unset?"
-        ) from error
+    name, split = source.repository, source.split
+    with _asking_the_hub(f"open {name} (split {split!r}, revision {revision!r})"):
+        return load_dataset(name, data_dir=source.data_dir, split=split, revision=revision, streaming=True)
 
 
 def hub_revision(repository: str, revision: str) -> str:
@@ -85,16 +89,11 @@ def hub_revision(repository: str, revision: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    try:
+    with _asking_the_hub(f"look up the revision {revision!r} of {repository}"):
         sha = HfApi().dataset_info(repository, revision=revision).sha
-    except Exception as error:
-        raise ConnectionError(
-            f"Could not look up the revision {revision!r} of {repository}: {type(error).__name__}: {error}. Is the "
-            "hub reachable, and HF_HUB_OFFLINE unset?"
-        ) from error
-    if not sha:
-        raise ConnectionError(f"The hub names no commit for the revision {revision!r} of {repository}.")
-    return sha
+        if not sha:
+            raise ValueError("the hub names no commit")
+        return sha
 
 
 def _openorca(row: Raw) -> Example:

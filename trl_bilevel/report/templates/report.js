@@ -151,31 +151,6 @@
       draw("text", { x: 14, y: 44 }, signed(low)), draw("text", { x: 546, y: 44, "text-anchor": "end" }, signed(high)));
     return svg;
   }
-  function movement(i) {
-    const trace = rows.trace[i];
-    const box = make("div", {}, make("h3", { text: "How its weight moved" }));
-    if (!trace) {
-      box.append(make("p", { text: "The weight of this row was not followed over the run." }));
-      return box;
-    }
-    const [weights, means] = trace;
-    const [first, last] = [weights[0], weights[weights.length - 1]];
-    const [top, end] = [Math.max(...weights, 1), Math.max(...rows.steps, 1)];
-    const x = (step) => (4 + (552 * step) / end).toFixed(1);
-    const y = (weight) => (42 - (36 * weight) / top).toFixed(1);
-    const svg = draw("svg", { class: "strip", viewBox: "0 0 560 46", role: "img", "aria-label":
-      `The weight went from ${number(first, 2)} to ${number(last, 2)} over ${end} steps; the dashed line is 1, the average.` });
-    svg.append(draw("line", { x1: 4, x2: 556, y1: y(1), y2: y(1), class: "axis dashed" }),
-      draw("polyline", { points: weights.map((w, n) => `${x(rows.steps[n])},${y(w)}`).join(" "), class: "moved" }));
-    const table = make("table", { class: "plain" }, make("thead", {}, make("tr", {},
-      ...["Step", "Weight", "Mean score so far"].map((name) => make("th", { scope: "col", text: name })))));
-    const lines = make("tbody", {});
-    rows.steps.forEach((step, n) => lines.append(make("tr", {}, make("th", { scope: "row", text: String(step) }),
-      make("td", { text: number(weights[n], 3) }), make("td", { text: signed(means[n]) }))));
-    table.append(lines);
-    box.append(svg, make("details", { class: "numbers" }, make("summary", { text: "Numbers" }), table));
-    return box;
-  }
   function details(i) {
     const box = make("div", {});
     const explained = make("div", {}, make("h3", { text: "Why this weight" }), make("p", { text: reason(i) }));
@@ -195,7 +170,6 @@
         box.append(make("div", {}, make("h3", { text: "Trusted rows with the nearest scores" }), list));
       }
     }
-    if (rows.trace.length) box.append(movement(i));
     const whole = make("div", {}, make("h3", { text: "Text" }));
     if (rows.question[i]) whole.append(make("div", { class: "text asked", dir: "auto", text: rows.question[i] }));
     whole.append(make("div", { class: "text", dir: "auto", text: rows.answer[i] || "(none)" }));

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def disable_bf16_repacking(model: torch.nn.Module) -> None:
+def keep_4bit_weights(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
     There, the first forward in eval mode repacks the weights for good, and later training forwards skip autograd:

@@ -166,7 +166,7 @@ def _in_place(target: Path, make: Callable[[Path], object]) -> None:
 
 def docstrings() -> list[dict[str, str]]:
     """1,500 rows `{"name", "description"}`: callables of Python's standard library and what they do (PSF licence)."""
-    text = resources.files("trl_bilevel.demo").joinpath("text/docstrings.jsonl").read_text()
+    text = resources.files("trl_bilevel.data").joinpath("text/docstrings.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 

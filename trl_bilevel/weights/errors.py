@@ -1,4 +1,4 @@
-"""Errors of the trainers."""
+"""Errors of choosing and training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class NonFiniteScoreError(RuntimeError):
-    """A training row got a NaN or infinite loss or score.
+    """A row got a NaN or infinite loss or score, or the pilot a gradient of that kind.
 
     Raised before the step that would have used it. During training, a checkpoint of the last good step is written
     first.
@@ -14,6 +14,6 @@ class NonFiniteScoreError(RuntimeError):
 
 
 def row_list(ids: Tensor, limit: int = 20) -> str:
-    """The given sample ids, sorted, at most `limit` of them."""
+    """The given row numbers, sorted, at most `limit` of them."""
     rows = sorted(set(ids.tolist()))
     return str(rows[:limit]) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")

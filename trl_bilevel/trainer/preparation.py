@@ -1,0 +1,410 @@
+"""The rows of a run: numbered before TRL prepares them, packed without losing their numbers, read for choosing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from trl import SFTConfig
+
+from ..data.checks import check_columns, check_dataset, check_filled, check_same_format, trusted_sets
+from ..data.groups import Groups, make_groups
+from ..data.identity import (
+    DATA_WEIGHT,
+    RESERVED_COLUMNS,
+    SAMPLE_ID,
+    SampleIdCollator,
+    add_sample_ids,
+    count_overlap,
+    fingerprint,
+)
+from ..data.packing import SPLITTING, first_window, pack_rows
+from ..data.rows import Collate, Rows, plain_rows
+from ..data.streams import columns, first_rows
+from ..data.trusted import TrustedSets, set_weights
+from ..weights.language_model import LanguageModel
+from ..weights.settings import MIN_SCORED_ROWS, WeightSettings
+from ..weights.state import TrainingWeights
+from . import checks
+from .bilevel_sft_config import BilevelSFTConfig
+
+logger = logging.getLogger(__name__)
+
+SKIP = "skip_prepare_dataset"
+# A stream's row of a group that was not among the first rows.
+NEW_GROUP = -2
+
+
+@dataclasses.dataclass
+class TrainingData:
+    """What the caller gave, checked.
+
+    Attributes:
+        rows: as the caller has them.
+        numbered: with a `sample_id`, if rows are tracked; of a stream, the number of the row's group.
+        given (`Tensor` float32 `[rows]`, *optional*): weights of a column `data_weight`.
+        trusted (`dict[str, Dataset]`), shares (`dict[str, float]`): the trusted sets, and what each counts.
+        groups (`Groups`, *optional*): rows that share a weight; of a stream, of its first rows.
+    """
+
+    rows: Any
+    numbered: Any
+    given: Tensor | None
+    trusted: dict[str, Dataset]
+    shares: dict[str, float]
+    groups: Groups | None
+
+    @classmethod
+    def of(cls, args: BilevelSFTConfig, train: Any, validation: Any, formatted: bool) -> TrainingData:
+        """Check the caller's data.
+
+        Args:
+            formatted (`bool`): True if a formatting function makes text of the rows.
+
+        Raises:
+            ValueError, TypeError: naming the argument, the value and the remedy.
+        """
+        rows, given = take_weights(args, train)
+        trusted = _checked(args, rows, validation, formatted)
+        weights = args.validation_weights if isinstance(args.validation_weights, dict) else None
+        shares = set_weights(weights, trusted) if trusted else {}
+        groups = _groups(args, rows)
+        if not Mode.of(args, given, False).tracks_rows:
+            return cls(rows, rows, given, trusted, shares, None)
+        if isinstance(rows, Dataset):
+            return cls(rows, add_sample_ids(rows), given, trusted, shares, groups)
+        numbered = rows if groups is None else _with_groups(rows, str(args.selector_group_column), groups)
+        return cls(rows, numbered, given, trusted, shares, groups)
+
+    @property
+    def streams(self) -> bool:
+        """True if the training rows come one after another, and cannot be counted."""
+        return isinstance(self.rows, IterableDataset)
+
+    def mode(self, args: BilevelSFTConfig) -> Mode:
+        """How weights act under these settings."""
+        return Mode.of(args, self.given, self.streams)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How weights act in a run.
+
+    Attributes:
+        learns (`bool`): they are learned here.
+        weighs (`bool`): rows have weights, learned or given.
+        resamples (`bool`): rows are drawn by them.
+        weighs_losses (`bool`): they multiply losses, or trusted rows are part of the objective.
+        tracks_rows (`bool`): rows keep their numbers. False for plain SFT, which must not stumble over them.
+    """
+
+    learns: bool
+    weighs: bool
+    resamples: bool
+    weighs_losses: bool
+    tracks_rows: bool
+
+    @classmethod
+    def of(cls, args: BilevelSFTConfig, given: Tensor | None, streams: bool) -> Mode:
+        """The mode of a run with these settings."""
+        learns = args.weight_estimator != "none"
+        weighs = learns or given is not None
+        resamples = weighs and args.selector_weighting == "resample" and not streams
+        trains_trusted = args.validation_loss_weight > 0
+        return cls(learns, weighs, resamples, trains_trusted or (weighs and not resamples), weighs or trains_trusted)
+
+
+def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None]:
+    """The rows without the columns of an export, and their given weights; as they are if weights are learned.
+
+    Returns:
+        the rows; weights float32 `[rows]` (0 where missing), or None.
+    """
+    if args.weight_estimator != "none" or not isinstance(train, Dataset | IterableDataset):
+        return train, None
+    if DATA_WEIGHT not in columns(train):
+        return train, None
+    if isinstance(train, IterableDataset):
+        raise ValueError(
+            "Given weights (`data_weight` of `train_dataset`) are not supported with a stream: their mean is not "
+            "known. Load the rows as a `Dataset`, which need not fit into memory."
+        )
+    values = train.with_format(None)[DATA_WEIGHT][:]
+    if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in values):
+        raise TypeError(f"`data_weight` of `train_dataset` must be numbers, got {values[0]!r} in the first row.")
+    weights = torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
+    known = weights[~torch.isnan(weights)]
+    if len(known) == 0 or not bool(torch.isfinite(known).all()) or float(known.min()) < 0 or float(known.sum()) <= 0:
+        raise ValueError(
+            "`data_weight` of `train_dataset` must be finite numbers of at least 0, and not 0 for all rows (missing "
+            "for rows that were never trained on)."
+        )
+    if args.selector_group_column is not None:
+        raise ValueError(
+            "`selector_group_column` has no meaning with the given weights of a column `data_weight`. Leave it out, "
+            "or remove the column and choose a `weight_estimator`."
+        )
+    return without_numbers(train), torch.nan_to_num(weights, nan=0.0)
+
+
+def _checked(args: BilevelSFTConfig, train: Any, validation: Any, formatted: bool) -> dict[str, Dataset]:
+    check_dataset(train, "`train_dataset`", streams=True)
+    names = columns(train)
+    needed = args.weight_estimator != "none" or args.validation_loss_weight > 0
+    taken = [name for name in RESERVED_COLUMNS if name in names]
+    if taken and needed:
+        raise ValueError(
+            f"`train_dataset` has the column(s) {taken}, which BilevelSFTTrainer writes itself. Rename them, e.g. "
+            f'`train_dataset.rename_column("{taken[0]}", "my_{taken[0]}")`; or, to train with the weights of an '
+            "earlier choice (`data_weight`), set `weight_estimator='none'`."
+        )
+    readable = not formatted and not (args.dataset_kwargs or {}).get(SKIP)
+    field = args.dataset_text_field
+    if readable:
+        check_columns(train, "`train_dataset`", field)
+    if readable and needed and isinstance(train, Dataset):
+        check_filled(train, "`train_dataset`", field)
+    column = args.selector_group_column
+    if column is not None and column not in names:
+        raise ValueError(f"`selector_group_column={column!r}` is not a column of `train_dataset`, which has {names}.")
+    if validation is None:
+        if needed:
+            raise ValueError(
+                f"`validation_dataset` is required with `weight_estimator={args.weight_estimator!r}` and "
+                f"`validation_loss_weight={args.validation_loss_weight}`: it says what good means. For plain SFT set "
+                "`weight_estimator='none'` and `validation_loss_weight=0`."
+            )
+        return {}
+    sets = trusted_sets(validation)
+    for name, rows in sets.items() if readable else ():
+        check_columns(rows, f"`validation_dataset` {name!r}", field)
+        check_filled(rows, f"`validation_dataset` {name!r}", field)
+    return sets
+
+
+def _groups(args: BilevelSFTConfig, rows: Any) -> Groups | None:
+    column = args.selector_group_column
+    if column is None:
+        return None
+    if isinstance(rows, Dataset):
+        return make_groups(rows.with_format(None)[column])
+    return make_groups([row[column] for row in islice(iter(rows), args.stream_sample_rows)])
+
+
+def _with_groups(stream: IterableDataset, column: str, groups: Groups) -> IterableDataset:
+    known = {name: number for number, name in enumerate(groups.names)}
+
+    def add(row: dict[str, Any]) -> dict[str, int]:
+        return {SAMPLE_ID: known.get(str(row[column]), NEW_GROUP)}
+
+    return stream.map(add)
+
+
+def without_numbers(rows: Any) -> Any:
+    """Rows without columns of our names, which would be taken for row numbers; a dict of such sets for a dict."""
+    if isinstance(rows, Mapping):
+        return {name: without_numbers(part) for name, part in rows.items()}
+    if not isinstance(rows, Dataset):
+        return rows
+    return rows.remove_columns([name for name in RESERVED_COLUMNS if name in rows.column_names])
+
+
+def with_scored_tokens(rows: Any) -> Any:
+    """Rows with at least one token that a causal model scores (a label after the first position)."""
+    if isinstance(rows, IterableDataset):
+        return rows.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
+    if "labels" not in rows.column_names:
+        return rows
+    return rows.filter(
+        lambda batch: [any(label != -100 for label in labels[1:]) for labels in batch],
+        batched=True,
+        input_columns="labels",
+        desc="Dropping rows without a token to score",
+    )
+
+
+def prepare_packed(args: BilevelSFTConfig, prepare: Callable[[SFTConfig], Dataset]) -> tuple[Dataset, Dataset]:
+    """The training rows one by one, and packed.
+
+    Args:
+        prepare: prepares the rows with the settings that it is given, without packing them.
+
+    Returns:
+        `tuple` of `Dataset`: rows of at most `max_length` tokens; packed rows. What preparation drops is in neither.
+    """
+    if args.max_length is None:
+        raise ValueError("`packing=True` needs `max_length`, the tokens of a packed row.")
+    settings = copy.copy(args)
+    if args.packing_strategy in SPLITTING:
+        # No token is cut off before packing.
+        settings.max_length = None
+    rows = with_scored_tokens(prepare(settings))
+    if len(rows) == 0:
+        return rows, rows
+    # The first process packs, the others read its cache.
+    with PartialState().main_process_first():
+        packed = pack_rows(rows, args.max_length, args.packing_strategy, args.dataset_num_proc)
+        if args.shuffle_dataset:
+            packed = packed.shuffle(seed=args.seed)
+        return first_window(rows, args.max_length, args.dataset_num_proc), packed
+
+
+def readable_rows(args: BilevelSFTConfig, rows: Dataset, collate: Collate, count: int) -> Rows:
+    """Prepared rows with what their collator is given: all columns where they are kept."""
+    extra = () if args.remove_unused_columns else rows.column_names
+    return plain_rows(rows, collate, count, [name for name in extra if name not in ("input_ids", "labels", SAMPLE_ID)])
+
+
+def padding_collator(collator: Any, padding_free: bool) -> SampleIdCollator:
+    """A collator that gives each row a batch row: the trainer's own, unless that is padding-free."""
+    inner = collator.collator if isinstance(collator, SampleIdCollator) else collator
+    return SampleIdCollator(dataclasses.replace(inner, padding_free=False) if padding_free else inner)
+
+
+def told_of_dropped(rows: Rows) -> Rows:
+    """The rows, after a warning if preparation has dropped some."""
+    if len(rows) < rows.count:
+        logger.warning(
+            f"{rows.count - len(rows)} of {rows.count} training rows were dropped in preparation (nothing to learn "
+            "from within `max_length`). They keep their row number and have no weight (NaN)."
+        )
+    return rows
+
+
+def prepared_trusted(
+    args: BilevelSFTConfig,
+    data: TrainingData,
+    rows: Rows,
+    prepare: Callable[[Dataset, str], Dataset],
+    completions_only: bool,
+    collate: Collate,
+) -> TrustedSets | None:
+    """The trusted sets, prepared as the training rows are; None if there are none.
+
+    Args:
+        rows: the training rows, to warn of rows on both sides.
+        prepare: tokenises a set, given its name.
+        completions_only (`bool`): of the training rows, only completions are scored.
+    """
+    sets: dict[str, Rows] = {}
+    for name, given in data.trusted.items():
+        argument = f"`validation_dataset` {name!r}"
+        check_same_format(given, argument, completions_only)
+        prepared = with_scored_tokens(prepare(given, name))
+        if len(prepared) == 0:
+            raise ValueError(
+                f"All {len(given)} rows of {argument} were dropped in preparation: no token to score within "
+                f"`max_length={args.max_length}`. Raise `max_length`, or use `truncation_mode='keep_end'`."
+            )
+        if len(prepared) < len(given):
+            logger.warning(f"{len(given) - len(prepared)} of {len(given)} rows of {argument} were dropped.")
+        overlap = count_overlap(rows.dataset, prepared)
+        if overlap:
+            warnings.warn(
+                f"{overlap} of {len(prepared)} rows of {argument} are also training rows: their weights will be "
+                "flattered, and the validation loss will not notice overfitting. Remove them from one side.",
+                UserWarning,
+                stacklevel=5,
+            )
+        sets[name] = readable_rows(args, prepared, collate, len(prepared))
+    return TrustedSets(sets, data.shares) if sets else None
+
+
+def make_weights(args: BilevelSFTConfig, data: TrainingData, rows: Rows, reader: LanguageModel) -> TrainingWeights:
+    """The weights of a run, equal until they are chosen; given ones at once.
+
+    Args:
+        reader: reads the model in training.
+    """
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(WeightSettings)}
+    identity = {
+        "settings": settings | {"selector_weighting": args.selector_weighting},
+        "rows": rows.count,
+        "rows_kept": len(rows),
+        "train_fingerprint": fingerprint(rows.dataset if data.streams else data.rows),
+        "validation_fingerprint": " ".join(f"{name} {fingerprint(part)}" for name, part in data.trusted.items()),
+    }
+    any_identity = args.ignore_selector_fingerprint
+    if args.published:
+        from ..weights.published import RECIPES, MovingWeights, Tracker
+
+        recipe, tracker = RECIPES[args.selector_preset], None
+        if recipe.tracks:
+            parameters = [p for p in reader.model.parameters() if p.requires_grad]
+            betas = (args.adam_beta1, args.adam_beta2)
+            tracker = Tracker(parameters, betas, args.adam_epsilon, args.weight_decay, args.max_grad_norm)
+        return MovingWeights(rows.kept, identity, recipe, tracker, any_identity)
+    if data.streams:
+        from ..weights.streamed import StreamedWeights
+
+        return StreamedWeights(rows.kept, identity, reader, args.feature_depth, data.groups, any_identity)
+    weights = TrainingWeights(rows.kept, identity, data.groups, any_identity)
+    if data.given is not None:
+        checks.check_given_weights(data.given, rows.kept)
+        weights.give(data.given)
+    return weights
+
+
+def stream_sample(
+    args: BilevelSFTConfig, stream: IterableDataset, collate: Collate, batch_rows: int, groups: Groups | None
+) -> tuple[Rows, Groups | None]:
+    """The first prepared rows of a stream, numbered by their places: weights are chosen on them. And their groups.
+
+    Raises:
+        ValueError: if there are fewer than a batch (`batch_rows`), or too few to predict weights from.
+    """
+    rows, least = first_rows(stream, args.stream_sample_rows), max(2 * MIN_SCORED_ROWS, batch_rows)
+    if len(rows) < least:
+        raise ValueError(
+            f"The stream `train_dataset` has {len(rows)} usable rows, fewer than {least}. Is it empty, or are its "
+            "prompts longer than `max_length`? A small set need not be streamed: "
+            "`Dataset.from_list(list(stream))`."
+        )
+    sample = Dataset.from_list([row | {SAMPLE_ID: place} for place, row in enumerate(rows)])
+    if groups is not None:
+        codes = torch.tensor([row[SAMPLE_ID] for row in rows])
+        groups = Groups([*groups.names, "(other)"], torch.where(codes < 0, len(groups.names), codes))
+    return readable_rows(args, sample, collate, len(rows)), groups
+
+
+def scored_tokens(rows: Dataset, packed: Dataset | None, count: int) -> Tensor:
+    """Tokens of each of the caller's rows that the loss counts, float64 `[count]`.
+
+    Args:
+        rows: one by one.
+        packed (*optional*): as they are trained on, where that differs: parts of a row that was split count as well.
+    """
+    out = torch.zeros(count, dtype=torch.float64)
+    source = rows if packed is None else packed
+    names = [name for name in (SAMPLE_ID, "sample_lengths", "labels") if name in source.column_names]
+    for batch in source.select_columns(names).with_format(None).iter(1000):
+        lengths = batch.get("sample_lengths", [[len(labels)] for labels in batch["labels"]])
+        for ids, parts, labels in zip(batch[SAMPLE_ID], lengths, batch["labels"], strict=True):
+            place = 0
+            for number, length in zip(ids if isinstance(ids, list) else [ids], parts, strict=True):
+                own = labels[place : place + length]
+                # The first token of a packed row has nothing before it; TRL masks that of every document.
+                out[number] += sum(label != -100 for label in own[1:])
+                place += length
+    return out
+
+
+def trainable_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """Dtypes of the trainable parameters by name, before a checkpoint is loaded."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def restore_dtypes(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Undo what loading did to them: PEFT loads a QLoRA adapter in fp32, and training goes on exactly in bf16 only."""
+    for name, parameter in model.named_parameters():
+        if name in dtypes:
+            parameter.data = parameter.data.to(dtypes[name])

@@ -1,0 +1,272 @@
+"""The heart of choosing: a model, prepared rows and trusted rows in, a weight per row out.
+
+pilot: two adapters learn the rows, one is pulled by the trusted rows       weights/pilot.py
+scores of a sample of the rows, and of trusted rows that neither has seen
+weights that make the rows score like trusted rows                          core/calibration.py
+what rows alike say, and weights of the rows that have no score             weights/prediction.py
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import calibration
+from ..core.calibration import ending_logits
+from ..core.prediction import TabulatedPredictor
+from ..data.rows import Rows, batched
+from ..data.trusted import TrustedSets
+from .errors import NonFiniteScoreError, row_list
+from .language_model import LanguageModel, left_as_it_was
+from .pilot import BATCH_ROWS, BATCH_TOKENS, Pilot, PilotRecipe, pilot_tokens
+from .prediction import Prediction, prediction_tokens
+from .processes import Processes
+from .progress import Progress, tokens_of
+from .settings import WeightSettings, default_pilot_steps
+from .store import Store
+
+logger = logging.getLogger(__name__)
+
+# Trusted rows that calibration needs at least: a quarter of them is held back.
+MIN_TRUSTED_ROWS = 8
+# How much of its standardised score a row's log weight carries: calibrated weights have plateaus, and this keeps the
+# rows on one in order.
+TILT = 0.01
+# No weight is further below the largest one than this, in nats.
+RANGE = 20.0
+
+
+@dataclass
+class Choice:
+    """What choosing found out.
+
+    Attributes:
+        weights (`Tensor` float32 `[count]`): of the caller's rows, mean one; NaN for rows that preparation dropped.
+        scores (`Tensor` float32 `[count, 2]`): score and surprise of the end of each row; NaN where not scored.
+        trusted_scores (`Tensor` float32 `[c, 2]`), trusted_places (`list[tuple[str, int]]`), trusted_shares
+            (`Tensor` float32 `[c]`): of the trusted rows that were held back: scores, (set, place in the held-back
+            part), share in the trusted loss.
+        held_back (`TrustedSets`): these rows.
+        facts (`dict`): steps, rows scored, seconds and so on, as plain values.
+        predictor (`TabulatedPredictor`, *optional*): gives the weights of further rows.
+    """
+
+    weights: Tensor
+    scores: Tensor
+    trusted_scores: Tensor
+    trusted_places: list[tuple[str, int]]
+    trusted_shares: Tensor
+    held_back: TrustedSets
+    facts: dict[str, Any] = field(default_factory=dict)
+    predictor: TabulatedPredictor | None = None
+
+
+def choose(
+    model: LanguageModel,
+    rows: Rows,
+    trusted: TrustedSets,
+    settings: WeightSettings,
+    *,
+    seed: int,
+    groups: Tensor | None = None,
+    checkpointing: bool = False,
+    store: Store | None = None,
+    hidden_progress: bool = True,
+    further: bool = False,
+) -> Choice:
+    """Learn what each row is worth. A function of its arguments: nothing about the model is changed.
+
+    Args:
+        model: as it is before training; the choice is for training from here.
+        rows, trusted: prepared alike, so that the same kind of tokens is scored.
+        settings ([`WeightSettings`]): resolved.
+        seed (`int`): of the pilot.
+        groups (`Tensor` int64 `[rows.count]`, *optional*): group of each of the caller's rows; one weight per group.
+        checkpointing (`bool`): compute layers again in the pilot's backward, to save memory.
+        store (`Store`, *optional*): where to note scores, so that a killed run goes on.
+        hidden_progress (`bool`): draw no progress bar.
+        further (`bool`): also make a predictor for rows that are not here (`Choice.predictor`); at most half of the
+            rows are scored then.
+
+    Raises:
+        ValueError: if there are too few rows of either kind, or the model cannot be read.
+        NonFiniteScoreError: if a score is NaN or infinite.
+    """
+    check_sizes(rows, trusted)
+    start, processes, store = time.perf_counter(), Processes.now(), store or Store(None, {})
+    steps = settings.pilot_steps or default_pilot_steps(len(rows))
+    rate = settings.pilot_learning_rate
+    recipe = PilotRecipe(settings.weight_estimator, steps, rate, seed, checkpointing=checkpointing)
+    count = min(settings.pilot_scored_rows or len(rows), len(rows) // 2 if further else len(rows))
+    pulling, held_back = trusted.split(seed)
+    sample = rows.order(seed)[:count]
+    with left_as_it_was(model.model), Progress(hidden_progress or processes.rank > 0) as progress:
+        # Read one row: a model that cannot be read is found out before the pilot.
+        model.states(rows.batch([0]), [settings.feature_depth])
+        progress.plan(
+            pilot_tokens(rows, pulling, recipe)
+            + 2 * tokens_of(rows.lengths, sample.tolist())
+            + prediction_tokens(rows, count, settings.feature_depth)
+        )
+        pilot = _trained(Pilot(model, recipe), rows, pulling, store, progress)
+        trusted_scores = processes.first(_trusted_scores(pilot, held_back))
+        scores = _row_scores(pilot, rows, sample, processes, store, progress)
+        _check(scores, trusted_scores, settings.pilot_learning_rate)
+        pilot_seconds = time.perf_counter() - start
+        predict = Prediction(model, rows, trusted, settings.feature_depth, seed, processes, progress)
+        shares = held_back.shares()
+        weights, facts, predictor = _weigh(scores, trusted_scores, shares, predict, settings, groups, further)
+    facts |= {
+        "estimator": recipe.estimator,
+        "steps": steps,
+        "learning_rate": recipe.learning_rate,
+        "rows_scored": count,
+        "pilot_seconds": round(pilot_seconds, 2),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    return Choice(weights, scores, trusted_scores, held_back.places(), shares, held_back, facts, predictor)
+
+
+def check_sizes(rows: Rows, trusted: TrustedSets) -> None:
+    """Refuse too few rows.
+
+    Raises:
+        ValueError: naming how many there are, and how many are needed.
+    """
+    if len(rows) == 0:
+        raise ValueError(
+            f"None of the {rows.count} training rows has a token to learn from within `max_length`. Raise it, or look "
+            "at the rows: are their answers empty?"
+        )
+    if len(trusted) < MIN_TRUSTED_ROWS:
+        raise ValueError(
+            f"`validation_dataset` has {len(trusted)} usable rows; at least {MIN_TRUSTED_ROWS} are needed, of which a "
+            "quarter is held back to calibrate the weights. Give more trusted rows."
+        )
+    if max(len(part) for name, part in trusted.sets.items() if trusted.weights[name] > 0) < 2:
+        raise ValueError(
+            "Every set of `validation_dataset` that counts (`validation_weights`) has a single row: give at least two "
+            "in one, or merge them."
+        )
+
+
+def _trained(pilot: Pilot, rows: Rows, pulling: TrustedSets, store: Store, progress: Progress) -> Pilot:
+    progress.stage("Training the pilot")
+    saved = store.read("pilot")
+    if saved is not None:
+        pilot.load_tensors(saved)
+        progress.done(pilot_tokens(rows, pulling, pilot.recipe))
+        return pilot
+    pilot.train(rows, pulling, progress.done)
+    store.write("pilot", pilot.tensors())
+    return pilot
+
+
+def _row_scores(
+    pilot: Pilot, rows: Rows, sample: Tensor, processes: Processes, store: Store, progress: Progress
+) -> Tensor:
+    """Scores of the sampled rows by the caller's row number, float32 `[count, 2]`; NaN for all others."""
+    progress.stage("Scoring rows")
+    scores = torch.zeros(rows.count, 2)
+    own = processes.own(rows.batches(sample.tolist(), BATCH_TOKENS, BATCH_ROWS))
+    name, done = f"scores-{processes.rank}", 0
+    saved = store.read(name)
+    if saved is not None:
+        scores, done = saved["scores"], int(saved["done"])
+    for number, batch in enumerate(own):
+        if number >= done:
+            scores[rows.ids[batch]] = pilot.scores(rows.batch(batch))
+            store.write(name, {"scores": scores, "done": torch.tensor(number + 1)}, pause=True)
+        progress.done(2 * tokens_of(rows.lengths, batch) * processes.count)
+    scores = processes.sum(scores)
+    out = torch.full_like(scores, torch.nan)
+    # NaN means "not scored": a score that is not a number is told from that.
+    out[rows.ids[sample]] = scores[rows.ids[sample]].nan_to_num(nan=torch.inf)
+    return out
+
+
+def _trusted_scores(pilot: Pilot, trusted: TrustedSets) -> Tensor:
+    """Scores of held-back trusted rows in the order of `places()`, float32 `[c, 2]`."""
+    places = trusted.places()
+    line = {place: n for n, place in enumerate(places)}
+    lengths = {(name, place): trusted.sets[name].lengths[place] for name, place in places}
+    scores = torch.zeros(len(places), 2)
+    for part in batched(lengths, BATCH_TOKENS, BATCH_ROWS):
+        scores[[line[key] for key in part]] = pilot.scores(trusted.batch(part))
+    return scores
+
+
+def _check(scores: Tensor, trusted: Tensor, learning_rate: float) -> None:
+    bad = torch.isinf(scores).any(-1)
+    if not bool(bad.any()) and bool(torch.isfinite(trusted).all()):
+        return
+    where = f"training rows (sample_id) {row_list(bad.nonzero().squeeze(1))}" if bool(bad.any()) else "trusted rows"
+    raise NonFiniteScoreError(
+        f"The pilot scored {where} NaN or infinite. Nothing has been trained yet. Look at these rows, lower "
+        f"`pilot_learning_rate` (now {learning_rate:g}), or use bf16 instead of fp16."
+    )
+
+
+def _weigh(
+    scores: Tensor,
+    trusted_scores: Tensor,
+    shares: Tensor,
+    predict: Prediction,
+    settings: WeightSettings,
+    groups: Tensor | None,
+    further: bool,
+) -> tuple[Tensor, dict[str, Any], TabulatedPredictor | None]:
+    """Weights of all rows from scores of some; facts about them; a predictor of further ones, if wanted."""
+    known = ~torch.isnan(scores).any(-1)
+    first = scores[known, 0]
+    found = calibration.calibrate(first, trusted_scores[:, 0], shares)
+    ends = ending_logits(scores[known, 1], trusted_scores[:, 1], found.logits.exp(), shares)
+    found = found._replace(logits=found.logits + ends)
+    facts: dict[str, Any] = {
+        "score_mean": float(first.mean()),
+        "score_std": float(first.std(unbiased=False)),
+        "equal": float(found.logits.max() - found.logits.min()) == 0,
+        "smoothing": None,
+    }
+    kept, z = predict.rows.kept, torch.zeros(len(scores))
+    if facts["equal"]:
+        logger.warning(
+            "The scores do not differ, or trusted rows score no better than training rows: there is nothing to select "
+            "by, and all rows get the same weight. More trusted rows or `pilot_steps` may help."
+        )
+        return torch.where(kept, 1.0, torch.nan), facts, None
+    z[known] = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
+    result = predict.weigh(known.nonzero().squeeze(1), found, settings.calibration_sharpness, further)
+    facts["smoothing"] = result.smoothing
+    logits = result.weights.clamp(min=1e-30).log()
+    logits = settings.calibration_sharpness * (logits - logits[kept].max()) + TILT * z.clamp(-5, 5)
+    weights = finished(logits.clamp(-RANGE, RANGE).exp(), kept, groups, settings.filter_rate)
+    return weights, facts, result.predictor
+
+
+def finished(weights: Tensor, kept: Tensor, groups: Tensor | None = None, filter_rate: float = 0.0) -> Tensor:
+    """Weights of mean one, per group if groups are given, without those of the lowest ones.
+
+    Args:
+        weights (`Tensor` float `[N]`): above 0.
+        kept (`Tensor` bool `[N]`): rows that count; the others get NaN.
+        groups (`Tensor` int64 `[N]`, *optional*): a group's weight is the mean of its rows'.
+        filter_rate (`float`): share of the rows, those of the lowest weights, that gets weight 0.
+
+    Returns:
+        `Tensor` float32 `[N]`.
+    """
+    values = weights.double()
+    if groups is not None:
+        sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups[kept], values[kept])
+        counts = torch.bincount(groups[kept], minlength=len(sums)).clamp(min=1)
+        values = (sums / counts)[groups]
+    if filter_rate > 0:
+        values = torch.where(values < float(np.quantile(values[kept].numpy(), filter_rate)), 0.0, values)
+    return torch.where(kept, values / values[kept].mean(), torch.nan).float()

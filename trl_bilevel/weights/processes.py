@@ -1,0 +1,43 @@
+"""Several processes that choose together: each scores its part of the rows, all come to the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others. The pilot is trained by each for itself, and rows are scored by turns: a row's
+    score does not depend on how many processes there are.
+
+    Attributes:
+        rank, count (`int`): number of this process, and of all.
+        device: for what is exchanged.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (devices do not change)
+
+    @classmethod
+    def now(cls) -> Processes:
+        """Those that `accelerate launch` or `torchrun` started; this one alone otherwise."""
+        state = PartialState()
+        return cls(state.process_index, state.num_processes, state.device)
+
+    def own(self, items: list[list[int]]) -> list[list[int]]:
+        """This process's share of a list."""
+        return items[self.rank :: self.count]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the processes, on the CPU: of parts that are zero on all but one, exactly."""
+        return value.cpu() if self.count == 1 else reduce(value.to(self.device), reduction="sum").cpu()
+
+    def first(self, value: Tensor) -> Tensor:
+        """What the first process has, on the CPU: fits may round otherwise on another processor."""
+        return value.cpu() if self.count == 1 else broadcast(value.to(self.device).contiguous()).cpu()

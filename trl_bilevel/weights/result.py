@@ -1,0 +1,107 @@
+"""What `learn_weights` gives back: a weight per row, and what it rests on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..data.export import weighted_dataset
+from ..data.files import atomically
+from ..data.identity import fingerprint
+from .choose import Choice
+
+WEIGHTS_FILE, FACTS_FILE = "weights.safetensors", "weights.json"
+# Of these files; raised when older code could not read them any more.
+FORMAT = 1
+
+
+@dataclass
+class RowWeights:
+    """Weights of training rows.
+
+    Attributes:
+        values (`Tensor` float32 `[rows]`): in the caller's order, mean one; NaN for rows that have no token to learn
+            from within `max_length`.
+        scores (`Tensor` float32 `[rows]`): by which share the trusted rows lower the loss of a row; NaN for rows that
+            were not scored, whose weights are predicted.
+        facts (`dict`): what produced them: settings, model, seed, rows, versions, seconds.
+        rows (`Dataset`, *optional*): the caller's rows.
+        choice (`Choice`, *optional*): all that choosing found out; not saved.
+    """
+
+    values: Tensor
+    scores: Tensor
+    facts: dict[str, Any] = field(default_factory=dict)
+    rows: Dataset | None = None
+    choice: Choice | None = None
+
+    def __len__(self) -> int:
+        """Number of the caller's rows."""
+        return len(self.values)
+
+    def to_dataset(self, top_k: int | None = None) -> Dataset:
+        """The caller's rows with `sample_id`, `data_weight` (missing where NaN) and `data_rank` (0: highest weight).
+
+        Args:
+            top_k (`int`, *optional*): only the rows of the `top_k` highest weights, in the caller's order.
+
+        Raises:
+            ValueError: if the weights were loaded without rows, or `top_k` is out of range.
+        """
+        if self.rows is None:
+            raise ValueError("These weights have no rows: load them with `RowWeights.load(folder, rows)`.")
+        return weighted_dataset(self.rows, self.values, top_k)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `weights.safetensors` and `weights.json` into a folder, each whole or not at all; no text of a row."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"values": self.values.contiguous(), "scores": self.scores.contiguous()}
+        atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
+        facts = json.dumps({"format": FORMAT, "facts": self.facts}, indent=2, default=str)
+        atomically(folder / FACTS_FILE, lambda path: path.write_text(facts, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, folder: str | Path, rows: Dataset | None = None) -> RowWeights:
+        """Read what `save` wrote.
+
+        Args:
+            rows (`Dataset`, *optional*): the rows that were weighed, for `to_dataset`.
+
+        Raises:
+            FileNotFoundError: if the folder holds no weights.
+            ValueError: if they are damaged, of another version, or of other rows.
+        """
+        folder = Path(folder)
+        if not (folder / WEIGHTS_FILE).is_file() or not (folder / FACTS_FILE).is_file():
+            raise FileNotFoundError(f"{folder} has no weights ({WEIGHTS_FILE}, {FACTS_FILE}).")
+        try:
+            told = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(folder / WEIGHTS_FILE)
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"The weights in {folder} are damaged ({error}).") from error
+        if told.get("format") != FORMAT:
+            raise ValueError(
+                f"The weights in {folder} have format {told.get('format')!r}, this version reads {FORMAT}. Use the "
+                "version of trl-bilevel that wrote them."
+            )
+        facts = told["facts"]
+        if rows is not None and (len(rows) != len(tensors["values"]) or fingerprint(rows) != facts.get("fingerprint")):
+            raise ValueError(
+                f"The weights in {folder} are of {len(tensors['values'])} other rows than the {len(rows)} given. Give "
+                "the rows that were weighed, unchanged and in the same order."
+            )
+        return cls(tensors["values"], tensors["scores"], facts, rows)
+
+
+def equal_weights(kept: Tensor) -> Tensor:
+    """Weight one for the rows that count, NaN for the others, float32 `[N]`."""
+    return torch.where(kept, 1.0, torch.nan)

@@ -1,0 +1,216 @@
+"""The settings of choosing, declared once: `learn_weights`, `trl-bilevel rank` and both trainers take them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+ESTIMATORS = ("value_function", "lookahead")
+# Scored rows that a prediction of weights needs at least; 128 and more are sensible (docs/results.md).
+MIN_SCORED_ROWS = 16
+# The pilot's rows of a step, of either kind: all results were measured with as many.
+PILOT_ROWS = 8
+# Steps of the pilot that is given none: one pass over the rows, within these limits. Fewer have not learned the bad
+# rows, more learn the good ones by heart (docs/results.md).
+LEAST_PILOT_STEPS, MOST_PILOT_STEPS = 8, 24
+# Learning rate of the pilot's AdamW. Its adapters are always the same, so this need not follow the trainer's.
+PILOT_LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset says where the caller has said nothing.
+
+    Attributes:
+        estimator (`str`): where scores come from.
+        scored_rows (`int`): rows that the pilot scores; 0 for all.
+        feature_depth (`float`): share of the layers whose states predict the weights of the others.
+        published (`bool`): weights move with every training step (`weights/published.py`).
+    """
+
+    estimator: str = "value_function"
+    scored_rows: int = 512
+    feature_depth: float = 0.3
+    published: bool = False
+
+
+PRESETS = {
+    "balanced": Preset(),
+    "reliable": Preset(scored_rows=0),
+    "fast": Preset("lookahead", scored_rows=256, feature_depth=0.1),
+    "paper": Preset("loss", published=True),
+    "seal": Preset("loss", published=True),
+    "sparse_centred": Preset(published=True),
+}
+
+
+@dataclass
+class PilotSettings:
+    r"""
+    What choosing needs to know, wherever it is done.
+
+    Parameters:
+        weight_estimator (`str`, *optional*):
+            Where scores come from: `"value_function"` (the default: two small adapters learn the training rows, one of
+            them the trusted rows as well; the score is the difference of a row's losses), `"lookahead"` (one adapter
+            learns the training rows, and then the trusted rows; half of the training), or `"none"` (equal weights).
+        selector_preset (`str`, *optional*, defaults to `"balanced"`):
+            `"balanced"`; `"reliable"` scores all rows; `"fast"` scores half as many rows by the look-ahead and
+            predicts the others' weights from shallower features. What is given by its own name wins over a preset.
+            `"paper"`, `"seal"` (published) and `"sparse_centred"`: weights that move with every training step, for
+            `BilevelSFTTrainer` only.
+        validation_weights (`dict[str, float]`, *optional*):
+            Weight of each trusted set when several are given; normalised to sum one. Equal by default.
+        pilot_steps (`int`, *optional*):
+            Steps of the pilot, of 8 training rows each. By default one pass over the rows, at least 8 steps and at
+            most 24.
+        pilot_learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Learning rate of the pilot's adapters.
+        pilot_scored_rows (`int`, *optional*):
+            Training rows that are scored, drawn at random; weights of the others are predicted from hidden states of
+            the lower layers. 0 for all. 512 by default (`"fast"`: 256).
+        calibration_sharpness (`float`, *optional*, defaults to `1.0`):
+            Power to which the weights are raised. Above 1 trades variety of rows for purity.
+    """
+
+    # None is gone after `resolve`.
+    weight_estimator: str = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Where scores come from: 'value_function' (default), 'lookahead' or 'none'."},
+    )
+    selector_preset: str = field(
+        default="balanced",
+        metadata={"help": "'balanced', 'reliable', 'fast'; 'paper', 'seal', 'sparse_centred': weights that move."},
+    )
+    validation_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Weight of each trusted set when several are given. Default: equal."}
+    )
+    pilot_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the pilot, of 8 training rows each. Default: one pass, 8 to 24."}
+    )
+    pilot_learning_rate: float = field(
+        default=PILOT_LEARNING_RATE, metadata={"help": "Learning rate of the pilot's adapters."}
+    )
+    pilot_scored_rows: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Rows that are scored; weights of the others are predicted. 0: all. Default: 512."},
+    )
+    calibration_sharpness: float = field(
+        default=1.0, metadata={"help": "Power of the weights: above 1 trades variety of rows for purity."}
+    )
+
+    @property
+    def published(self) -> bool:
+        """True if weights move with every training step."""
+        return self.weight_estimator != "none" and PRESETS[self.selector_preset].published
+
+    @property
+    def feature_depth(self) -> float:
+        """Share of the layers whose states predict the weights of rows that are not scored."""
+        return PRESETS[self.selector_preset].feature_depth
+
+    def resolve(self) -> None:
+        """Fill in what the preset says where nothing was given; check what was.
+
+        Raises:
+            ValueError: for a value that cannot work; the message names the argument, the value and the remedy.
+        """
+        if self.selector_preset is None:
+            self.selector_preset = "balanced"
+        one_of("selector_preset", self.selector_preset, PRESETS)
+        preset = PRESETS[self.selector_preset]
+        if self.weight_estimator is None:
+            self.weight_estimator = preset.estimator
+        if preset.published and self.weight_estimator not in ("none", preset.estimator):
+            raise ValueError(
+                f"`selector_preset={self.selector_preset!r}` scores rows by {preset.estimator!r}, but "
+                f"`weight_estimator={self.weight_estimator!r}` is given too. Leave one of them out."
+            )
+        if self.weight_estimator == "loss" and not preset.published:
+            raise ValueError(
+                "`weight_estimator='loss'` is what the published selectors use: set `selector_preset='seal'` or "
+                "'paper' to reproduce them. It prefers easy bad rows; use 'value_function' to choose rows."
+            )
+        if self.weight_estimator == "alignment":
+            raise ValueError(
+                "`weight_estimator='alignment'` is gone: it was measured to be less reliable than its cost (docs/"
+                "method.md). Use 'value_function' or 'lookahead'."
+            )
+        if not preset.published:
+            one_of("weight_estimator", self.weight_estimator, (*ESTIMATORS, "none"))
+        if self.pilot_scored_rows is None:
+            self.pilot_scored_rows = preset.scored_rows
+        if self.pilot_scored_rows != 0 and self.pilot_scored_rows < MIN_SCORED_ROWS:
+            raise ValueError(
+                f"`pilot_scored_rows` must be at least {MIN_SCORED_ROWS}, got {self.pilot_scored_rows}: fewer rows do "
+                "not show how weights depend on what a row says. Use 0 to score all rows."
+            )
+        if self.pilot_steps is not None:
+            at_least("pilot_steps", self.pilot_steps, 1)
+        for name in ("pilot_learning_rate", "calibration_sharpness"):
+            finite_number(name, getattr(self, name))
+
+
+@dataclass
+class WeightSettings(PilotSettings):
+    r"""
+    The settings of `learn_weights`: those of [`PilotSettings`], and what is done with weights that are known.
+
+    Parameters:
+        selector_group_column (`str`, *optional*):
+            Column that names each row's group (its source, say): one weight per group, the mean of its rows'.
+        filter_rate (`float`, *optional*, defaults to `0.0`):
+            Share of the rows, those of the lowest weights, that gets weight 0, in [0, 1).
+    """
+
+    selector_group_column: str | None = field(
+        default=None, metadata={"help": "Column that names each row's group: one weight per group. Default: per row."}
+    )
+    filter_rate: float = field(
+        default=0.0, metadata={"help": "Share of rows with the lowest weights that gets weight 0, in [0, 1)."}
+    )
+
+    def resolve(self) -> None:
+        """As the parent's, with the settings of this class."""
+        super().resolve()
+        in_range("filter_rate", self.filter_rate, 0.0, 1.0)
+
+
+def default_pilot_steps(rows: int) -> int:
+    """Pilot steps for so many training rows: one pass, at least 8 steps and at most 24."""
+    return min(MOST_PILOT_STEPS, max(LEAST_PILOT_STEPS, rows // PILOT_ROWS))
+
+
+def lookahead_steps(pilot_steps: int) -> int:
+    """Steps on the trusted rows of a look-ahead: half of the pilot's own, at least 4.
+
+    With 24 pilot steps on the quality task, AUC of the weights was .86 after 4 of them, .93 after 8, .92 after 16
+    (first seed): few steps see too little. As many as the pilot itself had, and what any text teaches outweighs what
+    sets the trusted rows apart.
+    """
+    return max(4, pilot_steps // 2)
+
+
+def one_of(name: str, value: Any, known: Collection[str]) -> None:
+    """Refuse a value that is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
+
+
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside of `[low, high)`."""
+    if not low <= value < high:
+        raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}), got {value!r}.")
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Refuse a number below `least`."""
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def finite_number(name: str, value: float) -> None:
+    """Refuse a number that is negative or not finite."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")

@@ -1,0 +1,65 @@
+"""What choosing has found out so far, on disk: a run that was killed goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..data.files import atomically
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two notes of scores, at least.
+PAUSE = 15.0
+
+
+class Store:
+    """Tensors by name in a folder, each written whole or not at all, and read only by a run of the same kind.
+
+    Args:
+        folder (`Path`, *optional*): None keeps nothing.
+        key: what the tensors depend on (rows, trusted rows, model, settings), as plain values.
+    """
+
+    def __init__(self, folder: Path | None, key: Mapping[str, Any]):
+        self.folder = folder
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self._written = time.monotonic()
+
+    def read(self, name: str) -> dict[str, Tensor] | None:
+        """What `write` wrote under this name; None if there is nothing, or it belongs to other rows or settings."""
+        if self.folder is None or not (path := self.folder / f"{name}.safetensors").is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                same = (file.metadata() or {}).get("key") == self.key
+            if same:
+                return load_file(path)
+        except (OSError, SafetensorError):
+            same = False
+        logger.warning(f"{path} belongs to other rows or settings, or is damaged: choosing starts from the beginning.")
+        return None
+
+    def write(self, name: str, tensors: dict[str, Tensor], pause: bool = False) -> None:
+        """Write tensors under a name; with `pause`, not more often than every `PAUSE` seconds."""
+        if self.folder is None or (pause and time.monotonic() - self._written < PAUSE):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.safetensors"
+        atomically(path, lambda file: save_file(tensors, file, metadata={"key": self.key}))
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """Choosing is done: its notes are not needed any more."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)

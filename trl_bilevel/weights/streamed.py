@@ -1,0 +1,119 @@
+"""Weights of a stream's rows: chosen on its first rows, then predicted as rows come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from peft import PeftModel
+from torch import Tensor
+
+from ..core.prediction import TabulatedPredictor
+from ..data.groups import Groups
+from ..data.identity import DATA_WEIGHT
+from ..data.rows import Collate
+from .choose import Choice
+from .language_model import LanguageModel, evaluating
+from .prediction import features
+from .state import TrainingWeights
+
+
+class StreamedWeights(TrainingWeights):
+    """Weights of a stream's rows. `values` and `scores` are those of the rows that were read to choose by.
+
+    Args:
+        kept, identity, any_identity: as for `TrainingWeights`, of the rows read at the start.
+        model: the model in training; its adapter is set aside where rows are read, so that what weights rest on stays
+            as it was.
+        depth (`float`): share of the layers that predictions rest on.
+        groups (`Groups`, *optional*): of the rows read; the weight of a group that was not among them is 1.
+    """
+
+    def __init__(
+        self,
+        kept: Tensor,
+        identity: Mapping[str, Any],
+        model: LanguageModel,
+        depth: float,
+        groups: Groups | None = None,
+        any_identity: bool = False,
+    ):
+        super().__init__(kept, identity, groups, any_identity)
+        self.model = model
+        self.depth = depth
+        self.predictor: TabulatedPredictor | None = None
+
+    def take(self, choice: Choice) -> None:
+        """Go by what choosing found out."""
+        super().take(choice)
+        self.predictor = choice.predictor
+
+    def of_batch(self, batch: Mapping[str, Any], ids: Tensor) -> Tensor:
+        """Weights float32 `[b]` of the rows of a collated batch: a function of what they say.
+
+        Cost: a forward without gradient through the lower layers.
+        """
+        if self.groups is not None:
+            group_weights = self._of_groups()
+            return torch.where(ids.cpu() < 0, 1.0, group_weights[ids.cpu().clamp(min=0)])
+        if self.predictor is None:
+            return torch.ones(len(batch["input_ids"]))
+        model = self.model.model
+        alone = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+        with evaluating(model), alone:
+            return self.predictor(*features(self.model, batch, [self.depth]))
+
+    def _of_groups(self) -> Tensor:
+        """Weight of each group, float32 `[groups]`."""
+        assert self.groups is not None
+        out = torch.ones(len(self.groups.names))
+        out[self.groups.of_row[self.kept]] = self.values[self.kept]
+        return out
+
+    def weighted(self, stream: IterableDataset, prepare: Callable[[Mapping[str, Any]], Any], collate: Collate) -> Any:
+        """The stream with a column `data_weight`, computed as it is read; NaN for rows without a token to score.
+
+        Args:
+            prepare: tokenises a row (`input_ids`, `labels`).
+            collate: makes a batch of tokenised rows.
+        """
+
+        def add(batch: dict[str, list[Any]]) -> dict[str, list[float]]:
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            return {DATA_WEIGHT: self._of_rows([prepare(row) for row in rows], collate)}
+
+        def add_by_group(row: Mapping[str, Any], column: str) -> dict[str, float]:
+            assert self.groups is not None
+            known = {name: n for n, name in enumerate(self.groups.names)}
+            place = known.get(str(row[column]))
+            return {DATA_WEIGHT: 1.0 if place is None else float(self._of_groups()[place])}
+
+        if self.groups is not None:
+            column = self.identity["settings"]["selector_group_column"]
+            return stream.map(add_by_group, fn_kwargs={"column": column})
+        return stream.map(add, batched=True, batch_size=32)
+
+    def _of_rows(self, rows: Sequence[Mapping[str, Any]], collate: Collate) -> list[float]:
+        out = [float("nan")] * len(rows)
+        usable = [n for n, row in enumerate(rows) if any(label != -100 for label in row["labels"][1:])]
+        if usable:
+            batch = collate([dict(rows[n]) for n in usable])
+            for n, weight in zip(usable, self.of_batch(batch, torch.zeros(0)).tolist(), strict=True):
+                out[n] = weight
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint needs."""
+        predictor = {} if self.predictor is None else self.predictor.tensors()
+        return super().tensors() | {f"predictor.{name}": value for name, value in predictor.items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors` gave."""
+        super().load_tensors(tensors)
+        names = [field.name for field in fields(TabulatedPredictor)]
+        if f"predictor.{names[0]}" in tensors:
+            self.predictor = TabulatedPredictor(**{name: tensors[f"predictor.{name}"] for name in names})
