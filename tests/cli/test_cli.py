@@ -72,7 +72,6 @@ def test_streams_train_and_export(run_folder, capsys):
         f"""{config}
 streaming: true
 stream_sample_rows: 64
-selector_granularity: group
 selector_group_column: source
 weighted_dataset_path: {run_folder}/out/_rows/weighted.parquet
 datasets:
@@ -129,7 +128,6 @@ datasets:
   - path: {run_folder}/mixed.jsonl
   - path: {run_folder}/trusted.parquet
 validation_loss_weight: 0.2
-selector_granularity: group
 selector_group_column: source
 """
     )
@@ -244,7 +242,7 @@ def test_a_second_run_in_the_same_folder(run_folder, rows, capsys):
     out, sft = run_folder / "out", ["sft", "--config", f"{run_folder}/run.yaml"]
     export = ["export", str(out), "--output", f"{run_folder}/x.jsonl"]
     assert main(sft) == 0 and main(export) == 0
-    assert names_told(out, rows[:40]) > 30 and (out / "selector.safetensors").is_file()
+    assert names_told(out, rows[:40]) > 30 and (out / "weights.safetensors").is_file()
     other = ["--dataset_name", f"{run_folder}/other.jsonl", "--weighted_dataset_path", f"{run_folder}/w.jsonl"]
     assert main([*sft, *other]) == 0
     assert (
@@ -259,7 +257,7 @@ def test_a_second_run_in_the_same_folder(run_folder, rows, capsys):
     assert main([*sft, *other[:2], "--weight_estimator", "none"]) == 0
     page = (out / "_rows" / "report.html").read_text()
     assert names_told(out, rows[:40]) < 5 and "all rows count the same" in page
-    assert not (out / "selector.safetensors").exists() and not (out / "selector.json").exists()
+    assert not (out / "weights.safetensors").exists() and not (out / "weights.json").exists()
     assert main(export) == 1 and "of which no weights are known" in capsys.readouterr().err
 
 

@@ -42,7 +42,6 @@ def test_the_numbers_that_matter_on_a_terminal(trainer, screen):
         trainer.train()
     assert set(shown.numbers) == {"loss", "eval", "validation", "ESS", "80% of weight in", "overhead"}
     assert [change["completed"] for change in seen if "completed" in change] == [1, 2, 3, 4]
-    assert {"description": "Training"} in seen
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert shown.numbers["ESS"] == f"{logged[-1]['selector/ess']:.0%}"
     assert "validation" in screen.getvalue() and "4/4" in screen.getvalue()
@@ -62,7 +61,7 @@ def test_quiet_where_there_is_no_terminal(trainer, capfd):
         trainer.train()
     assert not any(isinstance(c, ProgressCallback) for c in trainer.callback_handler.callbacks)
     found = capfd.readouterr()
-    assert found.out == "" and "loss" not in found.err and "4/4" not in found.err
+    assert found.out == "" and not any(said in found.err for said in ("loss", "4/4", "Choosing", "token/s"))
 
 
 def test_quiet_on_other_processes(trainer, screen, monkeypatch):

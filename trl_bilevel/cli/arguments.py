@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import re
 from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,16 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
     try:
         return parser.parse_args_and_config(words, fail_with_unknown_args=True)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_told(error)) from error
+
+
+def _told(error: Exception) -> str:
+    """What the parser says; of an option of earlier versions, what to use in its place."""
+    from ..trainer.bilevel_sft_config import RENAMED
+
+    text = str(error)
+    gone = [name for name in re.findall(r"--(\w+)", text) if name in RENAMED]
+    return f"`{gone[0]}` is gone. Use {RENAMED[gone[0]]}." if gone else text
 
 
 def grouped(parser: Any) -> argparse.ArgumentParser:

@@ -172,7 +172,8 @@ def _nothing_left(weights: Tensor, options: argparse.Namespace) -> str:
 
 def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
     """The rows with `data_weight` and `data_rank`: of the file, or from a selector."""
-    from ..data.export import data_ranks, weighted_dataset
+    from ..core.statistics import data_ranks
+    from ..data.export import weighted_dataset
     from ..data.loading import load_rows
 
     rows = load_rows(str(path))
@@ -199,15 +200,6 @@ def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
         # A stream's rows could not be ranked while they came by.
         rows = rows.add_column("data_rank", data_ranks(_weights(rows)).tolist())
     return rows
-
-
-def _ranked(rows: Dataset) -> Dataset:
-    """The rows with `data_rank`: a stream's could not be ranked while they came by."""
-    if "data_rank" in rows.column_names:
-        return rows
-    from ..core.statistics import data_ranks
-
-    return rows.add_column("data_rank", data_ranks(_weights(rows)).tolist())
 
 
 def _weights(rows: Dataset) -> Tensor:

@@ -30,7 +30,7 @@ def make_parser() -> Any:
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Train, and write the model, the selector and the weighted rows."""
+    """Train, and write the model, the weights and the weighted rows."""
     from trl import get_peft_config, get_quantization_config
 
     from ..data.loading import check_writable, write_rows
@@ -54,12 +54,13 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         peft_config=get_peft_config(model_args),
     )
     # A stream is copied only if that was asked for.
-    writes = trainer.selects and bool(not trainer.streams or script_args.weighted_dataset_path)
+    learned = trainer.mode.learns
+    writes = learned and bool(not trainer.data.streams or script_args.weighted_dataset_path)
     run_training(trainer, script_args, [path] if writes else [])
     facts, following = [("Model", training_args.output_dir)], []
-    if trainer.validation is not None:
+    if trainer.trusted is not None:
         facts.append(("Validation loss", f"{trainer.validation_loss()['total']:.4f} nats per token"))
-    if trainer.selects and trainer.is_world_process_zero():
+    if learned and trainer.is_world_process_zero():
         facts += weight_facts(trainer)
         if writes:
             write_rows(trainer.weighted_dataset(), path)

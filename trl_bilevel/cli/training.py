@@ -77,17 +77,13 @@ class RunProgress(TrainerCallback):
         self._task: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar; a pilot run comes first."""
+        """Show the bar. Choosing has come before, with a bar of its own."""
         if not state.is_world_process_zero:
             return
-        learns = self.trainer.args.weight_estimator != "none"
-        label = "Choosing weights" if learns else "Training"
-        self._task = self.progress.add_task(label, total=state.max_steps, completed=state.global_step, numbers="")
+        self._task = self.progress.add_task(
+            "Training", total=state.max_steps, completed=state.global_step, numbers=""
+        )
         self.progress.start()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Weights are chosen."""
-        self._show(description="Training")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step on."""
@@ -111,9 +107,7 @@ class RunProgress(TrainerCallback):
 
 def numbers_of(trainer: Any, logs: dict[str, Any]) -> dict[str, str]:
     """What a log entry, the record and the ledger say, ready to be shown, by name."""
-    from ..trainer.record import callback_of
-
-    record, out = callback_of(trainer), {}
+    record, out = trainer.record, {}
     if "loss" in logs:
         out["loss"] = f"{float(logs['loss']):.3f}"
     if "eval_loss" in logs:
@@ -134,8 +128,8 @@ def numbers_of(trainer: Any, logs: dict[str, Any]) -> dict[str, str]:
 
 
 def weight_facts(trainer: Any) -> list[tuple[str, str]]:
-    """For the summary: how unequal the weights of a `BilevelSFTTrainer` are; nothing if a stream was not scored."""
-    size = trainer.selection.metrics().get("selector/ess")
+    """For the summary: how unequal the weights are; nothing without any."""
+    size = None if trainer.weights is None else trainer.weights.metrics().get("selector/ess")
     if size is None:
         return []
     return [
@@ -147,9 +141,8 @@ def weight_facts(trainer: Any) -> list[tuple[str, str]]:
 def time_spent(trainer: Any) -> list[tuple[str, str]]:
     """For the summary: how long the run took, and how much of it went into the weights."""
     from ..report.text import duration
-    from ..trainer.record import callback_of
 
-    seconds = callback_of(trainer).seconds
+    seconds = trainer.record.seconds
     if not seconds.get("total"):
         return []
     spent = seconds["selection"] + seconds["validation"]
@@ -160,9 +153,8 @@ def time_spent(trainer: Any) -> list[tuple[str, str]]:
 def _carrying(trainer: Any) -> float:
     """Share of the rows that hold 80% of the weight."""
     from ..core.statistics import rows_carrying
-    from ..trainer.record import offline_part
 
-    weights = offline_part(trainer).selection.sampled_weights().cpu().numpy()
+    weights = trainer.weights.sampled().numpy()
     return rows_carrying(weights) / len(weights)
 
 
@@ -185,10 +177,12 @@ def shown_progress(trainer: Any) -> Iterator[None]:
         return
     if console is None or not trainer.is_world_process_zero():
         trainer.remove_callback(ProgressCallback)
+        # For the bar that is drawn while weights are chosen.
+        trainer.args.disable_tqdm = True
         yield
         return
     shown = RunProgress(trainer, console)
-    # In the place of the other: before the callback that runs the pilot, so that its time is seen to pass.
+    # In the place of the other: before the callback that follows losses, so that its time is seen to pass.
     callbacks[places[0]] = shown
     try:
         yield

@@ -71,8 +71,7 @@ class Budget:
         batch_size: training rows per step.
         learning_rate: peak, decaying linearly to zero.
         validation_loss_weight: lambda.
-        validation_batch_size: validation rows per step.
-        pilot_steps: of the arms with learned weights; by default a quarter of the run, 8 to 24.
+        pilot_steps: of the arms with learned weights; by default one pass over the rows, 8 to 24.
         lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
         overrides: further settings of every arm's trainer; with `validation_weights` the validation rows of a safety
             task are two objectives, "benign" and "refused".
@@ -83,7 +82,6 @@ class Budget:
     batch_size: int = 8
     learning_rate: float = 5e-4
     validation_loss_weight: float = 0.0
-    validation_batch_size: int = 8
     pilot_steps: int | None = None
     pilot_on_top: bool = False
     lora_rank: int = 8
@@ -169,7 +167,7 @@ def make_trainer(
         keep: the rows to train on, of an arm that filters: one of `FILTERS`, or one of a name not in `ARMS`.
     """
     from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
-    from ..trainer.pilot import default_pilot_steps
+    from ..weights.settings import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
     if "validation_weights" in budget.overrides:
@@ -185,13 +183,12 @@ def make_trainer(
         rows = sorted(keep)
     subset = validation if arm == "validation_only" else train.select(rows)
     steps = round(budget.epochs * len(train) / budget.batch_size)
-    pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned and arm != "seal" else 0
+    pilot = (budget.pilot_steps or default_pilot_steps(len(train))) if learned and arm != "seal" else 0
     if not budget.pilot_on_top:
         steps -= pilot
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "validation_loss_weight": 0.0 if arm == "validation_only" else budget.validation_loss_weight,
-        "validation_batch_size": budget.validation_batch_size,
         "pilot_steps": pilot or None,
         "per_device_train_batch_size": budget.batch_size * (2 if arm == "bilevel_double" else 1),
         "per_device_eval_batch_size": 16,
@@ -280,8 +277,8 @@ def run_arm(
         refiner, _ = make_trainer(arm, task, weights=trainer.sample_weights().tolist(), offline=trainer, **settings)
         refiner.train()
         steps += refiner.state.global_step
-        # Its offline half works on the same model, and knows how to score rows.
-        ledger, trainer = refiner.ledger, refiner.offline.trainer
+        # The first trainer's model has been trained on, and it knows how to score rows.
+        ledger = refiner.ledger
     seconds = time.perf_counter() - start
     result = Result(
         arm=arm,

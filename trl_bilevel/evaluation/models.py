@@ -6,7 +6,6 @@ import gc
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,7 +84,8 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
 
     from ..data.models import is_adapter
 
-    loader = AutoPeftModelForCausalLM if is_adapter(name) else AutoModelForCausalLM
+    adapter = is_adapter(name)
+    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     revision = {"revision": load["revision"]} if load.get("revision") else {}
     try:
         model = loader.from_pretrained(name, **{"device_map": device(), **load})

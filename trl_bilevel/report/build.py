@@ -118,19 +118,22 @@ def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
 
 def _save(trainer: Any, rows_file: str | Path | None) -> Path:
     """Have the trainer's record and weighted rows on disk; returns its folder."""
-    from ..trainer.record import callback_of
+    from datasets import Dataset
 
     if not hasattr(trainer, "callback_handler"):
         raise TypeError(
             f"`run` must be a run's folder or one of our trainers, got `{type(trainer).__name__}`: give `output_dir`."
         )
     folder = Path(trainer.args.output_dir)
-    callback_of(trainer).save(None if rows_file is None else str(Path(rows_file).resolve()))
-    side = trainer.offline.trainer if hasattr(trainer, "offline") else trainer
-    if side.weighs and not side.streams and rows_file is None and trainer.args.should_save:
-        rows = private_path(folder, WEIGHTED)
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        atomically(rows, lambda path: side.weighted_dataset().to_parquet(path))
+    trainer.record.save(None if rows_file is None else str(Path(rows_file).resolve()))
+    if trainer.weights is None or rows_file is not None or not trainer.args.should_save:
+        return folder
+    rows = trainer.weighted_dataset()
+    # A stream is copied only if that is asked for.
+    if isinstance(rows, Dataset):
+        file = private_path(folder, WEIGHTED)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomically(file, lambda path: rows.to_parquet(path))
     return folder
 
 
