@@ -28,9 +28,9 @@ from benchmarks.texts import (
     TRANSFER,
     YARDSTICK,
 )
-from trl_bilevel import BilevelSFTConfig
+from trl_bilevel.planning.shapes import RunShape
 
-DEPTH = BilevelSFTConfig.pilot_feature_depth
+DEPTH = RunShape.read_depth
 
 HERE = Path(__file__).parent
 SIZES = (1_088, 10_000, 100_000, 1_000_000)

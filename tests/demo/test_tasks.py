@@ -28,36 +28,25 @@ def test_validation_weights_reach_the_trainer(tiny_model, tokenizer, tmp_path):
     trainer, _ = make_trainer(
         "bilevel", make_task("safety"), seed=0, budget=budget, model=str(tmp_path / "model"), output_dir=str(tmp_path)
     )
-    assert trainer.validation.weights == {"benign": 0.7, "refused": 0.3}
+    assert trainer.trusted.weights == {"benign": 0.7, "refused": 0.3}
 
 
-LONG = "An answer of some words."
-FORMATS = {
-    "pairs": [{"prompt": "Why?", "completion": LONG}, {"prompt": "What?", "completion": "Too short."}],
-    "messages": [
-        {
-            "messages": [
-                {"role": "system", "content": "Be kind."},
-                {"role": "user", "content": "Why?"},
-                {"role": "assistant", "content": LONG},
-            ]
-        },
-        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": LONG}] * 2},
-    ],
-    "instruction": [{"instruction": "Why", "input": "?", "output": LONG}],
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_questions_and_answers_of_usual_formats(name):
-    question = "Why\n?" if name == "instruction" else "Why?"
-    rows = question_answer_rows(Dataset.from_list(FORMATS[name]))
-    assert rows == [{"name": question, "description": LONG}]
-
-
-def test_unknown_columns_are_named():
-    with pytest.raises(ValueError, match=r"columns \['text'\]. Known formats"):
-        question_answer_rows(Dataset.from_list([{"text": "a"}]))
+def test_questions_of_a_users_own_rows():
+    """Single questions with a short answer, of any format; what asks nothing is refused."""
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "Why {x}?"}]
+    answer = [{"role": "assistant", "content": "Since it is so."}]
+    expected = [{"name": "Why (x)?", "description": "Since it is so."}]
+    for row in (
+        {"messages": chat + answer},
+        {"prompt": chat, "completion": answer},
+        {"conversations": [{"from": "human", "value": "Why {x}?"}, {"from": "gpt", "value": "Since it is so."}]},
+        {"instruction": "Why {x}?", "input": "", "output": "Since it is so."},
+    ):
+        assert question_answer_rows(Dataset.from_list([row])) == expected
+    for left_out in (chat + answer + chat[1:] + answer, chat, answer, [*chat, {"role": "assistant", "content": "no"}]):
+        assert question_answer_rows(Dataset.from_list([{"messages": left_out}])) == []
+    with pytest.raises(ValueError, match=r"Cannot find questions and answers in the columns \['text'\]"):
+        question_answer_rows(Dataset.from_list([{"text": "all"}]))
 
 
 def test_arms_that_learn_are_arms():

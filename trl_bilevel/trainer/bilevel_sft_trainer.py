@@ -285,7 +285,9 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def _check(self, args: BilevelSFTConfig) -> None:
         processes = self.accelerator.num_processes
-        checks.check_settings(args, self.data.streams, self.compute_loss_func, processes)
+        checks.check_settings(
+            args, self.mode.weighs_losses, self.data.streams, self.compute_loss_func, processes
+        )
         checks.check_model(
             args,
             self.model,

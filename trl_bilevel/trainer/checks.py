@@ -53,19 +53,23 @@ def check_contract(trainer: type, weighs_losses: bool, resamples: bool) -> None:
         raise ImportError(f"trl {trl.__version__} lacks {what}, which trl-bilevel needs. Install trl 1.12 to 1.16.")
 
 
-def check_settings(args: BilevelSFTConfig, streams: bool, compute_loss_func: Any, processes: int) -> None:
-    """Refuse settings that do not go with weighted rows."""
+def check_settings(
+    args: BilevelSFTConfig, weighs_losses: bool, streams: bool, compute_loss_func: Any, processes: int
+) -> None:
+    """Refuse settings that do not go with weighted rows. Rows that are drawn by their weights take any loss."""
     if streams:
         _check_stream(args)
-    if args.loss_type != "nll":
+    if weighs_losses and args.loss_type != "nll":
         raise ValueError(
-            f"`loss_type={args.loss_type!r}` is not supported: weights multiply the negative log-likelihood of a row. "
-            "Use `loss_type='nll'`."
+            f"`loss_type={args.loss_type!r}` is not supported where weights multiply losses, or the model is trained "
+            "on trusted rows. Use `loss_type='nll'`, or draw rows by their weights (`selector_weighting='resample'`, "
+            "`validation_loss_weight=0`)."
         )
-    if args.label_smoothing_factor > 0 or compute_loss_func is not None:
+    if weighs_losses and (args.label_smoothing_factor > 0 or compute_loss_func is not None):
         raise ValueError(
-            "`label_smoothing_factor` and `compute_loss_func` are not supported: rows are scored by their plain "
-            "negative log-likelihood. Unset them."
+            "`label_smoothing_factor` and `compute_loss_func` are not supported where weights multiply losses, or the "
+            "model is trained on trusted rows: they build the loss without the log-probabilities that are multiplied. "
+            "Unset them, or draw rows by their weights (`selector_weighting='resample'`, `validation_loss_weight=0`)."
         )
     if processes > 1 and not args.average_tokens_across_devices:
         raise ValueError("`average_tokens_across_devices=False` is not supported with several processes. Unset it.")
@@ -121,8 +125,8 @@ def check_model(
     if sharded and (learns or args.validation_loss_weight > 0):
         raise ValueError(
             "DeepSpeed and FSDP are not supported where weights are learned: choosing reads the whole model. Learn "
-            "the weights beforehand (`learn_weights` or `trl-bilevel rank`, with a smaller model if need be), and train "
-            "with the column `data_weight` and `weight_estimator='none'`."
+            "the weights beforehand (`learn_weights` or `trl-bilevel rank`, with a smaller model if need be), and "
+            "train with the column `data_weight` and `weight_estimator='none'`."
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameter: pass a `peft_config`, or a model that is not frozen.")
