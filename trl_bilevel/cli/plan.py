@@ -38,6 +38,9 @@ class PlanArguments(BilevelScriptArguments):
     mean_tokens: float | None = option(
         None, "Tokens of a row on average, for the work. Default: those of the longest."
     )
+    scored_tokens: float | None = option(
+        None, "Those of them that the loss counts, for the work of choosing. Default: all."
+    )
     training_rows: int | None = option(None, "Training rows. Default: counted, if they are in a local file.")
     validation_rows: int = option(32, "Trusted rows.")
     json: bool = option(False, "Print JSON.")
@@ -87,6 +90,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         training_rows=script_args.training_rows or _count_rows(script_args),
         validation_rows=script_args.validation_rows,
         mean_tokens=script_args.mean_tokens,
+        scored_tokens=script_args.scored_tokens,
         quantisation=quantisation,
         attention=model_args.attn_implementation or "sdpa",
         dropout=model_args.lora_dropout if peft_config is not None else 0.0,

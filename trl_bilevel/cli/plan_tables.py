@@ -80,6 +80,8 @@ def _work(work: dict[str, Any], run: RunShape) -> list[tuple[str, str]]:
         if work["prediction"]:
             what = "reading of hidden states (weights of rows like it, of rows not scored)"
             rows.append((what, _flops(work["prediction"])))
+    if work["following"]:
+        rows.append(("losses of trusted rows before and after, for the report", _flops(work["following"])))
     whole = "give --training_rows"
     if work["total"] is not None:
         ratio = work["total"] / work["plain"]
