@@ -62,7 +62,21 @@ def test_good_weights_pass_and_are_written(files, weigh, capsys):
     right = {row["description"] for row in docstrings()}
     seen = weigh(lambda answer: 1.5 if answer in right else 0.5)
     assert (
-        main(arguments(files, "--model", "none", "--damage", "lazy", "truncated", "--rate", "0.25", "--json", f"{files}/out.json")) == 0
+        main(
+            arguments(
+                files,
+                "--model",
+                "none",
+                "--damage",
+                "lazy",
+                "truncated",
+                "--rate",
+                "0.25",
+                "--json",
+                f"{files}/out.json",
+            )
+        )
+        == 0
     )
     result = json.loads((files / "out.json").read_text())
     assert result["passed"] and result["settings"]["rate"] == 0.25

@@ -80,9 +80,7 @@ class RunProgress(TrainerCallback):
         """Show the bar. Choosing has come before, with a bar of its own."""
         if not state.is_world_process_zero:
             return
-        self._task = self.progress.add_task(
-            "Training", total=state.max_steps, completed=state.global_step, numbers=""
-        )
+        self._task = self.progress.add_task("Training", total=state.max_steps, completed=state.global_step, numbers="")
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
