@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from .report.build import write_report
     from .trainer.bilevel_sft_config import BilevelSFTConfig
     from .trainer.bilevel_sft_trainer import BilevelSFTTrainer
-    from .trainer.errors import NonFiniteScoreError
     from .trainer.self_refine_config import SelfRefineConfig
     from .trainer.self_refine_trainer import SelfRefineTrainer
+    from .weights.errors import NonFiniteScoreError
 
 # Imported on first use, so that `import trl_bilevel` and `trl-bilevel --help` do not wait for torch.
 _PUBLIC = {
     "BilevelSFTConfig": "trl_bilevel.trainer.bilevel_sft_config",
     "BilevelSFTTrainer": "trl_bilevel.trainer.bilevel_sft_trainer",
-    "NonFiniteScoreError": "trl_bilevel.trainer.errors",
+    "NonFiniteScoreError": "trl_bilevel.weights.errors",
     "SelfRefineConfig": "trl_bilevel.trainer.self_refine_config",
     "SelfRefineTrainer": "trl_bilevel.trainer.self_refine_trainer",
     "write_report": "trl_bilevel.report.build",

@@ -28,9 +28,9 @@ def test_rounds_train_and_keep_their_books(build, adapter, tmp_path):
         assert entry["trained_loss"] <= entry["incoming_loss"] and entry["standard_error"] > 0
         assert entry["eval_loss"] > 0
     assert trainer.ledger[1]["incoming_loss"] == trainer.ledger[0]["trained_loss"]
-    lines = (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "_rows" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == trainer.ledger
-    table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0001.parquet")
+    table = pd.read_parquet(tmp_path / "out" / "_rows" / "responses" / "round-0001.parquet")
     assert len(table) == 16 and (table["prompt"].iloc[::4].values == table["prompt"].iloc[3::4].values).all()
     assert table["response"].str.len().gt(0).any()
 
@@ -80,13 +80,6 @@ def test_steps_are_logged_beside_rounds(build):
 
 
 def test_snapshots_hold_any_optimizer_state():
-    class Nothing:
-        def tensors(self):
-            return {}
-
-        def load_tensors(self, tensors):
-            assert tensors == {}
-
     class Optimizer:
         state = {0: {"step": 3, "inner": {"m": torch.ones(2)}, "v": torch.zeros(2)}}
 
@@ -97,12 +90,12 @@ def test_snapshots_hold_any_optimizer_state():
             self.state = loaded["state"]
 
     optimizer, parameter = Optimizer(), torch.nn.Parameter(torch.ones(3))
-    snapshot = Snapshot.take([parameter], optimizer, Nothing())
+    snapshot = Snapshot.take([parameter], optimizer)
     optimizer.state[0]["inner"]["m"].add_(1)
     optimizer.state[0]["step"] = 4
     with torch.no_grad():
         parameter.zero_()
-    snapshot.restore([parameter], optimizer, Nothing())
+    snapshot.restore([parameter], optimizer)
     assert parameter.tolist() == [1.0, 1.0, 1.0]
     assert optimizer.state[0]["step"] == 3 and optimizer.state[0]["inner"]["m"].tolist() == [1.0, 1.0]
 
@@ -187,10 +180,9 @@ def test_template_settings_reach_questions_and_answers(build, tokenizer, rows):
     )
     question = trainer._tokenize_prompts([chats[0]["prompt"]])[0][0]
     assert tokenizer.decode(question).startswith("plainly:")
-    assert trainer.offline.trainer.train_dataset[0]["input_ids"][: len(question)] == question
-    sets = (*trainer.offline.validation.datasets.values(), trainer.selection_rows, trainer.eval_rows)
-    for dataset in (*sets, trainer._prepared(chats.select(range(3)))):
-        assert all(tokenizer.decode(ids).startswith("plainly:") for ids in dataset["input_ids"])
+    assert trainer.rows.dataset[0]["input_ids"][: len(question)] == question
+    for rows in (*trainer.trusted.sets.values(), *trainer.selection.sets.values(), trainer.eval_rows):
+        assert all(tokenizer.decode(ids).startswith("plainly:") for ids in rows.dataset["input_ids"])
     trainer.train()
     assert len(trainer.ledger) == 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,15 @@ from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
 from ..data.export import weighted_dataset
 from ..data.identity import SAMPLE_ID, SAMPLE_LENGTHS, SEGMENTS, SampleIdCollator
 from ..data.rows import Rows
-from ..data.sampling import WeightedSampler, content_hash
+from ..data.sampling import WeightedSampler
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets
-from ..weights.choose import check_sizes, choose
+from ..weights.choose import check_sizes
 from ..weights.errors import NonFiniteScoreError, row_list
 from ..weights.language_model import LanguageModel
 from ..weights.quantization import keep_4bit_weights
 from ..weights.settings import WeightSettings
-from ..weights.state import TrainingWeights
-from ..weights.store import Store
+from ..weights.state import TrainingWeights, choose_noted
 from . import checks, preparation
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpoints import WEIGHT_FILES, resume_point
@@ -278,16 +277,15 @@ class BilevelSFTTrainer(SFTTrainer):
             return self._prepare_dataset(rows, self.processing_class, args, False, formatting, f"validation {name}")
 
         completions = self.completion_only_loss and not args.assistant_only_loss
-        trusted = preparation.prepared_trusted(args, self.data, self.rows, prepare, completions, self._padded())
+        sets, shares = self.data.trusted, self.data.shares
+        trusted = preparation.prepared_trusted(args, sets, shares, self.rows, prepare, completions, self._padded())
         if trusted is not None and self.mode.learns and not args.published:
             check_sizes(self.rows, trusted)
         return trusted
 
     def _check(self, args: BilevelSFTConfig) -> None:
         processes = self.accelerator.num_processes
-        checks.check_settings(
-            args, self.mode.weighs_losses, self.data.streams, self.compute_loss_func, processes
-        )
+        checks.check_settings(args, self.mode.weighs_losses, self.data.streams, self.compute_loss_func, processes)
         checks.check_model(
             args,
             self.model,
@@ -310,28 +308,20 @@ class BilevelSFTTrainer(SFTTrainer):
         if self.weights is None or self.weights.known or self.rows is None or self.trusted is None:
             return
         args, groups = self.args, self.data.groups
-        settings = WeightSettings(**{field.name: getattr(args, field.name) for field in fields(WeightSettings)})
-        key = {
-            "rows": content_hash(self.rows.dataset),
-            "trusted": {name: content_hash(rows.dataset) for name, rows in self.trusted.sets.items()},
-            "settings": asdict(settings) | {"seed": args.seed},
-        }
-        store = Store(self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None, key)
-        choice = choose(
+        choice = choose_noted(
             self._reader(),
             self.rows,
             self.trusted,
-            settings,
+            WeightSettings(**{field.name: getattr(args, field.name) for field in fields(WeightSettings)}),
+            self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None,
             seed=args.seed,
             groups=None if groups is None else groups.of_row,
             checkpointing=args.gradient_checkpointing,
-            store=store,
             hidden_progress=args.disable_tqdm,
             further=self.data.streams and groups is None,
         )
         self.weights.take(choice)
         self.record.write_choice(choice, self._tokenizer.decode)
-        store.remove()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Choose weights, then the parent's `train`; `resume_from_checkpoint=True` takes the newest complete one."""
