@@ -130,7 +130,11 @@ class BilevelSFTTrainer(SFTTrainer):
             self.trusted = self._trusted(formatting)
             if self.mode.weighs:
                 self.weights = preparation.make_weights(args, self.data, self.rows, self._reader())
-            self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
+            if self.mode.weighs_losses:
+                self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
+            else:
+                # Rows that are drawn by their weights train as any rows: their batches are TRL's.
+                self.train_dataset = preparation.without_numbers(self.train_dataset)
         self.record = RecordCallback(self._facts, self._losses_of, self.eval_dataset)
         self.add_callback(self.record)
         if self.weights is not None and self.rows is not None:
@@ -436,7 +440,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.mode.tracks_rows and SAMPLE_ID not in self._signature_columns:
+        if self.mode.weighs_losses and SAMPLE_ID not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, SAMPLE_ID, SAMPLE_LENGTHS]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

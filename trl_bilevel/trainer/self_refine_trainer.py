@@ -26,16 +26,16 @@ from ..data.questions import QuestionSampler, choose_questions
 from ..data.rows import Rows
 from ..data.trusted import TrustedSets
 from ..weights.choose import check_sizes
-from ..weights.language_model import LanguageModel
+from ..weights.language_model import LanguageModel, parameters_kept
 from ..weights.lookahead import Lookahead
 from ..weights.quantization import keep_4bit_weights
+from ..weights.responses import Responses, score_responses
 from ..weights.settings import PilotSettings, WeightSettings
 from ..weights.state import TrainingWeights, choose_noted
 from . import checks, preparation
 from .checkpoints import resume_point
 from .offline import OfflinePart, RefineRows, padding, read_rows
 from .record import RecordCallback, RunFacts, add_selection_to_card
-from .responses import Responses, parameters_kept, score_responses
 from .rounds import RoundCallback, Rounds, Snapshot, checkpoint_files, is_exhausted
 from .self_refine_config import SelfRefineConfig
 from .trackers import WeightTracking, extreme_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -202,6 +203,16 @@ class LanguageModel:
 UNREADABLE = "Choosing needs them. Give the weights in a column `data_weight`, learned with another model if need be."
 
 
+def model_hash(model: torch.nn.Module, values: int = 8) -> str:
+    """A hash of a few values of every parameter: another one after any training."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // values)][:values].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode; every module's mode is put back afterwards."""
@@ -227,6 +238,26 @@ def left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for parameter, wants in wanted:
                 parameter.requires_grad_(wants)
+
+
+@contextmanager
+def parameters_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back afterwards, as they were.
+
+    For continuous batching TRL turns the whole model into bf16 in place, and leaves it so: optimizer and snapshot
+    would then hold other dtypes than the model.
+    """
+    parameters = [(p, p.data) for p in model.parameters()]
+    buffers = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            if parameter.data.dtype != data.dtype:
+                parameter.data = data
+        for module, name, buffer in buffers:
+            if getattr(module, name).dtype != buffer.dtype:
+                setattr(module, name, buffer)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -25,7 +25,7 @@ from ..data.sampling import content_hash
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets, set_weights
 from .choose import check_sizes, choose
-from .language_model import LanguageModel
+from .language_model import LanguageModel, model_hash
 from .quantization import keep_4bit_weights
 from .result import RowWeights, equal_weights
 from .settings import WeightSettings
@@ -152,7 +152,7 @@ def learn_weights(
         _tell_of_rows(key, rows, sets[key])
     both = TrustedSets(sets, shares)
     check_sizes(rows, both)
-    facts = {
+    facts: dict[str, Any] = {
         "model": Path(name).name if Path(name).exists() else name,
         "settings": asdict(settings) | {"max_length": max_length, "seed": seed},
         "rows": len(train_dataset),
@@ -160,22 +160,24 @@ def learn_weights(
         "fingerprint": fingerprint(train_dataset),
         "validation": {key: {"rows": len(part), "weight": shares[key]} for key, part in sets.items()},
         "versions": {"trl-bilevel": __version__} | {each: version(each) for each in ("trl", "transformers", "torch")},
+        "device": torch.cuda.get_device_name() if next(model.parameters()).device.type == "cuda" else "cpu",
+        "processes": PartialState().num_processes,
     }
     if settings.weight_estimator == "none":
         nothing = torch.full((len(train_dataset),), torch.nan)
         return RowWeights(equal_weights(rows.kept), nothing, facts, train_dataset)
     reader = LanguageModel(model, _computes_in_bf16(model) if bf16 is None else bf16)
     on_gpu = reader.device.type == "cuda"
-    key = {
+    depends_on = {
         "rows": content_hash(rows.dataset),
         "trusted": {key: content_hash(part.dataset) for key, part in sets.items()},
         "model": model_hash(model),
-        **facts["settings"],
+        "settings": facts["settings"],
         "bf16": reader.bf16,
         "weights": shares,
         "versions": facts["versions"],
     }
-    store = Store(None if work_dir is None else Path(work_dir), key)
+    store = Store(None if work_dir is None else Path(work_dir), depends_on)
     choice = choose(
         reader,
         rows,
@@ -188,7 +190,8 @@ def learn_weights(
         hidden_progress=disable_tqdm,
     )
     store.remove()
-    return RowWeights(choice.weights, choice.scores[:, 0].contiguous(), facts | choice.facts, train_dataset, choice)
+    scores = choice.scores[:, 0].contiguous()
+    return RowWeights(choice.weights, scores, facts | choice.facts, train_dataset, choice, processing_class.decode)
 
 
 def _weights_of(settings: WeightSettings) -> dict[str, float] | None:
@@ -228,13 +231,3 @@ def _tell_of_rows(name: str, rows: Rows, trusted: Rows) -> None:
 def _computes_in_bf16(model: Any) -> bool:
     device = next(model.parameters()).device
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def model_hash(model: torch.nn.Module, values: int = 8) -> str:
-    """A hash of a few values of every parameter: another one after any training."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // values)][:values].float().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
-    return digest.hexdigest()

@@ -138,10 +138,10 @@ class Tracker:
             for n, value in enumerate(self.values):
                 value.copy_(tensors[f"tracker.{n}"])
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
+        for key, tensor in tensors.items():
             if key.startswith("optimizer."):
-                _, n, name = key.split(".", 2)
-                state.setdefault(int(n), {})[name] = value
+                _, number, name = key.split(".", 2)
+                state.setdefault(int(number), {})[name] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 

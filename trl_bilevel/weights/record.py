@@ -24,6 +24,35 @@ FORMAT = 1
 TRUSTED_TEXTS, TEXT_LENGTH = 200, 1500
 
 
+def run_record(facts: Mapping[str, Any], rows_file: str) -> dict[str, Any]:
+    """`run.json` of a choice that no training followed.
+
+    Args:
+        facts: of the `RowWeights`.
+        rows_file (`str`): parquet file of the weighted rows.
+    """
+    seconds = facts.get("seconds", 0.0)
+    return {
+        "format": FORMAT,
+        "kind": "rank",
+        "finished": True,
+        "model": facts["model"],
+        "device": facts["device"],
+        "processes": facts["processes"],
+        "versions": facts["versions"],
+        "settings": facts["settings"],
+        "data": {
+            "rows": facts["rows"],
+            "rows_trained_on": facts["rows_kept"],
+            "fingerprint": facts["fingerprint"],
+            "validation": facts["validation"],
+        },
+        "weights": {"learned": True, "given": False, "smoothing": facts.get("smoothing")},
+        "seconds": {"selection": seconds, "total": seconds},
+        "rows_file": rows_file,
+    }
+
+
 def write_pilot(folder: Path, choice: Choice, decode: Callable[..., str]) -> None:
     """Write `pilot.json` and `scores.parquet`.
 
@@ -35,7 +64,7 @@ def write_pilot(folder: Path, choice: Choice, decode: Callable[..., str]) -> Non
     Raises:
         OSError, pyarrow.ArrowException: if a file cannot be written.
     """
-    entries = []
+    entries: list[dict[str, Any]] = []
     scores, shares = choice.trusted_scores.tolist(), choice.trusted_shares.tolist()
     for (name, place), score, share in zip(choice.trusted_places, scores, shares, strict=True):
         entry: dict[str, Any] = {"set": name, "score": score[0], "ending": score[1], "share": share}

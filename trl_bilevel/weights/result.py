@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..core.resampling import systematic_resample
 from ..data.export import weighted_dataset
 from ..data.files import atomically
 from ..data.identity import fingerprint
@@ -35,6 +37,7 @@ class RowWeights:
         facts (`dict`): what produced them: settings, model, seed, rows, versions, seconds.
         rows (`Dataset`, *optional*): the caller's rows.
         choice (`Choice`, *optional*): all that choosing found out; not saved.
+        decode (callable, *optional*): makes text of token ids; not saved.
     """
 
     values: Tensor
@@ -42,6 +45,7 @@ class RowWeights:
     facts: dict[str, Any] = field(default_factory=dict)
     rows: Dataset | None = None
     choice: Choice | None = None
+    decode: Callable[..., str] | None = None
 
     def __len__(self) -> int:
         """Number of the caller's rows."""
@@ -59,6 +63,19 @@ class RowWeights:
         if self.rows is None:
             raise ValueError("These weights have no rows: load them with `RowWeights.load(folder, rows)`.")
         return weighted_dataset(self.rows, self.values, top_k)
+
+    def resample(self, count: int | None = None, seed: int = 42) -> Dataset:
+        """The caller's rows as often as their weights say, in random order: for any trainer that knows no weights.
+
+        Args:
+            count (`int`, *optional*): rows to draw; by default as many as have a weight.
+            seed (`int`): of the draw. Each row comes the floor or the ceiling of its expected number of times.
+        """
+        rows = self.to_dataset()
+        weights = torch.nan_to_num(self.values)
+        count = int((~torch.isnan(self.values)).sum()) if count is None else count
+        drawn = systematic_resample(weights, count, torch.Generator().manual_seed(seed))
+        return rows.select(drawn.tolist())
 
     def save(self, folder: str | Path) -> None:
         """Write `weights.safetensors` and `weights.json` into a folder, each whole or not at all; no text of a row."""

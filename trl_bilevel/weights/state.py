@@ -21,7 +21,7 @@ from ..data.rows import Rows
 from ..data.sampling import content_hash
 from ..data.trusted import TrustedSets
 from .choose import Choice, choose
-from .language_model import LanguageModel
+from .language_model import LanguageModel, model_hash
 from .result import FACTS_FILE, FORMAT, WEIGHTS_FILE
 from .settings import WeightSettings
 from .store import Store
@@ -201,7 +201,8 @@ def choose_noted(
     key = {
         "rows": content_hash(rows.dataset),
         "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
-        "settings": asdict(settings) | {"seed": seed},
+        "settings": asdict(settings) | {"seed": seed, "bf16": model.bf16},
+        "model": model_hash(model.model),
     }
     store = Store(folder, key)
     choice = choose(model, rows, trusted, settings, seed=seed, store=store, **how)

@@ -1,10 +1,9 @@
-"""The responses of a round: their scores, their weights, and the file that a person can read. No trainer in here."""
+"""The responses of a round: what each is worth, and the file that a person can read."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from ..data.files import atomically
 from ..data.identity import SAMPLE_ID
 from ..data.private import RESPONSES, private_path
 from ..data.rows import Collate, batched
-from ..weights.errors import NonFiniteScoreError
-from ..weights.lookahead import Lookahead
-from ..weights.pilot import BATCH_ROWS, BATCH_TOKENS
-from ..weights.processes import Processes
+from .errors import NonFiniteScoreError
+from .lookahead import Lookahead
+from .pilot import BATCH_ROWS, BATCH_TOKENS
+from .processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -169,26 +168,6 @@ class Weighed:
 def text_of(part: Any) -> str:
     """A prompt or completion as text."""
     return part if isinstance(part, str) else "\n".join(str(message["content"]) for message in part)
-
-
-@contextmanager
-def parameters_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Put parameters and buffers back afterwards, as they were.
-
-    For continuous batching TRL turns the whole model into bf16 in place, and leaves it so: optimizer and snapshot
-    would then hold other dtypes than the model.
-    """
-    parameters = [(p, p.data) for p in model.parameters()]
-    buffers = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    try:
-        yield
-    finally:
-        for parameter, data in parameters:
-            if parameter.data.dtype != data.dtype:
-                parameter.data = data
-        for module, name, buffer in buffers:
-            if getattr(module, name).dtype != buffer.dtype:
-                setattr(module, name, buffer)
 
 
 def _spread_within(values: Tensor, group: int) -> float:
