@@ -123,7 +123,9 @@ def outcome(folder: Path) -> tuple[bytes, bytes, list[dict], list[str]]:
     file = folder / "out" / "_rows" / "ledger.jsonl"
     ledger = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     entries = [{k: v for k, v in entry.items() if k != "seconds"} for entry in ledger]
-    responses = [Dataset.from_parquet(str(p)).to_dict() for p in sorted((folder / "out" / "_rows" / "responses").glob("*"))]
+    responses = [
+        Dataset.from_parquet(str(p)).to_dict() for p in sorted((folder / "out" / "_rows" / "responses").glob("*"))
+    ]
     tensors = [(folder / "final" / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "weights")]
     return tensors[0], tensors[1], entries, [json.dumps(r) for r in responses]
 

@@ -91,8 +91,11 @@ def test_scores_are_those_of_steps_written_out(tiny_model, trusted, batch):
         found = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         return found, labels != -100
 
+    def means(found, scored):
+        return (found * scored).sum(-1) / scored.sum(-1)
+
     with torch.no_grad():
-        now = [(x * m).sum(-1) / m.sum(-1) for x, m in [losses(batch)]][0]
+        now = means(*losses(batch))
     optimizer = torch.optim.AdamW(values, lr=RATE, weight_decay=0.0)
     draws = trusted.samplers(8, 5)
     for step in range(2, 2 + STEPS):
@@ -107,7 +110,7 @@ def test_scores_are_those_of_steps_written_out(tiny_model, trusted, batch):
     for own, other in zip(lookahead.adapter.values, values, strict=True):
         torch.testing.assert_close(own, other, atol=2e-4, rtol=1e-3, check_dtype=False)
     with torch.no_grad():
-        ahead = [(x * m).sum(-1) / m.sum(-1) for x, m in [losses(batch)]][0]
+        ahead = means(*losses(batch))
     scores = lookahead.scores(batch)
     assert float(scores.std()) > 1e-3
     torch.testing.assert_close(scores, now - ahead, atol=2e-5, rtol=1e-3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,13 +28,13 @@ from ..weights.settings import WeightSettings
 from ..weights.state import TrainingWeights, choose_noted
 from . import checks, preparation
 from .bilevel_sft_config import BilevelSFTConfig
-from .checkpoints import WEIGHT_FILES, resume_point
-from .record import RecordCallback, RunFacts, add_selection_to_card
+from .checkpoints import WEIGHT_FILES, SavesWeights, resume_point
+from .record import RecordCallback, RunFacts
 from .trackers import WeightTracking, extreme_rows
 from .weighted_loss import ROW_FACTOR, StepFacts, TrustedPart, WeightedObjective, WeightedStep
 
 
-class BilevelSFTTrainer(SFTTrainer):
+class BilevelSFTTrainer(SavesWeights, SFTTrainer):
     """
     Trainer for supervised fine-tuning on data of mixed quality, guided by a small trusted validation set.
 
@@ -448,29 +447,6 @@ class BilevelSFTTrainer(SFTTrainer):
         if self.weights is not None and self.model.training and "loss" in logs:
             logs.update(self.weights.metrics())
         super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's files, and the weights beside them; none that another run left there."""
-        super().save_model(output_dir, _internal_call)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        if self.weights is not None:
-            self.weights.save(folder)
-            return
-        for name in WEIGHT_FILES:
-            (folder / name).unlink(missing_ok=True)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's card, with a section on the choice of rows: method, settings, data, results."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            add_selection_to_card(Path(self.args.output_dir), self.record.facts())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        dtypes = preparation.trainable_dtypes(self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        preparation.restore_dtypes(self.model, dtypes)
 
     def _losses_of(self, rows: Rows) -> Tensor:
         """Mean losses of prepared rows under the present model, float32 `[rows]` on the CPU."""

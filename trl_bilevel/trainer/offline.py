@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,16 +14,18 @@ from torch import Tensor
 from trl.data_utils import is_conversational
 
 from ..data.batches import concatenate_batches
-from ..data.checks import check_dataset, check_filled, check_same_format, trusted_sets
-from ..data.identity import DATA_WEIGHT, SAMPLE_ID, add_sample_ids, count_overlap
+from ..data.checks import check_filled, check_same_format, warn_of_overlap
+from ..data.identity import DATA_WEIGHT
 from ..data.rows import Rows, padded, plain_rows
 from ..data.sampling import WeightedSampler
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets, set_weights
-from ..weights.choose import MIN_TRUSTED_ROWS
+from ..weights.choose import MIN_TRUSTED_ROWS, check_sizes
 from ..weights.processes import Processes
+from ..weights.settings import PilotSettings
 from ..weights.state import TrainingWeights
-from .preparation import given_weights, prepared_trusted, told_of_dropped, without_numbers
+from .checks import check_given_weights
+from .preparation import given_weights, prepared_trusted, told_of_dropped, weights_identity
 from .self_refine_config import SelfRefineConfig
 
 MIN_SELECTION_ROWS = 8
@@ -36,151 +36,117 @@ TEMPLATE_COLUMN = "chat_template_kwargs"
 
 @dataclass
 class RefineRows:
-    """What the caller gave, checked.
+    """The rows of a run, tokenised.
 
     Attributes:
         rows, given (`Tensor` float32 `[rows]`, *optional*): offline rows, and their weights of a column `data_weight`.
-        questions: `prompt` and `sample_id`.
-        trusted (`dict[str, Dataset]`), selection, report: the other sets.
+        trusted, selection: trusted rows that pull, and those that choose between the candidates of a round.
+        report (*optional*): rows whose loss is told.
     """
 
-    rows: Dataset
+    rows: Rows
     given: Tensor | None
-    questions: Dataset
-    trusted: dict[str, Dataset]
-    selection: Dataset | None
-    report: Dataset | None
+    trusted: TrustedSets
+    selection: TrustedSets
+    report: Rows | None
 
     @classmethod
-    def of(cls, args: SelfRefineConfig, train: Any, validation: Any, selection: Any, report: Any, prompts: Any) -> Any:
-        """Check the caller's data.
+    def of(
+        cls, args: SelfRefineConfig, read: Callable[[Dataset], Rows], train: Dataset, sets: Any, select: Any, tell: Any
+    ) -> RefineRows:
+        """Tokenise the caller's sets, and split the trusted ones if none is given to select by.
+
+        Args:
+            read: tokenises rows.
+            train, sets, select, tell: `train_dataset`, the trusted sets, `selection_dataset`, `eval_dataset`.
 
         Raises:
-            ValueError, TypeError: naming the argument, the value and the remedy.
+            ValueError, TypeError: for rows that cannot work; the message names argument, value and remedy.
         """
-        named = {"selection_dataset": selection, "eval_dataset": report, "prompt_dataset": prompts}
-        for name, rows in {"train_dataset": train, **named}.items():
-            if rows is not None or name == "train_dataset":
-                check_dataset(rows, f"`{name}`")
-        for name, rows, columns in (
-            ("train_dataset", train, ("prompt", "completion")),
-            ("prompt_dataset", prompts, ("prompt",)),
-        ):
-            missing = [] if rows is None else [column for column in columns if column not in rows.column_names]
-            if missing:
-                raise ValueError(
-                    f"`{name}` has no column {missing[0]!r} (it has {rows.column_names}): a question must stand apart "
-                    "from its answer to be answered anew. Split conversations into `prompt` and `completion`."
-                )
-        if prompts is not None and args.question_strategy == "lowest_weight":
-            raise ValueError(
-                "`question_strategy='lowest_weight'` chooses by the weights of offline answers, and the questions of "
-                "`prompt_dataset` have none. Use 'random' or 'all'."
-            )
-        trusted = trusted_sets(validation)
-        sets = {"`train_dataset`": train} | {f"`validation_dataset` {name!r}": rows for name, rows in trusted.items()}
-        for name, rows in sets.items():
+        for name, rows in {
+            "`train_dataset`": train,
+            **{f"`validation_dataset` {k!r}": v for k, v in sets.items()},
+        }.items():
             check_filled(rows, name)
         given = given_weights(train) if DATA_WEIGHT in train.column_names else None
-        own = train if given is None else without_numbers(train)
-        asked = add_sample_ids(own) if prompts is None else add_sample_ids(prompts.select_columns(["prompt"]))
-        return cls(own, given, asked.select_columns(["prompt", SAMPLE_ID]), trusted, selection, report)
-
-    def prepare(self, args: SelfRefineConfig, tokenizer: Any) -> PreparedRows:
-        """Tokenise all sets.
-
-        Raises:
-            ValueError: if too few rows are left of one.
-        """
-        if is_conversational(self.questions[0]) and not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "The prompts are conversational, but the tokenizer has no chat template. Set "
-                "`processing_class.chat_template`, or give prompts as text."
-            )
-        read = partial(read_rows, args, tokenizer)
+        shares = set_weights(args.validation_weights if isinstance(args.validation_weights, dict) else None, sets)
         # The first process tokenises, the others read its cache.
         with PartialState().main_process_first():
-            rows = told_of_dropped(read(self.rows))
-            shares = set_weights(_given_shares(args), self.trusted)
-            trusted = prepared_trusted(
-                args, self.trusted, shares, rows, lambda part, name: read(part).dataset, True, rows.collate
-            )
-            assert trusted is not None
+            offline = told_of_dropped(read(train))
+            prepare = lambda part, name: read(part).dataset  # noqa: E731
+            trusted = prepared_trusted(args, sets, shares, offline, prepare, True, offline.collate)
+            report = None if tell is None else read(tell)
             selection = None
-            if self.selection is not None:
-                check_same_format(self.selection, "`selection_dataset`", True)
-                selection = TrustedSets({"selection": read(self.selection)}, {"selection": 1.0})
-            report = None if self.report is None else read(self.report)
-        if len(rows) == 0:
+            if select is not None:
+                check_same_format(select, "`selection_dataset`", True)
+                selection = TrustedSets({"selection": read(select)}, {"selection": 1.0})
+        assert trusted is not None
+        if len(offline) == 0:
             raise ValueError(
-                f"None of the {rows.count} rows of `train_dataset` has a token to learn from within `max_length="
+                f"None of the {len(train)} rows of `train_dataset` has a token to learn from within `max_length="
                 f"{args.max_length}`. Raise it, or look at the rows: are their answers empty?"
             )
-        whole = len(trusted)
         if selection is None:
-            trusted, selection = trusted.split(args.seed + SELECTION_SEED, args.selection_split)
-            if len(trusted) < MIN_TRUSTED_ROWS or len(selection) < MIN_SELECTION_ROWS:
-                split = args.selection_split
-                needed = max(MIN_SELECTION_ROWS / split, MIN_TRUSTED_ROWS / (1 - split))
-                raise ValueError(
-                    f"`validation_dataset` has {whole} usable rows, too few to split: {len(trusted)} would drive the "
-                    f"scores (at least {MIN_TRUSTED_ROWS} are needed) and {len(selection)} select the model (at least "
-                    f"{MIN_SELECTION_ROWS}). Give at least {int(needed) + 1} rows, or change `selection_split`."
-                )
+            trusted, selection = _split(trusted, args)
         if len(selection) < MIN_SELECTION_ROWS:
             raise ValueError(
                 f"{len(selection)} usable rows of `selection_dataset` are left to select the model, at least "
                 f"{MIN_SELECTION_ROWS} are needed. Give more rows, or raise `max_length`."
             )
-        prepared = PreparedRows(rows, trusted, selection, report)
-        prepared.warn_of_overlaps()
-        return prepared
+        pulling = [(f"drive the scores (set {name!r})", rows.dataset) for name, rows in trusted.sets.items()]
+        others = [*pulling, ("are trained on", offline.dataset)]
+        for rows in selection.sets.values():
+            warn_of_overlap(rows.dataset, "select the model", others)
+        others += [("select the model", rows.dataset) for rows in selection.sets.values()]
+        if report is not None:
+            warn_of_overlap(report.dataset, "only report", others)
+        return cls(offline, given, trusted, selection, report)
+
+    def weights(self, args: SelfRefineConfig, train: Dataset, sets: Any, learns: bool) -> TrainingWeights:
+        """The explicit weights: given ones, equal ones, or (`learns`) those that are chosen before the first round.
+
+        Args:
+            train, sets: the caller's rows, by which a checkpoint's weights are known again.
+        """
+        settings = {field.name: getattr(args, field.name) for field in fields(PilotSettings)}
+        out = TrainingWeights(self.rows.kept, weights_identity(settings, self.rows, train, sets))
+        if learns:
+            check_sizes(self.rows, self.trusted)
+            return out
+        given = torch.ones(self.rows.count) if self.given is None else self.given
+        check_given_weights(given, self.rows.kept)
+        out.give(given)
+        return out
 
 
-@dataclass
-class PreparedRows:
-    """The tokenised rows: offline ones, trusted ones that pull and that select, and those that only report."""
-
-    rows: Rows
-    trusted: TrustedSets
-    selection: TrustedSets
-    report: Rows | None
-
-    def warn_of_overlaps(self) -> None:
-        """Warn of rows that stand on two sides that are to be kept apart."""
-        trained = {"are trained on": self.rows}
-        pulling = {f"drive the scores (set {name!r})": rows for name, rows in self.trusted.sets.items()}
-        selecting = {"select the model": rows for rows in self.selection.sets.values()}
-        pairs = [
-            (does, first, "select the model", second)
-            for second in self.selection.sets.values()
-            for does, first in (pulling | trained).items()
-        ]
-        if self.report is not None:
-            sides = pulling | selecting | trained
-            pairs += [(does, rows, "only report", self.report) for does, rows in sides.items()]
-        for does, first, should, second in pairs:
-            overlap = count_overlap(first.dataset, second.dataset)
-            if overlap:
-                warnings.warn(
-                    f"{overlap} of the {len(second)} rows that should {should} are also among those that {does}: the "
-                    "choice of model, or the report, will be flattered. Remove duplicates from `validation_dataset`, "
-                    "`selection_dataset` and `eval_dataset`.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+def _split(trusted: TrustedSets, args: SelfRefineConfig) -> tuple[TrustedSets, TrustedSets]:
+    """Rows that pull and rows that select: a seeded split of each set."""
+    pulling, selecting = trusted.split(args.seed + SELECTION_SEED, args.selection_split)
+    if len(pulling) < MIN_TRUSTED_ROWS or len(selecting) < MIN_SELECTION_ROWS:
+        needed = max(MIN_SELECTION_ROWS / args.selection_split, MIN_TRUSTED_ROWS / (1 - args.selection_split))
+        raise ValueError(
+            f"`validation_dataset` has {len(trusted)} usable rows, too few to split: {len(pulling)} would drive the "
+            f"scores (at least {MIN_TRUSTED_ROWS} are needed) and {len(selecting)} select the model (at least "
+            f"{MIN_SELECTION_ROWS}). Give at least {int(needed) + 1} rows, or change `selection_split`."
+        )
+    return pulling, selecting
 
 
 def read_rows(args: SelfRefineConfig, tokenizer: Any, rows: Dataset) -> Rows:
     """Tokenised rows, opening as the questions do where they are conversational (`chat_template_kwargs`).
 
     Raises:
-        ValueError: if the rows bring template settings of their own, which the questions would not follow.
+        ValueError: if there is no chat template, or the rows bring settings for it that questions would not follow.
     """
     if TEMPLATE_COLUMN in rows.column_names:
         raise ValueError(
             f"A dataset has the column {TEMPLATE_COLUMN!r}, which would reach its answers but not the questions that "
             "are asked anew. Remove it, and set `chat_template_kwargs` of the config."
+        )
+    if len(rows) and is_conversational(rows[0]) and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "The prompts are conversational, but the tokenizer has no chat template. Set "
+            "`processing_class.chat_template`, or give prompts as text."
         )
     read = Tokeniser(tokenizer, args.max_length, template=args.chat_template_kwargs)
     return plain_rows(read.prepare(rows), padded(padding(tokenizer)), len(rows))
@@ -189,10 +155,6 @@ def read_rows(args: SelfRefineConfig, tokenizer: Any, rows: Dataset) -> Rows:
 def padding(tokenizer: Any) -> int:
     """The token that fills up rows."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-
-
-def _given_shares(args: SelfRefineConfig) -> dict[str, float] | None:
-    return args.validation_weights if isinstance(args.validation_weights, dict) else None
 
 
 @dataclass
@@ -220,7 +182,26 @@ class OfflinePart:
     seed: int
     data_seed: int
     pad_token_id: int
-    processes: Processes = field(default_factory=Processes.now)
+    processes: Processes
+
+    @classmethod
+    def of(cls, args: SelfRefineConfig, prepared: RefineRows, weights: TrainingWeights, pad: int) -> OfflinePart:
+        """The part under a run's settings."""
+        lam, rho, processes = args.validation_loss_weight, args.online_loss_weight, Processes.now()
+        micro_batches = args.gradient_accumulation_steps
+        return cls(
+            prepared.rows,
+            weights,
+            prepared.trusted,
+            share=(1 - lam) * (1 - rho),
+            trusted_share=lam,
+            rows_per_step=args.train_batch_size * micro_batches * processes.count,
+            micro_batches=micro_batches,
+            seed=args.seed,
+            data_seed=args.seed if args.data_seed is None else args.data_seed,
+            pad_token_id=pad,
+            processes=processes,
+        )
 
     def __post_init__(self) -> None:
         self._epoch = -1

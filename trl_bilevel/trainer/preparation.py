@@ -416,15 +416,3 @@ def scored_tokens(rows: Dataset, packed: Dataset | None, count: int) -> Tensor:
                 out[number] += sum(label != -100 for label in own[1:])
                 place += length
     return out
-
-
-def trainable_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
-    """Dtypes of the trainable parameters by name, before a checkpoint is loaded."""
-    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def restore_dtypes(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Undo what loading did to them: PEFT loads a QLoRA adapter in fp32, and training goes on exactly in bf16 only."""
-    for name, parameter in model.named_parameters():
-        if name in dtypes:
-            parameter.data = parameter.data.to(dtypes[name])

@@ -23,6 +23,8 @@ from .checkpoints import WEIGHT_FILES
 STATE_FILE = "rounds.safetensors"
 BUFFER_FILE = "responses-rank{rank}.safetensors"
 SUMMARY_FILE = "rounds.json"
+# Settings that a round in the making depends on.
+SHAPE = ("steps_per_round", "gradient_accumulation_steps", "per_device_train_batch_size", "num_generations")
 # Of these files; raised when older code could not read them any more.
 FORMAT = 1
 
@@ -68,7 +70,7 @@ class Rounds:
     """State of a run at any point of a round.
 
     Attributes:
-        shape (`dict`): settings that a round in the making depends on; they must not change on resuming.
+        shape (`dict`): what a round in the making depends on; it must not change on resuming.
         rank (`int`), device: of this process.
         incoming (`Tensor` float32 `[n]`, *optional*): losses of the selection rows under the model that the present
             round started from, or under the present model between rounds.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import trl
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from ..data.questions import STRATEGIES
 from ..weights import settings
@@ -52,6 +56,15 @@ FIXED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "it drops the questions' numbers"),
     "cast_lm_head_to_fp32": (False, "the offline rows use the same head"),
     "vllm_structured_outputs_regex": (None, "it restricts what is sampled"),
+}
+
+# What rounds rest on in TRL's GRPOTrainer: methods, and what their sources must hold.
+CONTRACT = {
+    "__init__": ("eos_token_ids", "mask_truncated_completions", "_buffered_inputs", "_step"),
+    "_prepare_inputs": ("_generate_and_score_completions", "steps_per_generation"),
+    "_generate_single_turn": (),
+    "_tokenize_prompts": (),
+    "_calculate_rewards": ("completion_ids",),
 }
 
 
@@ -220,3 +233,46 @@ class SelfRefineConfig(PilotSettings, GRPOConfig):
                     f"`{name}={value}` samples from another distribution than the model's, so the responses' "
                     f"log-probabilities would be wrong. Use {SAMPLING[name][0]!r}."
                 )
+
+
+def resolved(args: GRPOConfig | None, model: Any) -> SelfRefineConfig:
+    """The config to use; the defaults if none is given."""
+    if isinstance(args, SelfRefineConfig):
+        return args
+    if args is not None:
+        raise TypeError(
+            f"`args` must be a `SelfRefineConfig`, got `{type(args).__name__}`: rounds need settings of their own."
+        )
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return SelfRefineConfig(f"{name.split('/')[-1]}-Self-Refine")
+
+
+def check_contract(trainer: type) -> None:
+    """Refuse a release of TRL whose trainer (`GRPOTrainer`) lacks what rounds rest on."""
+    for method, words in CONTRACT.items():
+        found = getattr(trainer, method, None)
+        source = "" if found is None else inspect.getsource(found)
+        missing = [word for word in words if word not in source]
+        if found is None or missing:
+            what = f"`GRPOTrainer.{method}`" + (f" without {', '.join(map(repr, missing))}" if found else "")
+            raise ImportError(f"trl {trl.__version__} lacks {what}, which rounds need. Install trl>=1.16.")
+
+
+def check_generation(args: SelfRefineConfig, grpo_arguments: Mapping[str, Any], model: Any) -> None:
+    """Refuse what would break the implicit weights."""
+    for name in ("reward_funcs", "reward_processing_classes", "rollout_func", "tools", "environment_factory"):
+        if grpo_arguments.get(name) is not None:
+            raise ValueError(
+                f"`{name}` is not taken: the validation set gives the reward, and the model answers alone."
+            )
+    if not args.use_vllm:
+        return
+    if not is_vllm_available():
+        raise ImportError("`use_vllm=True`, but vLLM is not installed. Install it, or leave `use_vllm` out.")
+    settings = (grpo_arguments.get("quantization_config"), (args.model_init_kwargs or {}).get("quantization_config"))
+    loaded = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if loaded or any(setting is not None for setting in settings):
+        raise ValueError(
+            "`use_vllm=True` with a quantised model: merging an adapter into quantised weights for vLLM loses "
+            "nearly all of it. Generate without vLLM, or without quantisation."
+        )

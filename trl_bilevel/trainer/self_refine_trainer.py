@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
-from trl import GRPOConfig, GRPOTrainer
-from trl.import_utils import is_vllm_available
+from trl import GRPOTrainer
 
 from ..core.implicit import decide
 from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
+from ..data.checks import check_dataset, trusted_sets
 from ..data.export import weighted_dataset
-from ..data.questions import QuestionSampler, choose_questions
+from ..data.questions import QuestionSampler, choose_questions, questions_of
 from ..data.rows import Rows
-from ..data.trusted import TrustedSets
-from ..weights.choose import check_sizes
 from ..weights.language_model import LanguageModel, parameters_kept
 from ..weights.lookahead import Lookahead
 from ..weights.quantization import keep_4bit_weights
@@ -33,24 +28,15 @@ from ..weights.responses import Responses, score_responses
 from ..weights.settings import PilotSettings, WeightSettings
 from ..weights.state import TrainingWeights, choose_noted
 from . import checks, preparation
-from .checkpoints import resume_point
+from .checkpoints import SavesWeights, resume_point
 from .offline import OfflinePart, RefineRows, padding, read_rows
-from .record import RecordCallback, RunFacts, add_selection_to_card
-from .rounds import RoundCallback, Rounds, Snapshot, checkpoint_files, is_exhausted
-from .self_refine_config import SelfRefineConfig
+from .record import RecordCallback, RunFacts
+from .rounds import SHAPE, RoundCallback, Rounds, Snapshot, checkpoint_files, is_exhausted
+from .self_refine_config import SelfRefineConfig, check_contract, check_generation, resolved
 from .trackers import WeightTracking, extreme_rows
 
-# What rounds rest on in TRL's GRPOTrainer: methods, and what their sources must hold.
-CONTRACT = {
-    "__init__": ("eos_token_ids", "mask_truncated_completions", "_buffered_inputs", "_step"),
-    "_prepare_inputs": ("_generate_and_score_completions", "steps_per_generation"),
-    "_generate_single_turn": (),
-    "_tokenize_prompts": (),
-    "_calculate_rewards": ("completion_ids",),
-}
 
-
-class SelfRefineTrainer(GRPOTrainer):
+class SelfRefineTrainer(SavesWeights, GRPOTrainer):
     """
     Trainer for online self-refining generation (arXiv 2511.21056), guided by a small trusted validation set.
 
@@ -80,9 +66,7 @@ class SelfRefineTrainer(GRPOTrainer):
 
     Args:
         model, processing_class, callbacks, optimizers, quantization_config, peft_config:
-            As for [`~trl.GRPOTrainer`].
-        args ([`SelfRefineConfig`], *optional*):
-            Configuration.
+            As for [`~trl.GRPOTrainer`]; `args` is a [`SelfRefineConfig`].
         train_dataset ([`~datasets.Dataset`]):
             Offline rows with the columns `prompt` and `completion` (text or messages). With a column `data_weight`
             (as `learn_weights` and `weighted_dataset` write it) these explicit weights are used; else they are learned
@@ -108,6 +92,7 @@ class SelfRefineTrainer(GRPOTrainer):
     _tag_names = ["trl", "grpo", "trl-bilevel", "self-refine"]
     _name = "Self-Refine"
     _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": CITATION}
+    weights: TrainingWeights
 
     def __init__(
         self,
@@ -122,17 +107,16 @@ class SelfRefineTrainer(GRPOTrainer):
         prompt_dataset: Dataset | None = None,
         **grpo_arguments: Any,
     ):
-        args = _resolved(args, model)
-        _check_contract()
-        _check_generation(args, grpo_arguments, model)
-        data = RefineRows.of(args, train_dataset, validation_dataset, selection_dataset, eval_dataset, prompt_dataset)
+        args = resolved(args, model)
+        check_contract(GRPOTrainer)
+        check_generation(args, grpo_arguments, model)
+        questions = questions_of(train_dataset, prompt_dataset, args.question_strategy)
+        sets = trusted_sets(validation_dataset)
+        for name, rows in (("`selection_dataset`", selection_dataset), ("`eval_dataset`", eval_dataset)):
+            if rows is not None:
+                check_dataset(rows, name)
         super().__init__(
-            model,
-            self._implicit_weight,
-            args,
-            data.questions,
-            processing_class=processing_class,
-            **grpo_arguments,
+            model, self._implicit_weight, args, questions, processing_class=processing_class, **grpo_arguments
         )
         checks.check_model(
             args,
@@ -140,37 +124,27 @@ class SelfRefineTrainer(GRPOTrainer):
             vision=self._is_vlm,
             mixed_precision=self.accelerator.mixed_precision,
             parallelism=getattr(self.accelerator, "parallelism_config", None),
-            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+            sharded=False,
         )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP are not supported: rounds read and restore the whole model. Use DDP or a single "
+                "GPU."
+            )
         keep_4bit_weights(self.model)
-        self.data = data
         self.asks_own_rows = prompt_dataset is None
-        prepared = data.prepare(args, self._tokenizer)
-        self.rows: Rows = prepared.rows
-        self.trusted: TrustedSets = prepared.trusted
-        self.selection: TrustedSets = prepared.selection
-        self.eval_rows: Rows | None = prepared.report
-        self.learns = data.given is None and args.weight_estimator != "none"
-        self.weights = self._make_weights()
-        lam, rho = args.validation_loss_weight, args.online_loss_weight
-        processes = self.accelerator.num_processes
-        self.offline = OfflinePart(
-            self.rows,
-            self.weights,
-            self.trusted,
-            share=(1 - lam) * (1 - rho),
-            trusted_share=lam,
-            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * processes,
-            micro_batches=args.gradient_accumulation_steps,
-            seed=args.seed,
-            data_seed=args.seed if args.data_seed is None else args.data_seed,
-            pad_token_id=padding(self._tokenizer),
-        )
+        assert train_dataset is not None
+        self._caller_rows = preparation.without_numbers(train_dataset)
+        prepared = RefineRows.of(args, self._read, train_dataset, sets, selection_dataset, eval_dataset)
+        self.rows, self.trusted, self.selection = prepared.rows, prepared.trusted, prepared.selection
+        self.eval_rows = prepared.report
+        self.learns = prepared.given is None and args.weight_estimator != "none"
+        self.weights = prepared.weights(args, self._caller_rows, sets, self.learns)
+        self.offline = OfflinePart.of(args, prepared, self.weights, padding(self._tokenizer))
         self.lookahead = Lookahead(
             self._reader(), self.trusted, args.pilot_learning_rate, args.seed, args.gradient_checkpointing
         )
-        names = ("steps_per_round", "gradient_accumulation_steps", "per_device_train_batch_size", "num_generations")
-        shape = {name: getattr(args, name) for name in names} | {"processes": processes}
+        shape = {name: getattr(args, name) for name in SHAPE} | {"processes": self.accelerator.num_processes}
         self.rounds = Rounds(shape, self.accelerator.process_index, self.accelerator.device)
         self._window: list[Any] = []
         self._round_start = time.perf_counter()
@@ -202,7 +176,7 @@ class SelfRefineTrainer(GRPOTrainer):
         Args:
             top_k (`int`, *optional*): only the rows of the `top_k` highest weights, in the caller's order.
         """
-        return weighted_dataset(self.data.rows, self.sample_weights(), top_k)
+        return weighted_dataset(self._caller_rows, self.sample_weights(), top_k)
 
     def row_losses(self, dataset: Dataset) -> Tensor:
         """Mean loss per token of every row of a dataset under the present model, float32 `[rows]` on the CPU, in nats.
@@ -210,7 +184,7 @@ class SelfRefineTrainer(GRPOTrainer):
         Args:
             dataset (`Dataset`): in any text format; rows that preparation drops give no entry.
         """
-        return self._losses(read_rows(self.args, self._tokenizer, dataset))
+        return self._losses(self._read(dataset))
 
     def explicit_weights(self) -> Tensor:
         """Explicit weights of the questions, float32 `[questions]`; all one for a `prompt_dataset`."""
@@ -218,24 +192,13 @@ class SelfRefineTrainer(GRPOTrainer):
 
     # Weights
 
+    def _read(self, rows: Dataset) -> Rows:
+        """Rows, tokenised as the offline rows are."""
+        return read_rows(self.args, self._tokenizer, rows)
+
     def _reader(self) -> LanguageModel:
         """The model as rows are read by it."""
         return LanguageModel(self.model, self.args.bf16)
-
-    def _make_weights(self) -> TrainingWeights:
-        """The explicit weights: given ones, equal ones, or those that are chosen before the first round."""
-        args, data = self.args, self.data
-        settings = {field.name: getattr(args, field.name) for field in fields(PilotSettings)}
-        weights = TrainingWeights(
-            self.rows.kept, preparation.weights_identity(settings, self.rows, data.rows, data.trusted)
-        )
-        if self.learns:
-            check_sizes(self.rows, self.trusted)
-            return weights
-        given = torch.ones(self.rows.count) if data.given is None else data.given
-        checks.check_given_weights(given, self.rows.kept)
-        weights.give(given)
-        return weights
 
     def choose_weights(self) -> None:
         """Learn the explicit weights, if they are not known yet; called by `train` before the first round."""
@@ -393,9 +356,7 @@ class SelfRefineTrainer(GRPOTrainer):
         """
         selection = self._selection_losses()
         metrics = {f"{metric_key_prefix}_selection_loss": float(selection @ self.selection.shares())}
-        rows = self.eval_rows
-        if eval_dataset is not None:
-            rows = read_rows(self.args, self._tokenizer, eval_dataset)
+        rows = self.eval_rows if eval_dataset is None else self._read(eval_dataset)
         if rows is not None:
             metrics[f"{metric_key_prefix}_loss"] = float(self._losses(rows).mean())
         Trainer.log(self, metrics)
@@ -423,18 +384,6 @@ class SelfRefineTrainer(GRPOTrainer):
             more={"asks_own_rows": self.asks_own_rows},
         )
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's files, and the weights beside them."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self.weights.save(output_dir or self.args.output_dir)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's card, with a section on the choice of rows: method, settings, data, results."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            add_selection_to_card(Path(self.args.output_dir), self.record.facts())
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before the parent's files: it deletes older checkpoints once its own are written.
         folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
@@ -443,50 +392,5 @@ class SelfRefineTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        dtypes = preparation.trainable_dtypes(self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        preparation.restore_dtypes(self.model, dtypes)
         self._buffered_inputs = self.rounds.load(resume_from_checkpoint)  # type: ignore[assignment]
-
-
-def _resolved(args: GRPOConfig | None, model: Any) -> SelfRefineConfig:
-    """The config to use; the defaults if none is given."""
-    if isinstance(args, SelfRefineConfig):
-        return args
-    if args is not None:
-        raise TypeError(
-            f"`args` must be a `SelfRefineConfig`, got `{type(args).__name__}`: rounds need settings of their own."
-        )
-    name = model if isinstance(model, str) else model.config._name_or_path
-    return SelfRefineConfig(f"{name.split('/')[-1]}-Self-Refine")
-
-
-def _check_contract() -> None:
-    """Refuse a release of TRL that lacks what rounds rest on."""
-    for method, words in CONTRACT.items():
-        found = getattr(GRPOTrainer, method, None)
-        source = "" if found is None else inspect.getsource(found)
-        missing = [word for word in words if word not in source]
-        if found is None or missing:
-            what = f"`GRPOTrainer.{method}`" + (f" without {', '.join(map(repr, missing))}" if found else "")
-            raise ImportError(f"trl {trl.__version__} lacks {what}, which rounds need. Install trl>=1.16.")
-
-
-def _check_generation(args: SelfRefineConfig, grpo_arguments: Mapping[str, Any], model: Any) -> None:
-    """Refuse what would break the implicit weights."""
-    for name in ("reward_funcs", "reward_processing_classes", "rollout_func", "tools", "environment_factory"):
-        if grpo_arguments.get(name) is not None:
-            raise ValueError(
-                f"`{name}` is not taken: the validation set gives the reward, and the model answers alone."
-            )
-    if not args.use_vllm:
-        return
-    if not is_vllm_available():
-        raise ImportError("`use_vllm=True`, but vLLM is not installed. Install it, or leave `use_vllm` out.")
-    settings = (grpo_arguments.get("quantization_config"), (args.model_init_kwargs or {}).get("quantization_config"))
-    loaded = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
-    if loaded or any(setting is not None for setting in settings):
-        raise ValueError(
-            "`use_vllm=True` with a quantised model: merging an adapter into quantised weights for vLLM loses "
-            "nearly all of it. Generate without vLLM, or without quantisation."
-        )

@@ -138,7 +138,8 @@ class Responses:
             "score_std_within_group": spread,
             "weight_std_within_group": weight_spread,
         }
-        columns: dict[str, list[Any]] = {"prompt": self.prompts, "response": self.texts, "tokens": self.tokens, "cut": self.cut.tolist()}
+        columns: dict[str, list[Any]] = {"prompt": self.prompts}
+        columns |= {"response": self.texts, "tokens": self.tokens, "cut": self.cut.tolist()}
         columns |= {SAMPLE_ID: self.questions.tolist(), "score": self.scores.tolist(), "weight": weights.tolist()}
         return Weighed(weights, facts, columns | {"question_weight": explicit.tolist()})
 
