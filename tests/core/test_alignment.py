@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from trl_bilevel.estimators.taps import GradientTaps, untappable_layers
 
 from trl_bilevel.core import alignment as core
-from trl_bilevel.estimators.taps import GradientTaps, untappable_layers
 
 TOLERANCE = 1e-5
 

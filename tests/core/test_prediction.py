@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-
 from trl_bilevel.core.amortised import (
     cross_predictions,
     fit_weight_predictor,
@@ -12,6 +11,7 @@ from trl_bilevel.core.amortised import (
     recalibrated,
     smoothed_logits,
 )
+
 from trl_bilevel.core.calibration import FLOOR, Calibration, calibrate
 
 

@@ -7,13 +7,13 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trl_bilevel.estimators.base import number_of_rows
+from trl_bilevel.trainer.host import TrainerHost
+from trl_bilevel.trainer.window import StepWindow
 
 from tests.conftest import make_tiny_model, make_tokenizer
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.data.identity import SAMPLE_ID, SEGMENTS
-from trl_bilevel.estimators.base import number_of_rows
-from trl_bilevel.trainer.host import TrainerHost
-from trl_bilevel.trainer.window import StepWindow
 
 MODES = {
     "padded": {},

@@ -17,7 +17,7 @@ from trl_bilevel.data.assets import docstrings
 
 def duplicates(folder: str) -> int:
     """Responses that a question got twice: processes that draw the same random numbers would give them."""
-    files = sorted(Path(folder).glob("out/responses/*.parquet"))
+    files = sorted(Path(folder).glob("out/_rows/responses/*.parquet"))
     return sum(int(pd.read_parquet(file).duplicated(["prompt", "response"]).sum()) for file in files)
 
 

@@ -143,11 +143,10 @@ def test_a_killed_process(name, tmp_path):
     ("overrides", "questions"),
     [
         ({"gradient_accumulation_steps": 2}, 4),
-        ({"gradient_accumulation_steps": 1, "steps_per_round": 4, "response_estimator": "value_function"}, 4),
         # One question over both processes: with the same random numbers they would give it the same two responses.
         ({"gradient_accumulation_steps": 1, "steps_per_round": 1}, 1),
     ],
-    ids=["lookahead", "value_function", "shared_question"],
+    ids=["several_questions", "shared_question"],
 )
 def test_self_refining_processes_stay_together(overrides, questions, tmp_path):
     result = refine(tmp_path / "run", 2, overrides)
@@ -158,14 +157,10 @@ def test_self_refining_processes_stay_together(overrides, questions, tmp_path):
     assert all(entry["trained_loss"] <= entry["incoming_loss"] for entry in result["ledger"] if entry["kept"])
 
 
-@pytest.mark.parametrize(
-    "estimator", ["lookahead", *(pytest.param(e, marks=pytest.mark.slow) for e in ("alignment", "value_function"))]
-)
-def test_two_self_refining_processes_equal_one(estimator, tmp_path):
+def test_two_self_refining_processes_equal_one(tmp_path):
     """With the same responses: scores, weights, losses of each round and the final parameters."""
     overrides = {
         "given_responses": True,
-        "response_estimator": estimator,
         "gradient_accumulation_steps": 2,
         "steps_per_round": 1,
         "num_rounds": 6,

@@ -16,12 +16,12 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import TrainerCallback
+from trl_bilevel.trainer.window import StepWindow
 
 from tests.conftest import base_arguments, losses, make_tiny_model, make_tokenizer
 from tests.exact_head import use_exact_head
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.data.assets import docstrings
-from trl_bilevel.trainer.window import StepWindow
 
 
 class Accident(TrainerCallback):

@@ -37,6 +37,7 @@ PHASES = {
         "round_begin": "begin_round",
         "round_end": "end_round",
         "evaluate": "_losses",
+        "choose": "choose_weights",
     },
     "sft": SAVING | {"pilot": "start_selection", "pilot_rows": "collate_rows", "evaluate": "evaluate", "log": "log"},
 }
@@ -119,11 +120,13 @@ def train(kind: str, folder: Path, method: str, count: int, when: str, resume: b
 
 def outcome(folder: Path) -> tuple[bytes, bytes, list[dict], list[str]]:
     """The final adapter and weights, the ledger without wall times, and the responses' files."""
-    file = folder / "out" / "ledger.jsonl"
+    file = folder / "out" / "_rows" / "ledger.jsonl"
     ledger = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     entries = [{k: v for k, v in entry.items() if k != "seconds"} for entry in ledger]
-    responses = [Dataset.from_parquet(str(p)).to_dict() for p in sorted((folder / "out" / "responses").glob("*"))]
-    tensors = [(folder / "final" / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "selector")]
+    responses = [
+        Dataset.from_parquet(str(p)).to_dict() for p in sorted((folder / "out" / "_rows" / "responses").glob("*"))
+    ]
+    tensors = [(folder / "final" / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "weights")]
     return tensors[0], tensors[1], entries, [json.dumps(r) for r in responses]
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
+from trl_bilevel.trainer.host import TrainerHost
 
 from tests.conftest import ON_GPU, ROUNDING, base_arguments, losses, parameters
 from tests.invariant.test_trajectories import METHODS
@@ -18,7 +19,6 @@ from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.core.scores import row_losses
 from trl_bilevel.data.identity import SAMPLE_ID, SAMPLE_LENGTHS, SEGMENTS
 from trl_bilevel.data.packing import first_window, pack_rows
-from trl_bilevel.trainer.host import TrainerHost
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 LONGEST = 20

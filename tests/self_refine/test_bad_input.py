@@ -1,30 +1,27 @@
 """Settings and data that cannot work are refused, with the reason."""
 
+from dataclasses import fields
+
 import pytest
 from datasets import Dataset
+from trl import GRPOConfig
 
 from tests.errors_table import REFINE_DATA as DATA
 from tests.errors_table import bad_input, bad_settings
-from trl_bilevel import SelfRefineTrainer
+from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
+from trl_bilevel.trainer.self_refine_config import RENAMED
+from trl_bilevel.weights.settings import PilotSettings
 
 SETTINGS = "Settings of `SelfRefineConfig`"
 
 CONFIGS = bad_settings(
     SETTINGS,
     [
-        ({"num_generations": 1}, "implicit_weight_scope='round'"),
-        ({"implicit_weight_scope": "batch"}, "implicit_weight_scope"),
-        ({"implicit_weight_scope": "round", "use_vllm": True, "vllm_mode": "server"}, "once per group"),
-        (
-            {
-                "num_generations": 1,
-                "implicit_weight_scope": "round",
-                "per_device_train_batch_size": 1,
-                "steps_per_round": 1,
-                "gradient_accumulation_steps": 1,
-            },
-            "compares nothing",
-        ),
+        ({"num_generations": 1}, "one response carries no signal"),
+        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "would upload checkpoints"),
+        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "would upload checkpoints"),
+        ({"selector_preset": "paper"}, "selector_preset='paper'"),
+        ({"tracked_rows": -1}, "`tracked_rows` must be at least 0"),
         ({"temperature": 0.7}, "temperature=0.7"),
         ({"top_p": 0.9}, "top_p=0.9"),
         ({"top_k": 20}, "top_k=20"),
@@ -34,7 +31,6 @@ CONFIGS = bad_settings(
         ({"disable_dropout": False}, "disable_dropout"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"response_estimator": "value_function", "validation_loss_weight": 0.0}, "no say in the scores"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"generation_kwargs": {"top_k": 5}}, "top_k=5"),
         ({"max_steps": 7}, "contradicts `num_rounds`"),
@@ -46,7 +42,6 @@ CONFIGS = bad_settings(
         ({"implicit_weight_temperature": 0.0}, "implicit_weight_temperature"),
         ({"scale_rewards": "group"}, "scale_rewards"),
         ({"num_iterations": 2}, "num_iterations=2"),
-        ({"response_estimator": "loss"}, "response_estimator"),
         ({"fp16": True, "use_cpu": False}, "fp16|half-precision"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
     ],
@@ -57,6 +52,19 @@ CONFIGS = bad_settings(
 def test_bad_settings_are_refused(refused, refine_config, overrides, message):
     with refused(message):
         refine_config(**overrides)
+
+
+@pytest.mark.parametrize("name", sorted(RENAMED))
+def test_old_names_tell_their_successor(refine_config, name):
+    with pytest.raises(TypeError, match=f"`{name}` is gone. Use"):
+        refine_config(**{name: 1})
+
+
+def test_settings_are_few_and_shared_ones_are_declared_once():
+    own = {field.name for field in fields(SelfRefineConfig)} - {field.name for field in fields(GRPOConfig)}
+    assert len(own) <= 18
+    assert {field.name for field in fields(PilotSettings)} < own
+    assert not {field.name for field in fields(PilotSettings)} & set(vars(SelfRefineConfig)["__annotations__"])
 
 
 def with_column(name, value):

@@ -8,10 +8,9 @@ from tests.errors_table import CHECKPOINTS
 from tests.self_refine.conftest import facts
 
 
-@pytest.mark.parametrize("estimator", ["lookahead", "value_function", "alignment"])
 @pytest.mark.parametrize("step", [1, 2, pytest.param(3, marks=pytest.mark.compat)])
-def test_resume_at_any_step_of_a_round(build, estimator, step, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 1, "response_estimator": estimator, "num_rounds": 2}
+def test_resume_at_any_step_of_a_round(build, step, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "num_rounds": 2}
     whole = build(output_dir=str(tmp_path / "a"), **settings)
     whole.train()
     resumed = build(output_dir=str(tmp_path / "b"), **settings)

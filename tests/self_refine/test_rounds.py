@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from tests.conftest import parameters
 from trl_bilevel import BilevelSFTTrainer, SelfRefineTrainer
 from trl_bilevel.trainer.rounds import Snapshot
+from trl_bilevel.trainer.self_refine_config import check_contract
+from trl_bilevel.weights.learn import learn_weights
 
 
 @pytest.mark.parametrize(
@@ -28,9 +30,9 @@ def test_rounds_train_and_keep_their_books(build, adapter, tmp_path):
         assert entry["trained_loss"] <= entry["incoming_loss"] and entry["standard_error"] > 0
         assert entry["eval_loss"] > 0
     assert trainer.ledger[1]["incoming_loss"] == trainer.ledger[0]["trained_loss"]
-    lines = (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "_rows" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == trainer.ledger
-    table = pd.read_parquet(tmp_path / "out" / "responses" / "round-0001.parquet")
+    table = pd.read_parquet(tmp_path / "out" / "_rows" / "responses" / "round-0001.parquet")
     assert len(table) == 16 and (table["prompt"].iloc[::4].values == table["prompt"].iloc[3::4].values).all()
     assert table["response"].str.len().gt(0).any()
 
@@ -80,13 +82,6 @@ def test_steps_are_logged_beside_rounds(build):
 
 
 def test_snapshots_hold_any_optimizer_state():
-    class Nothing:
-        def tensors(self):
-            return {}
-
-        def load_tensors(self, tensors):
-            assert tensors == {}
-
     class Optimizer:
         state = {0: {"step": 3, "inner": {"m": torch.ones(2)}, "v": torch.zeros(2)}}
 
@@ -97,12 +92,12 @@ def test_snapshots_hold_any_optimizer_state():
             self.state = loaded["state"]
 
     optimizer, parameter = Optimizer(), torch.nn.Parameter(torch.ones(3))
-    snapshot = Snapshot.take([parameter], optimizer, Nothing())
+    snapshot = Snapshot.take([parameter], optimizer)
     optimizer.state[0]["inner"]["m"].add_(1)
     optimizer.state[0]["step"] = 4
     with torch.no_grad():
         parameter.zero_()
-    snapshot.restore([parameter], optimizer, Nothing())
+    snapshot.restore([parameter], optimizer)
     assert parameter.tolist() == [1.0, 1.0, 1.0]
     assert optimizer.state[0]["step"] == 3 and optimizer.state[0]["inner"]["m"].tolist() == [1.0, 1.0]
 
@@ -187,10 +182,9 @@ def test_template_settings_reach_questions_and_answers(build, tokenizer, rows):
     )
     question = trainer._tokenize_prompts([chats[0]["prompt"]])[0][0]
     assert tokenizer.decode(question).startswith("plainly:")
-    assert trainer.offline.trainer.train_dataset[0]["input_ids"][: len(question)] == question
-    sets = (*trainer.offline.validation.datasets.values(), trainer.selection_rows, trainer.eval_rows)
-    for dataset in (*sets, trainer._prepared(chats.select(range(3)))):
-        assert all(tokenizer.decode(ids).startswith("plainly:") for ids in dataset["input_ids"])
+    assert trainer.rows.dataset[0]["input_ids"][: len(question)] == question
+    for rows in (*trainer.trusted.sets.values(), *trainer.selection.sets.values(), trainer.eval_rows):
+        assert all(tokenizer.decode(ids).startswith("plainly:") for ids in rows.dataset["input_ids"])
     trainer.train()
     assert len(trainer.ledger) == 1
 
@@ -205,3 +199,47 @@ def test_evaluation_looks_at_losses_and_leaves_the_books_alone(build, rows, tmp_
     other = trainer.evaluate(Dataset.from_list(rows[90:95]), metric_key_prefix="test")
     assert {"test_selection_loss", "test_loss"} <= set(other) and other["test_loss"] != metrics["eval_loss"]
     assert books == sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").rglob("*") if file.is_file())
+
+
+def test_learned_weights_are_those_of_learn_weights(build, tiny_model, train_rows, trusted, rows, tokenizer):
+    """To the last bit, with nothing else given; and they come back as a column."""
+    trainer = build(num_rounds=1, selection_dataset=Dataset.from_list(rows[80:100]), adapter=False)
+    assert trainer.weights.known is False
+    trainer.train()
+    settings = {"pilot_steps": 2, "pilot_learning_rate": 1e-2, "max_length": 128, "disable_tqdm": True}
+    model = tiny_model().to(trainer.accelerator.device)
+    learned = learn_weights(model, train_rows, trusted, processing_class=tokenizer, **settings)
+    assert torch.equal(trainer.sample_weights(), learned.values)
+    assert trainer.weighted_dataset()["data_weight"] == learned.to_dataset()["data_weight"]
+    assert len(trainer.weighted_dataset(top_k=5)) == 5
+
+
+def test_weights_and_record_are_written(build, tmp_path, rows):
+    trainer = build(num_rounds=1, save_strategy="steps", save_steps=1, eval_dataset=Dataset.from_list(rows[80:90]))
+    trainer.train()
+    for folder in (tmp_path / "out" / "checkpoint-1", tmp_path / "out" / "checkpoint-2"):
+        assert {"weights.safetensors", "weights.json", "rounds.json"} <= {file.name for file in folder.iterdir()}
+    told = json.loads((tmp_path / "out" / "_record" / "run.json").read_text())
+    assert told["kind"] == "refine" and told["finished"]
+    assert told["weights"] | {"learned": True, "by": "resample", "asks_own_rows": True} == told["weights"]
+    assert len(told["evaluation"]["losses"]) == 10
+    losses = trainer.row_losses(Dataset.from_list(rows[80:90]))
+    assert losses.tolist() == pytest.approx(told["evaluation"]["losses"], abs=1e-4)
+    # No text of a row lies where a model's folder is uploaded from.
+    names = {file.name for file in (tmp_path / "out").iterdir() if not file.name.startswith(("_", "checkpoint-"))}
+    assert not {"ledger.jsonl", "responses"} & names
+
+
+def test_a_release_of_trl_that_lacks_what_rounds_need_is_refused():
+    class Older:
+        def __init__(self):
+            self.eos_token_ids = self.mask_truncated_completions = self._buffered_inputs = self._step = None
+
+        def _prepare_inputs(self):
+            return self._generate_and_score_completions, self.steps_per_generation
+
+        def _tokenize_prompts(self):
+            """There is no `_generate_single_turn`."""
+
+    with pytest.raises(ImportError, match="lacks `GRPOTrainer._generate_single_turn`, which rounds need"):
+        check_contract(Older)

@@ -5,14 +5,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
-
-from tests.conftest import parameters
-from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.core.alignment import unit_length
-from trl_bilevel.data.identity import SAMPLE_ID
 from trl_bilevel.trainer.estimator import make_estimator
 from trl_bilevel.trainer.host import TrainerHost
 from trl_bilevel.trainer.pilot import make_pilot
+
+from tests.conftest import parameters
+from trl_bilevel import BilevelSFTTrainer
+from trl_bilevel.data.identity import SAMPLE_ID
 from trl_bilevel.trainer.record import RecordCallback
 
 ONLINE = {

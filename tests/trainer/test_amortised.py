@@ -8,10 +8,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from sklearn.metrics import roc_auc_score
 from transformers import GPT2Config, GPT2LMHeadModel
+from trl_bilevel.trainer.amortise import decoder_layers, predict_weights, row_features
 
 from tests.conftest import parameters
 from trl_bilevel import BilevelSFTTrainer
-from trl_bilevel.trainer.amortise import decoder_layers, predict_weights, row_features
 
 
 @pytest.fixture

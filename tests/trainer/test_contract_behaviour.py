@@ -17,12 +17,12 @@ from torch import nn
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl_bilevel.trainer.refine_setup import checkpoint_files
 
 from tests.conftest import ON_GPU, base_arguments
 from trl_bilevel.data.batches import concatenate_batches
 from trl_bilevel.data.identity import SAMPLE_ID, SEGMENTS, SampleIdCollator
 from trl_bilevel.trainer.checkpoints import LAST_FILE
-from trl_bilevel.trainer.refine_setup import checkpoint_files
 
 pytestmark = pytest.mark.compat
 

@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig
+from trl_bilevel.trainer.pilot import make_pilot
 
 from tests.conftest import base_arguments, losses, parameters
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
-from trl_bilevel.trainer.pilot import make_pilot
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from .identity import count_overlap
 from .streams import columns
 
 # Texts of a row, by format: the columns that say what is asked and answered.
@@ -94,3 +96,22 @@ def check_same_format(trusted: Dataset, name: str, completions_only: bool) -> No
         "completions alone are scored: all of its tokens would count, prompts too. Split its rows into `prompt` and "
         "`completion`, or set `completion_only_loss=False`."
     )
+
+
+def warn_of_overlap(rows: Dataset, should: str, sides: Iterable[tuple[str, Dataset]]) -> None:
+    """Warn of rows that stand where they must not. All sets are tokenised.
+
+    Args:
+        should (`str`): what `rows` are for.
+        sides: what other rows do, and these rows.
+    """
+    for does, others in sides:
+        overlap = count_overlap(others, rows)
+        if overlap:
+            warnings.warn(
+                f"{overlap} of the {len(rows)} rows that should {should} are also among those that {does}: the choice "
+                "of model, or the report, will be flattered. Remove duplicates from `validation_dataset`, "
+                "`selection_dataset` and `eval_dataset`.",
+                UserWarning,
+                stacklevel=4,
+            )

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from .batches import TrustedSampler
+from .checks import check_dataset
+from .identity import SAMPLE_ID
 
 STRATEGIES = ("lowest_weight", "random", "all")
+
+
+def questions_of(train: Dataset | None, prompts: Dataset | None, strategy: str) -> Dataset:
+    """The questions that can be asked, `prompt` and `sample_id` (row number): those of `prompts`, if it is given.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the value and the remedy.
+    """
+    given: dict[str, tuple[Any, tuple[str, ...]]] = {"`train_dataset`": (train, ("prompt", "completion"))}
+    if prompts is not None:
+        given["`prompt_dataset`"] = prompts, ("prompt",)
+    for name, (rows, columns) in given.items():
+        check_dataset(rows, name)
+        missing = [column for column in columns if column not in rows.column_names]
+        if missing:
+            raise ValueError(
+                f"{name} has no column {missing[0]!r} (it has {rows.column_names}): a question must stand apart from "
+                "its answer to be answered anew. Split conversations into `prompt` and `completion`."
+            )
+    if prompts is not None and strategy == "lowest_weight":
+        raise ValueError(
+            "`question_strategy='lowest_weight'` chooses by the weights of offline answers, and the questions of "
+            "`prompt_dataset` have none. Use 'random' or 'all'."
+        )
+    asked = rows.select_columns(["prompt"])
+    return asked.add_column(SAMPLE_ID, list(range(len(asked))))
 
 
 def choose_questions(weights: Tensor, strategy: str, fraction: float, seed: int) -> Tensor:

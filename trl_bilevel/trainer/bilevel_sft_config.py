@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import SFTConfig
 
-from ..weights.settings import MIN_SCORED_ROWS, WeightSettings, at_least, in_range, one_of
+from ..weights import settings
+from ..weights.settings import MIN_SCORED_ROWS, WeightSettings, at_least, in_range, one_of, takes_old_names
 
 WEIGHTINGS = ("resample", "loss")
 # Old names: what to use instead. Whoever gives one is told.
-RENAMED = {
+RENAMED = settings.RENAMED | {
     "selector_update": "`selector_preset='paper'`, 'seal' or 'sparse_centred' for weights that move in training",
     "selector_granularity": "`selector_group_column` alone",
     "selector_learning_rate": "`selector_preset`: each published method has its own",
@@ -30,38 +30,11 @@ RENAMED = {
     "validation_every": "nothing: the trusted rows are in every step",
     "validation_batch_size": "nothing: a quarter of the training rows of a step",
     "validation_loss_weight_decay": "nothing: `validation_loss_weight` is constant",
-    "pilot_batch_size": "nothing: 8 rows, as measured",
-    "pilot_feature_depth": "`selector_preset`: 'fast' reads shallower states",
-    "pilot_smoothing": "nothing: it has no effect where states say nothing of the weights",
     "ess_alarm": "nothing: the warning comes below 2%",
 }
 
 
-def refuse_renamed(given: dict[str, Any]) -> None:
-    """Say what has come in the place of a setting of earlier versions.
-
-    Raises:
-        TypeError: naming the setting and what to use.
-    """
-    for name in given:
-        if name in RENAMED:
-            raise TypeError(f"`{name}` is gone. Use {RENAMED[name]}.")
-
-
-def takes_old_names(config: type) -> type:
-    """A config class whose constructor names the successor of a setting of earlier versions."""
-    construct = config.__init__
-
-    def __init__(self: Any, *args: Any, **given: Any) -> None:
-        refuse_renamed(given)
-        construct(self, *args, **given)
-
-    __init__.__wrapped__ = construct  # type: ignore[attr-defined]
-    config.__init__ = __init__  # type: ignore[misc]
-    return config
-
-
-@takes_old_names
+@takes_old_names(RENAMED)
 @dataclass
 class BilevelSFTConfig(WeightSettings, SFTConfig):
     r"""

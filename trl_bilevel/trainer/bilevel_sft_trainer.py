@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,25 +17,24 @@ from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
 from ..data.export import weighted_dataset
 from ..data.identity import SAMPLE_ID, SAMPLE_LENGTHS, SEGMENTS, SampleIdCollator
 from ..data.rows import Rows
-from ..data.sampling import WeightedSampler, content_hash
+from ..data.sampling import WeightedSampler
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets
-from ..weights.choose import check_sizes, choose
+from ..weights.choose import check_sizes
 from ..weights.errors import not_finite
-from ..weights.language_model import LanguageModel, model_hash
+from ..weights.language_model import LanguageModel
 from ..weights.quantization import keep_4bit_weights
 from ..weights.settings import WeightSettings
-from ..weights.state import TrainingWeights
-from ..weights.store import Store
+from ..weights.state import TrainingWeights, choose_noted
 from . import checks, preparation
 from .bilevel_sft_config import BilevelSFTConfig
-from .checkpoints import WEIGHT_FILES, resume_point
-from .record import RecordCallback, RunFacts, add_selection_to_card
+from .checkpoints import WEIGHT_FILES, SavesWeights, resume_point
+from .record import RecordCallback, RunFacts
 from .trackers import WeightTracking, extreme_rows
 from .weighted_loss import ROW_FACTOR, StepFacts, TrustedPart, WeightedObjective, WeightedStep
 
 
-class BilevelSFTTrainer(SFTTrainer):
+class BilevelSFTTrainer(SavesWeights, SFTTrainer):
     """
     Trainer for supervised fine-tuning on data of mixed quality, guided by a small trusted validation set.
 
@@ -264,7 +262,8 @@ class BilevelSFTTrainer(SFTTrainer):
             return self._prepare_dataset(rows, self.processing_class, args, False, formatting, f"validation {name}")
 
         completions = self.completion_only_loss and not args.assistant_only_loss
-        trusted = preparation.prepared_trusted(args, self.data, self.rows, prepare, completions, self._padded())
+        sets, shares = self.data.trusted, self.data.shares
+        trusted = preparation.prepared_trusted(args, sets, shares, self.rows, prepare, completions, self._padded())
         if trusted is not None and self.mode.learns and not args.published:
             check_sizes(self.rows, trusted)
         return trusted
@@ -294,29 +293,20 @@ class BilevelSFTTrainer(SFTTrainer):
         if self.weights is None or self.weights.known or self.rows is None or self.trusted is None:
             return
         args, groups = self.args, self.data.groups
-        settings = WeightSettings(**{field.name: getattr(args, field.name) for field in fields(WeightSettings)})
-        key = {
-            "rows": content_hash(self.rows.dataset),
-            "trusted": {name: content_hash(rows.dataset) for name, rows in self.trusted.sets.items()},
-            "settings": asdict(settings) | {"seed": args.seed, "bf16": args.bf16},
-            "model": model_hash(self.model),
-        }
-        store = Store(self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None, key)
-        choice = choose(
+        choice = choose_noted(
             self._reader(),
             self.rows,
             self.trusted,
-            settings,
+            WeightSettings(**{field.name: getattr(args, field.name) for field in fields(WeightSettings)}),
+            self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None,
             seed=args.seed,
             groups=None if groups is None else groups.of_row,
             checkpointing=args.gradient_checkpointing,
-            store=store,
             hidden_progress=args.disable_tqdm,
             further=self.data.streams and groups is None,
         )
         self.weights.take(choice)
         self.record.write_choice(choice, self._tokenizer.decode)
-        store.remove()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Choose weights, then the parent's `train`; `resume_from_checkpoint=True` takes the newest complete one."""
@@ -429,29 +419,6 @@ class BilevelSFTTrainer(SFTTrainer):
         if self.weights is not None and self.model.training and "loss" in logs:
             logs.update(self.weights.metrics())
         super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's files, and the weights beside them; none that another run left there."""
-        super().save_model(output_dir, _internal_call)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        if self.weights is not None:
-            self.weights.save(folder)
-            return
-        for name in WEIGHT_FILES:
-            (folder / name).unlink(missing_ok=True)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's card, with a section on the choice of rows: method, settings, data, results."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            add_selection_to_card(Path(self.args.output_dir), self.record.facts())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        dtypes = preparation.trainable_dtypes(self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        preparation.restore_dtypes(self.model, dtypes)
 
     def _losses_of(self, rows: Rows) -> Tensor:
         """Mean losses of prepared rows under the present model, float32 `[rows]` on the CPU."""

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest one that was written to its end."""
+"""Files of a run: the weights beside the model, and which checkpoint a run goes on from."""
 
 from __future__ import annotations
 
@@ -8,16 +8,57 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import Trainer
 
 from ..weights.result import FACTS_FILE, WEIGHTS_FILE
+from ..weights.state import TrainingWeights
+from .record import RecordCallback, add_selection_to_card
 
 logger = logging.getLogger(__name__)
 
 # Transformers writes it last, and deletes older checkpoints only after it.
 LAST_FILE = "trainer_state.json"
 WEIGHT_FILES = [WEIGHTS_FILE, FACTS_FILE]
+
+
+class SavesWeights(Trainer):
+    """The part of both trainers that looks after files; before TRL's trainer among the bases.
+
+    Attributes:
+        weights (`TrainingWeights`, *optional*), record (`RecordCallback`): of the run.
+    """
+
+    weights: TrainingWeights | None
+    record: RecordCallback
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's files, and the weights beside them; none that another run left there."""
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.weights is not None:
+            self.weights.save(folder)
+            return
+        for name in WEIGHT_FILES:
+            (folder / name).unlink(missing_ok=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's card, with a section on the choice of rows: method, settings, data, results."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_selection_to_card(Path(self.args.output_dir), self.record.facts())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT loads a QLoRA adapter in fp32, and training goes on exactly in bf16 only.
+        for name, parameter in self.model.named_parameters():
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
 
 
 def resume_point(resume: str | bool | None, output_dir: str, required: Sequence[str]) -> str | bool | None:

@@ -1,124 +1,249 @@
-"""The offline half of a self-refining run: weighted rows and validation rows, as a share of each optimizer step."""
+"""The offline half of a self-refining run: its rows, checked and tokenised once, and their part of every step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
+from trl.data_utils import is_conversational
 
+from ..data.batches import concatenate_batches
+from ..data.checks import check_filled, check_same_format, warn_of_overlap
 from ..data.identity import DATA_WEIGHT
-from ..estimators.base import WeightedBatch, token_mean
-from . import refine_setup, setup
-from .bilevel_sft_config import BilevelSFTConfig
-from .bilevel_sft_trainer import BilevelSFTTrainer
-from .host import TrainerHost
+from ..data.rows import Rows, padded, plain_rows
+from ..data.sampling import WeightedSampler
+from ..data.tokens import Tokeniser
+from ..data.trusted import TrustedSets, set_weights
+from ..weights.choose import MIN_TRUSTED_ROWS, check_sizes
+from ..weights.processes import Processes
+from ..weights.settings import PilotSettings
+from ..weights.state import TrainingWeights
+from .checks import check_given_weights
+from .preparation import given_weights, prepared_trusted, told_of_dropped, weights_identity
 from .self_refine_config import SelfRefineConfig
 
-if TYPE_CHECKING:
-    from .validation import ValidationSets
-
-# Settings of the run that the offline part shares.
-SHARED = (
-    *("output_dir", "seed", "data_seed", "per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
-    *("max_grad_norm", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
-    *("disable_tqdm", "max_steps", "max_length", "trust_remote_code", "validation_loss_weight"),
-    *("validation_batch_size", "validation_weights", "weight_estimator", "pilot_steps", "pilot_learning_rate"),
-    *("pilot_batch_size", "pilot_scored_rows", "pilot_feature_depth", "pilot_smoothing"),
-)
+MIN_SELECTION_ROWS = 8
+# Added to the seed: the rows that select are drawn independently of those that calibration holds back.
+SELECTION_SEED = 15_485_863
+TEMPLATE_COLUMN = "chat_template_kwargs"
 
 
-class OfflinePart:
-    """Prepares the offline rows, learns or takes over their weights, and hands out their part of every step.
+@dataclass
+class RefineRows:
+    """The rows of a run, tokenised.
 
-    A [`BilevelSFTTrainer`] on the same model does the work; its own training loop is never run.
-
-    Args:
-        model, processing_class: of the run.
-        args ([`SelfRefineConfig`]): of the run.
-        train_dataset (`Dataset`): offline rows; with a column `data_weight`, these weights are used as they are.
-        validation (`dict[str, Dataset]`): rows that pull, without those that select.
+    Attributes:
+        rows, given (`Tensor` float32 `[rows]`, *optional*): offline rows, and their weights of a column `data_weight`.
+        trusted, selection: trusted rows that pull, and those that choose between the candidates of a round.
+        report (*optional*): rows whose loss is told.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        args: SelfRefineConfig,
-        train_dataset: Dataset,
-        validation: Mapping[str, Dataset],
-        processing_class: Any,
-    ):
-        settings = {name: getattr(args, name) for name in SHARED}
-        if args.weight_estimator == "none" and DATA_WEIGHT not in train_dataset.column_names:
-            train_dataset = train_dataset.add_column(DATA_WEIGHT, [1.0] * len(train_dataset))
-        if DATA_WEIGHT in train_dataset.column_names:
-            settings["weight_estimator"] = "none"
-        config = BilevelSFTConfig(**settings, selector_weighting="resample", report_to="none")
-        self.trainer = BilevelSFTTrainer(
-            model,
-            config,
-            train_dataset=refine_setup.with_template(args, train_dataset),
-            validation_dataset={name: refine_setup.with_template(args, rows) for name, rows in validation.items()},
-            processing_class=processing_class,
-        )
-        self.trainer.state.max_steps = args.max_steps
-        self.host = TrainerHost(self.trainer)
-        self._epoch = -1
-        self._rows: list[int] = []
+    rows: Rows
+    given: Tensor | None
+    trusted: TrustedSets
+    selection: TrustedSets
+    report: Rows | None
 
-    @property
-    def validation(self) -> ValidationSets:
-        """The sets that pull."""
-        assert self.trainer.pulling is not None
-        return self.trainer.pulling
+    @classmethod
+    def of(
+        cls, args: SelfRefineConfig, read: Callable[[Dataset], Rows], train: Dataset, sets: Any, select: Any, tell: Any
+    ) -> RefineRows:
+        """Tokenise the caller's sets, and split the trusted ones if none is given to select by.
 
-    def start(self) -> None:
-        """Have weights ready: given ones, or those of a pilot run (unless a checkpoint has brought them)."""
-        self.trainer.start_selection()
+        Args:
+            read: tokenises rows.
+            train, sets, select, tell: `train_dataset`, the trusted sets, `selection_dataset`, `eval_dataset`.
 
-    def weights(self) -> Tensor:
-        """Explicit weights of the caller's rows, float32 `[rows]`, NaN for rows that preparation dropped."""
-        return self.trainer.sample_weights()
-
-    def _step_rows(self, step: int) -> list[int]:
-        """Dataset positions of the rows of an optimizer step, over all processes: a pure function of the step."""
-        per_step, total = setup.rows_per_step(self.trainer), len(self.trainer.row_order())
-        rows = []
-        for number in range(step * per_step, (step + 1) * per_step):
-            if number // total != self._epoch:
-                self._epoch = number // total
-                self._rows = list(self.trainer.weighted_sampler(lambda: self._epoch))
-            rows.append(self._rows[number % total])
-        return rows
-
-    def window(self, step: int) -> list[dict[str, Any]]:
-        """This process's offline rows of an optimizer step, collated, one entry per micro-batch."""
-        trainer, args = self.trainer, self.trainer.args
-        rows = self._step_rows(step)[args.process_index :: trainer.accelerator.num_processes]
-        size = math.ceil(len(rows) / args.gradient_accumulation_steps)
-        return [trainer.collate_rows(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-    def micro_batches(
-        self, step: int, window: list[dict[str, Any]], training_weight: float, validation_weight: float
-    ) -> list[WeightedBatch]:
-        """The batches of a step and the factors of their rows' summed losses.
-
-        Summed over micro-batches and processes, factors times losses are `training_weight` times the mean token loss
-        of the offline rows plus `validation_weight` times the validation loss.
+        Raises:
+            ValueError, TypeError: for rows that cannot work; the message names argument, value and remedy.
         """
-        args = self.trainer.args
-        offline = [(batch, training_weight * factor) for batch, factor in token_mean(self.host, window, args.device)]
-        if validation_weight == 0:
-            return offline
-        drawn = self.validation.step_batch(step, len(window), args.process_index, args.world_size)
-        out: list[WeightedBatch] = []
-        for (batch, factor), rows, weights in zip(offline, drawn.batches, drawn.row_weights, strict=True):
-            if rows is not None:
-                batch = self.validation.join(batch, self.trainer._prepare_inputs(rows))
-                factor = torch.cat([factor, validation_weight * weights.to(factor.device)])
-            out.append((batch, factor))
+        for name, rows in {
+            "`train_dataset`": train,
+            **{f"`validation_dataset` {k!r}": v for k, v in sets.items()},
+        }.items():
+            check_filled(rows, name)
+        given = given_weights(train) if DATA_WEIGHT in train.column_names else None
+        shares = set_weights(args.validation_weights if isinstance(args.validation_weights, dict) else None, sets)
+        # The first process tokenises, the others read its cache.
+        with PartialState().main_process_first():
+            offline = told_of_dropped(read(train))
+            prepare = lambda part, name: read(part).dataset  # noqa: E731
+            trusted = prepared_trusted(args, sets, shares, offline, prepare, True, offline.collate)
+            report = None if tell is None else read(tell)
+            selection = None
+            if select is not None:
+                check_same_format(select, "`selection_dataset`", True)
+                selection = TrustedSets({"selection": read(select)}, {"selection": 1.0})
+        assert trusted is not None
+        if len(offline) == 0:
+            raise ValueError(
+                f"None of the {len(train)} rows of `train_dataset` has a token to learn from within `max_length="
+                f"{args.max_length}`. Raise it, or look at the rows: are their answers empty?"
+            )
+        if selection is None:
+            trusted, selection = _split(trusted, args)
+        if len(selection) < MIN_SELECTION_ROWS:
+            raise ValueError(
+                f"{len(selection)} usable rows of `selection_dataset` are left to select the model, at least "
+                f"{MIN_SELECTION_ROWS} are needed. Give more rows, or raise `max_length`."
+            )
+        pulling = [(f"drive the scores (set {name!r})", rows.dataset) for name, rows in trusted.sets.items()]
+        others = [*pulling, ("are trained on", offline.dataset)]
+        for rows in selection.sets.values():
+            warn_of_overlap(rows.dataset, "select the model", others)
+        others += [("select the model", rows.dataset) for rows in selection.sets.values()]
+        if report is not None:
+            warn_of_overlap(report.dataset, "only report", others)
+        return cls(offline, given, trusted, selection, report)
+
+    def weights(self, args: SelfRefineConfig, train: Dataset, sets: Any, learns: bool) -> TrainingWeights:
+        """The explicit weights: given ones, equal ones, or (`learns`) those that are chosen before the first round.
+
+        Args:
+            train, sets: the caller's rows, by which a checkpoint's weights are known again.
+        """
+        settings = {field.name: getattr(args, field.name) for field in fields(PilotSettings)}
+        out = TrainingWeights(self.rows.kept, weights_identity(settings, self.rows, train, sets))
+        if learns:
+            check_sizes(self.rows, self.trusted)
+            return out
+        given = torch.ones(self.rows.count) if self.given is None else self.given
+        check_given_weights(given, self.rows.kept)
+        out.give(given)
+        return out
+
+
+def _split(trusted: TrustedSets, args: SelfRefineConfig) -> tuple[TrustedSets, TrustedSets]:
+    """Rows that pull and rows that select: a seeded split of each set."""
+    pulling, selecting = trusted.split(args.seed + SELECTION_SEED, args.selection_split)
+    if len(pulling) < MIN_TRUSTED_ROWS or len(selecting) < MIN_SELECTION_ROWS:
+        needed = max(MIN_SELECTION_ROWS / args.selection_split, MIN_TRUSTED_ROWS / (1 - args.selection_split))
+        raise ValueError(
+            f"`validation_dataset` has {len(trusted)} usable rows, too few to split: {len(pulling)} would drive the "
+            f"scores (at least {MIN_TRUSTED_ROWS} are needed) and {len(selecting)} select the model (at least "
+            f"{MIN_SELECTION_ROWS}). Give at least {int(needed) + 1} rows, or change `selection_split`."
+        )
+    return pulling, selecting
+
+
+def read_rows(args: SelfRefineConfig, tokenizer: Any, rows: Dataset) -> Rows:
+    """Tokenised rows, opening as the questions do where they are conversational (`chat_template_kwargs`).
+
+    Raises:
+        ValueError: if there is no chat template, or the rows bring settings for it that questions would not follow.
+    """
+    if TEMPLATE_COLUMN in rows.column_names:
+        raise ValueError(
+            f"A dataset has the column {TEMPLATE_COLUMN!r}, which would reach its answers but not the questions that "
+            "are asked anew. Remove it, and set `chat_template_kwargs` of the config."
+        )
+    if len(rows) and is_conversational(rows[0]) and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "The prompts are conversational, but the tokenizer has no chat template. Set "
+            "`processing_class.chat_template`, or give prompts as text."
+        )
+    read = Tokeniser(tokenizer, args.max_length, template=args.chat_template_kwargs)
+    return plain_rows(read.prepare(rows), padded(padding(tokenizer)), len(rows))
+
+
+def padding(tokenizer: Any) -> int:
+    """The token that fills up rows."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+@dataclass
+class OfflinePart:
+    """Weighted rows and trusted rows as a share of each optimizer step: a pure function of the step.
+
+    Attributes:
+        rows, weights: offline rows, and by what they are drawn.
+        trusted: rows that pull; as many in a step as offline rows.
+        share, trusted_share (`float`): of either loss in the objective.
+        rows_per_step (`int`): offline rows, over all processes.
+        micro_batches (`int`): of a step, on each process.
+        seed, data_seed (`int`): of the trusted rows and of the order of the offline rows; of their draws.
+        pad_token_id (`int`): for joining batches.
+        processes: this one among the others.
+    """
+
+    rows: Rows
+    weights: TrainingWeights
+    trusted: TrustedSets
+    share: float
+    trusted_share: float
+    rows_per_step: int
+    micro_batches: int
+    seed: int
+    data_seed: int
+    pad_token_id: int
+    processes: Processes
+
+    @classmethod
+    def of(cls, args: SelfRefineConfig, prepared: RefineRows, weights: TrainingWeights, pad: int) -> OfflinePart:
+        """The part under a run's settings."""
+        lam, rho, processes = args.validation_loss_weight, args.online_loss_weight, Processes.now()
+        micro_batches = args.gradient_accumulation_steps
+        return cls(
+            prepared.rows,
+            weights,
+            prepared.trusted,
+            share=(1 - lam) * (1 - rho),
+            trusted_share=lam,
+            rows_per_step=args.train_batch_size * micro_batches * processes.count,
+            micro_batches=micro_batches,
+            seed=args.seed,
+            data_seed=args.seed if args.data_seed is None else args.data_seed,
+            pad_token_id=pad,
+            processes=processes,
+        )
+
+    def __post_init__(self) -> None:
+        self._epoch = -1
+        self._places: list[int] = []
+        self._draws = self.trusted.samplers(self.rows_per_step, self.seed)
+
+    def places(self, step: int) -> list[int]:
+        """Places of the offline rows of an optimizer step, over all processes."""
+        out = []
+        for number in range(step * self.rows_per_step, (step + 1) * self.rows_per_step):
+            epoch, place = divmod(number, len(self.rows))
+            if epoch != self._epoch:
+                self._epoch = epoch
+                order = self.rows.order(self.seed)
+                weights: Callable[[], Tensor] = lambda: self.weights.of(self.rows.ids)  # noqa: E731
+                self._places = list(WeightedSampler(order, weights, lambda: self._epoch, self.data_seed))
+            out.append(self._places[place])
+        return out
+
+    def batches(self, step: int) -> list[tuple[dict[str, Any], Tensor]]:
+        """This process's micro-batches of a step, each with the factors of its rows' summed losses.
+
+        Summed over micro-batches and processes, factors times losses are `share` times the mean token loss of the
+        offline rows plus `trusted_share` times the loss of the trusted rows.
+        """
+        rank, count = self.processes.rank, self.processes.count
+        own = self.places(step)[rank::count]
+        size = math.ceil(len(own) / self.micro_batches)
+        parts = [own[start : start + size] for start in range(0, len(own), size)]
+        batches = [self.rows.batch(part) for part in parts]
+        scored = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+        factor = self.share / max(1, int(self.processes.sum(scored)))
+        out = [(batch, torch.full((len(part),), factor)) for batch, part in zip(batches, parts, strict=True)]
+        if self.trusted_share == 0:
+            return out
+        drawn = [(name, place) for name, sampler in self._draws.items() for place in sampler.rows(step)]
+        tokens = torch.stack([self.trusted.sets[name].scored_tokens[place] for name, place in drawn])
+        factors = self.trusted_share * self.trusted.row_factors(drawn, tokens)
+        for micro, (batch, own_factors) in enumerate(out):
+            mine = list(range(micro * count + rank, len(drawn), len(out) * count))
+            if mine:
+                rows = self.trusted.batch([drawn[n] for n in mine])
+                joined = concatenate_batches(batch, rows, self.pad_token_id)
+                out[micro] = joined, torch.cat([own_factors, factors[mine]])
         return out

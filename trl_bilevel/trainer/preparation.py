@@ -138,6 +138,20 @@ def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None
             "Given weights (`data_weight` of `train_dataset`) are not supported with a stream: their mean is not "
             "known. Load the rows as a `Dataset`, which need not fit into memory."
         )
+    if args.selector_group_column is not None:
+        raise ValueError(
+            "`selector_group_column` has no meaning with the given weights of a column `data_weight`. Leave it out, "
+            "or remove the column and choose a `weight_estimator`."
+        )
+    return without_numbers(train), given_weights(train)
+
+
+def given_weights(train: Dataset) -> Tensor:
+    """Weights of the column `data_weight`, float32 `[rows]`; 0 where missing.
+
+    Raises:
+        ValueError, TypeError: if they are no weights.
+    """
     values = train.with_format(None)[DATA_WEIGHT][:]
     if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in values):
         raise TypeError(f"`data_weight` of `train_dataset` must be numbers, got {values[0]!r} in the first row.")
@@ -148,12 +162,7 @@ def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None
             "`data_weight` of `train_dataset` must be finite numbers of at least 0, and not 0 for all rows (missing "
             "for rows that were never trained on)."
         )
-    if args.selector_group_column is not None:
-        raise ValueError(
-            "`selector_group_column` has no meaning with the given weights of a column `data_weight`. Leave it out, "
-            "or remove the column and choose a `weight_estimator`."
-        )
-    return without_numbers(train), torch.nan_to_num(weights, nan=0.0)
+    return torch.nan_to_num(weights, nan=0.0)
 
 
 def _checked(args: BilevelSFTConfig, train: Any, validation: Any, formatted: bool) -> dict[str, Dataset]:
@@ -281,8 +290,9 @@ def told_of_dropped(rows: Rows) -> Rows:
 
 
 def prepared_trusted(
-    args: BilevelSFTConfig,
-    data: TrainingData,
+    args: Any,
+    given: Mapping[str, Dataset],
+    shares: dict[str, float],
     rows: Rows,
     prepare: Callable[[Dataset, str], Dataset],
     completions_only: bool,
@@ -291,22 +301,24 @@ def prepared_trusted(
     """The trusted sets, prepared as the training rows are; None if there are none.
 
     Args:
+        args: the config of either trainer.
+        given, shares: the sets, and what each counts.
         rows: the training rows, to warn of rows on both sides.
         prepare: tokenises a set, given its name.
         completions_only (`bool`): of the training rows, only completions are scored.
     """
     sets: dict[str, Rows] = {}
-    for name, given in data.trusted.items():
+    for name, part in given.items():
         argument = f"`validation_dataset` {name!r}"
-        check_same_format(given, argument, completions_only)
-        prepared = with_scored_tokens(prepare(given, name))
+        check_same_format(part, argument, completions_only)
+        prepared = with_scored_tokens(prepare(part, name))
         if len(prepared) == 0:
             raise ValueError(
-                f"All {len(given)} rows of {argument} were dropped in preparation: no token to score within "
+                f"All {len(part)} rows of {argument} were dropped in preparation: no token to score within "
                 f"`max_length={args.max_length}`. Raise `max_length`, or use `truncation_mode='keep_end'`."
             )
-        if len(prepared) < len(given):
-            logger.warning(f"{len(given) - len(prepared)} of {len(given)} rows of {argument} were dropped.")
+        if len(prepared) < len(part):
+            logger.warning(f"{len(part) - len(prepared)} of {len(part)} rows of {argument} were dropped.")
         overlap = count_overlap(rows.dataset, prepared)
         if overlap:
             warnings.warn(
@@ -316,7 +328,20 @@ def prepared_trusted(
                 stacklevel=5,
             )
         sets[name] = readable_rows(args, prepared, collate, len(prepared))
-    return TrustedSets(sets, data.shares) if sets else None
+    return TrustedSets(sets, shares) if sets else None
+
+
+def weights_identity(
+    settings: dict[str, Any], rows: Rows, train: Dataset, trusted: Mapping[str, Dataset]
+) -> dict[str, Any]:
+    """What must not change between a checkpoint's weights and the run that goes on with them."""
+    return {
+        "settings": settings,
+        "rows": rows.count,
+        "rows_kept": len(rows),
+        "train_fingerprint": fingerprint(train),
+        "validation_fingerprint": " ".join(f"{name} {fingerprint(part)}" for name, part in trusted.items()),
+    }
 
 
 def make_weights(args: BilevelSFTConfig, data: TrainingData, rows: Rows, reader: LanguageModel) -> TrainingWeights:
@@ -326,13 +351,8 @@ def make_weights(args: BilevelSFTConfig, data: TrainingData, rows: Rows, reader:
         reader: reads the model in training.
     """
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(WeightSettings)}
-    identity = {
-        "settings": settings | {"selector_weighting": args.selector_weighting},
-        "rows": rows.count,
-        "rows_kept": len(rows),
-        "train_fingerprint": fingerprint(rows.dataset if data.streams else data.rows),
-        "validation_fingerprint": " ".join(f"{name} {fingerprint(part)}" for name, part in data.trusted.items()),
-    }
+    settings["selector_weighting"] = args.selector_weighting
+    identity = weights_identity(settings, rows, rows.dataset if data.streams else data.rows, data.trusted)
     any_identity = args.ignore_selector_fingerprint
     if args.published:
         from ..weights.published import RECIPES, MovingWeights, Tracker
@@ -396,15 +416,3 @@ def scored_tokens(rows: Dataset, packed: Dataset | None, count: int) -> Tensor:
                 out[number] += sum(label != -100 for label in own[1:])
                 place += length
     return out
-
-
-def trainable_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
-    """Dtypes of the trainable parameters by name, before a checkpoint is loaded."""
-    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def restore_dtypes(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Undo what loading did to them: PEFT loads a QLoRA adapter in fp32, and training goes on exactly in bf16 only."""
-    for name, parameter in model.named_parameters():
-        if name in dtypes:
-            parameter.data = parameter.data.to(dtypes[name])

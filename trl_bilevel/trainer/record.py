@@ -223,7 +223,8 @@ class RecordCallback(TrainerCallback):
         told, rows = self._tell(), self._eval_rows
         if told.trusted is None or not isinstance(rows, Dataset) or _sharded(told.args):
             return
-        packed = getattr(told.args, "packing", False) if told.args.eval_packing is None else told.args.eval_packing
+        packed = getattr(told.args, "eval_packing", None)
+        packed = getattr(told.args, "packing", False) if packed is None else packed
         if packed or not {"input_ids", "labels"} <= set(rows.column_names):
             return
         start = time.perf_counter()

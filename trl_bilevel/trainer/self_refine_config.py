@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import trl
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from ..data.questions import STRATEGIES
-from .bilevel_sft_config import _in_range, _one_of
+from ..weights import settings
+from ..weights.settings import PilotSettings, at_least, in_range, one_of, takes_old_names
 
-RESPONSE_ESTIMATORS = ("lookahead", "alignment", "value_function")
-SCOPES = ("question", "round")
+# Old names: what to use instead. Whoever gives one is told.
+RENAMED = settings.RENAMED | {
+    "implicit_weight_scope": "nothing: the responses to one question are compared with each other",
+    "question_weighting": "nothing: responses weigh as their question does",
+    "response_estimator": "nothing: responses are scored by a look-ahead",
+    "lookahead_steps": "nothing: 4 steps, as measured",
+    "validation_batch_size": "nothing: as many trusted rows as offline rows in a step",
+}
 # The sampled distribution must be the policy's own, or log-probabilities and ratios are those of another one.
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "temperature": (1.0,),
@@ -31,17 +42,44 @@ HARMLESS = (
     "eos_token_id",
     "seed",
 )
+# Settings of the parent that have one value here, and what another one would do.
+FIXED: dict[str, tuple[Any, str]] = {
+    "num_iterations": (1, "each response is trained on once"),
+    "scale_rewards": ("none", "it would undo the scale of the implicit weights"),
+    "multi_objective_aggregation": ("sum_then_normalize", "it would undo the scale of the implicit weights"),
+    "disable_dropout": (
+        True,
+        "TRL samples and trains in training mode, so with dropout the responses' log-probabilities are not those of "
+        "the policy that sampled them",
+    ),
+    "eval_strategy": ("no", "`eval_dataset` is looked at once per round, see the ledger"),
+    "remove_unused_columns": (False, "it drops the questions' numbers"),
+    "cast_lm_head_to_fp32": (False, "the offline rows use the same head"),
+    "vllm_structured_outputs_regex": (None, "it restricts what is sampled"),
+}
+
+# What rounds rest on in TRL's GRPOTrainer: methods, and what their sources must hold.
+CONTRACT = {
+    "__init__": ("eos_token_ids", "mask_truncated_completions", "_buffered_inputs", "_step"),
+    "_prepare_inputs": ("_generate_and_score_completions", "steps_per_generation"),
+    "_generate_single_turn": (),
+    "_tokenize_prompts": (),
+    "_calculate_rewards": ("completion_ids",),
+}
 
 
+@takes_old_names(RENAMED)
 @dataclass
-class SelfRefineConfig(GRPOConfig):
+class SelfRefineConfig(PilotSettings, GRPOConfig):
     r"""
     Configuration class for the [`SelfRefineTrainer`].
 
-    Inherits every parameter of [`~trl.GRPOConfig`] (generation, vLLM, continuous batching, off-policy clipping) and
-    adds those of the rounds, of the implicit weights and of the offline part. A round generates
-    `per_device_train_batch_size x processes x gradient_accumulation_steps x steps_per_round` responses, so it asks
-    that number divided by `num_generations` questions.
+    Inherits every parameter of [`~trl.GRPOConfig`] (generation, vLLM, continuous batching, off-policy clipping) and of
+    [`PilotSettings`] (`weight_estimator`, `selector_preset`, `validation_weights`, `pilot_steps`,
+    `pilot_learning_rate`, which is also that of the responses' look-ahead, `pilot_scored_rows`,
+    `calibration_sharpness`), and adds those of the rounds. With a column `data_weight` in `train_dataset` no weights
+    are learned. A round generates `per_device_train_batch_size x processes x gradient_accumulation_steps x
+    steps_per_round` responses, so it asks that number divided by `num_generations` questions.
 
     Parameters:
         num_rounds (`int`, *optional*, defaults to `4`):
@@ -51,51 +89,29 @@ class SelfRefineConfig(GRPOConfig):
             once.
         num_generations (`int`, *optional*, defaults to `4`):
             G, responses per question. With one response there is nothing to compare within a question, so at least 2;
-            use 4 or more. One is taken only with `implicit_weight_scope="round"`.
+            use 4 or more.
         question_strategy (`str`, *optional*, defaults to `"lowest_weight"`):
             Which questions are asked: `"lowest_weight"` (those whose offline answers weigh least), `"random"`,
             `"all"`.
         question_fraction (`float`, *optional*, defaults to `0.25`):
             Share of the rows that `"lowest_weight"` and `"random"` choose from.
-        question_weighting (`bool`, *optional*, defaults to `True`):
-            Multiply the responses' weights by the explicit weight of their question, scaled to mean one over the
-            questions of the round.
         implicit_weight_temperature (`float`, *optional*, defaults to `0.1`):
             tau of the softmax over a question's responses, in nats per token.
-        implicit_weight_scope (`str`, *optional*, defaults to `"question"`):
-            Which responses share the weight: `"question"` (those of the same question: a softmax over G), or `"round"`
-            (all of a round). The latter also prefers questions that are easy for the validation rows to pull, and is
-            there for `num_generations=1`, as in the published safety setting.
-        response_estimator (`str`, *optional*, defaults to `"lookahead"`):
-            How responses are scored: `"lookahead"` compares the model with itself after `lookahead_steps` validation
-            steps, `"alignment"` takes the inner product of a response's gradient with these steps (the same to first
-            order, by one forward and backward in place of two forwards), `"value_function"` compares it with a tracker
-            that is trained on the offline rows without validation (one more forward and backward of the offline rows
-            in every step).
-        lookahead_steps (`int`, *optional*, defaults to `4`):
-            K, validation steps of the look-ahead.
         online_loss_weight (`float`, *optional*, defaults to `0.5`):
             Share of the responses in the training term, in [0, 1); the offline rows have the rest.
         validation_loss_weight (`float`, *optional*, defaults to `0.5`):
-            lambda, the weight of the validation loss in the model's objective, in [0, 1).
-        validation_batch_size (`int`, *optional*):
-            Validation rows per optimizer step, over all processes. Defaults to the offline rows of a step.
-        validation_weights (`dict[str, float]`, *optional*):
-            Weight of each validation set when several are given.
+            lambda, the weight of the trusted rows' loss in the model's objective, in [0, 1). A step has as many
+            trusted rows as offline rows.
         selection_split (`float`, *optional*, defaults to `0.3`):
-            Share of each validation set that only chooses between the candidates of a round, if no
-            `selection_dataset` is given.
+            Share of each trusted set that only chooses between the candidates of a round, if no `selection_dataset`
+            is given.
         patience (`int`, *optional*, defaults to `2`):
             Stop after so many rounds in a row that were rolled back.
-        weight_estimator (`str`, *optional*, defaults to `"value_function"`):
-            Estimator of the explicit weights, learned before the first round by a pilot run; `"none"` for equal
-            weights. Not used if `train_dataset` has a column `data_weight`.
-        pilot_steps, pilot_learning_rate, pilot_batch_size, pilot_scored_rows, pilot_feature_depth, pilot_smoothing:
-            As in [`BilevelSFTConfig`]; the learning rate is that of the look-ahead, too.
-        tracked_rows (`int`, *optional*, defaults to `10`):
-            Offline rows of highest and of lowest weight whose text the trackers of `report_to` are shown; 0 for none.
+        tracked_rows (`int`, *optional*, defaults to `0`):
+            Offline rows of highest and of lowest weight whose text the trackers of `report_to` are shown. With 0 no
+            text of a row leaves the machine.
         max_length (`int`, *optional*, defaults to `1024`):
-            Length at which offline and validation rows are cut.
+            Length at which offline and trusted rows are cut.
     """
 
     num_rounds: int = field(default=4, metadata={"help": "Rounds at most; max_steps follows."})
@@ -107,61 +123,24 @@ class SelfRefineConfig(GRPOConfig):
     question_fraction: float = field(
         default=0.25, metadata={"help": "Share of the rows that 'lowest_weight' and 'random' choose from."}
     )
-    question_weighting: bool = field(
-        default=True, metadata={"help": "Multiply responses' weights by their question's explicit weight."}
-    )
     implicit_weight_temperature: float = field(
         default=0.1, metadata={"help": "tau of the softmax over a question's responses, in nats per token."}
     )
-    implicit_weight_scope: str = field(
-        default="question", metadata={"help": "Responses that share the weight: of a 'question', or of a 'round'."}
-    )
-    response_estimator: str = field(
-        default="lookahead",
-        metadata={"help": "How responses are scored: 'lookahead', 'alignment' or 'value_function'."},
-    )
-    lookahead_steps: int = field(default=4, metadata={"help": "K, validation steps of the look-ahead."})
     online_loss_weight: float = field(
         default=0.5, metadata={"help": "Share of the responses in the training term, in [0, 1)."}
     )
     validation_loss_weight: float = field(
-        default=0.5, metadata={"help": "lambda, weight of the validation loss in the objective, in [0, 1)."}
-    )
-    validation_batch_size: int | None = field(
-        default=None, metadata={"help": "Validation rows per step. Default: as many as offline rows."}
-    )
-    validation_weights: dict[str, float] | str | None = field(
-        default=None, metadata={"help": "Weight of each validation set when several are given. Default: equal."}
+        default=0.5, metadata={"help": "lambda, weight of the trusted rows' loss in the objective, in [0, 1)."}
     )
     selection_split: float = field(
-        default=0.3, metadata={"help": "Share of the validation rows that only chooses between candidates."}
+        default=0.3, metadata={"help": "Share of the trusted rows that only chooses between candidates."}
     )
     patience: int = field(default=2, metadata={"help": "Stop after so many rounds in a row that were rolled back."})
-    weight_estimator: str = field(
-        default="value_function",
-        metadata={"help": "Estimator of the explicit weights, or 'none'. Not used with a column 'data_weight'."},
-    )
-    pilot_steps: int | None = field(default=None, metadata={"help": "Steps of the pilot run."})
-    pilot_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the pilot run and of the look-ahead."}
-    )
-    pilot_batch_size: int | None = field(default=None, metadata={"help": "Training rows per pilot step."})
-    pilot_scored_rows: int = field(
-        default=512, metadata={"help": "Rows that the pilot run scores; the others' weights are predicted. 0: all."}
-    )
-    pilot_feature_depth: float = field(
-        default=0.3, metadata={"help": "Share of the layers that are computed to predict a weight, in (0, 1]."}
-    )
-    pilot_smoothing: bool = field(
-        default=True,
-        metadata={"help": "Weigh a scored row by what rows like it score, too, as far as that explains weights."},
-    )
     tracked_rows: int = field(
-        default=10,
-        metadata={"help": "Offline rows of highest and of lowest weight whose text trackers are shown; 0 for none."},
+        default=0, metadata={"help": "Offline rows at either end whose text the trackers are shown; 0 for none."}
     )
     max_length: int | None = field(
-        default=1024, metadata={"help": "Length at which offline and validation rows are cut."}
+        default=1024, metadata={"help": "Length at which offline and trusted rows are cut."}
     )
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate for AdamW."})
     disable_dropout: bool = field(
@@ -176,23 +155,39 @@ class SelfRefineConfig(GRPOConfig):
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "validation_weights"]
 
     def __post_init__(self) -> None:
-        for name in ("num_rounds", "steps_per_round", "lookahead_steps", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        _one_of("implicit_weight_scope", self.implicit_weight_scope, SCOPES)
-        generations = self.num_generations
-        if generations is None or generations < 1 or (generations == 1 and self.implicit_weight_scope == "question"):
+        for name in ("num_rounds", "steps_per_round", "patience"):
+            at_least(name, getattr(self, name), 1)
+        if self.num_generations is None or self.num_generations < 2:
             raise ValueError(
-                f"`num_generations={generations}`: implicit weights compare the responses of one question, so one "
-                "response carries no signal. Use at least 2, better 4; or `implicit_weight_scope='round'`, which "
-                "compares responses to different questions."
+                f"`num_generations={self.num_generations}`: implicit weights compare the responses of one question, "
+                "so one response carries no signal. Use at least 2, better 4."
             )
-        if self.implicit_weight_scope == "round" and self.use_vllm and self.vllm_mode == "server":
+        self._set_steps()
+        super().__post_init__()
+        self.resolve()
+        if self.published:
             raise ValueError(
-                "`implicit_weight_scope='round'` with `vllm_mode='server'` is not supported: TRL asks vLLM once per "
-                "group for all of its responses, and a round has many questions. Use 'question', or "
-                "`vllm_mode='colocate'`."
+                f"`selector_preset={self.selector_preset!r}`: its weights move with every step of a training of their "
+                "own. Use 'balanced', 'reliable' or 'fast'; or train with `BilevelSFTTrainer` first, and give its "
+                "`weighted_dataset()`."
             )
+        at_least("tracked_rows", self.tracked_rows, 0)
+        one_of("question_strategy", self.question_strategy, STRATEGIES)
+        in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
+        in_range("online_loss_weight", self.online_loss_weight, 0.0, 1.0)
+        if not 0 < self.selection_split < 1:
+            raise ValueError(f"`selection_split` must lie between 0 and 1, got {self.selection_split}.")
+        if not 0 < self.question_fraction <= 1:
+            raise ValueError(f"`question_fraction` must lie in (0, 1], got {self.question_fraction}.")
+        if not 0 < self.implicit_weight_temperature < float("inf"):
+            raise ValueError(
+                f"`implicit_weight_temperature` must be above 0 and finite, got {self.implicit_weight_temperature}."
+            )
+        self._check_parents_settings()
+        self._check_sampling()
+
+    def _set_steps(self) -> None:
+        """Steps and generation batches that follow from the rounds."""
         steps = self.num_rounds * self.steps_per_round
         if self.max_steps not in (-1, steps):
             raise ValueError(
@@ -206,66 +201,21 @@ class SelfRefineConfig(GRPOConfig):
                 "a round are generated at its start). Leave them out."
             )
         self.steps_per_generation = generate_every
-        if generations == 1:
-            # TRL refuses groups of one; the group that it is given later is the round.
-            self.num_generations = self.per_device_train_batch_size * generate_every
-            if self.num_generations < 2:
-                raise ValueError("A round of one response compares nothing. Raise `steps_per_round`.")
-        super().__post_init__()
-        self.num_generations = generations
-        if self.tracked_rows < 0:
-            raise ValueError(f"`tracked_rows` must be at least 0, got {self.tracked_rows}.")
-        _one_of("question_strategy", self.question_strategy, STRATEGIES)
-        _one_of("response_estimator", self.response_estimator, RESPONSE_ESTIMATORS)
-        _in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
-        _in_range("online_loss_weight", self.online_loss_weight, 0.0, 1.0)
-        if not 0 < self.selection_split < 1:
-            raise ValueError(f"`selection_split` must lie between 0 and 1, got {self.selection_split}.")
-        if not 0 < self.question_fraction <= 1:
-            raise ValueError(f"`question_fraction` must lie in (0, 1], got {self.question_fraction}.")
-        if not 0 < self.implicit_weight_temperature < float("inf"):
-            raise ValueError(
-                f"`implicit_weight_temperature` must be above 0 and finite, got {self.implicit_weight_temperature}."
-            )
-        if self.num_iterations != 1:
-            raise ValueError(
-                f"`num_iterations={self.num_iterations}`: each response is trained on once. Leave it out."
-            )
-        if self.scale_rewards != "none":
-            raise ValueError(
-                f"`scale_rewards={self.scale_rewards!r}` would undo the scale of the implicit weights. Leave it out."
-            )
-        if not self.disable_dropout:
-            raise ValueError(
-                "`disable_dropout=False`: TRL samples and trains in training mode, so with dropout the responses' "
-                "log-probabilities are not those of the policy that sampled them. Leave it out."
-            )
-        if self.eval_strategy != "no":
-            raise ValueError(
-                f"`eval_strategy={self.eval_strategy!r}`: `eval_dataset` is looked at once per round, see the ledger. "
-                "Leave it out."
-            )
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns=True` drops the questions' numbers. Leave it out.")
-        if self.response_estimator == "value_function" and self.validation_loss_weight == 0:
-            raise ValueError(
-                "`response_estimator='value_function'` with `validation_loss_weight=0`: tracker and model are then "
-                "trained on the same rows, and the validation rows have no say in the scores. Set "
-                "`validation_loss_weight` above 0, or use 'lookahead' or 'alignment'."
-            )
+
+    def _check_parents_settings(self) -> None:
+        for name, (value, why) in FIXED.items():
+            given = getattr(self, name, value)
+            if given != value:
+                raise ValueError(f"`{name}={getattr(given, 'value', given)!r}` is not supported: {why}. Leave it out.")
         if self.fp16:
             raise ValueError(
-                "`fp16=True` is not supported: the look-ahead and the tracker take steps of their own, without loss "
-                "scaling. Use bf16."
+                "`fp16=True` is not supported: the look-ahead takes steps of its own, without loss scaling. Use bf16."
             )
-        if self.multi_objective_aggregation != "sum_then_normalize":
+        if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
             raise ValueError(
-                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` would undo the scale of the "
-                "implicit weights. Leave it out."
+                f"`hub_strategy={self.hub_strategy.value!r}` would upload checkpoints, which hold the responses "
+                "of their round and so text that your rows ask for. Use 'every_save' or 'end'."
             )
-        if getattr(self, "cast_lm_head_to_fp32", False):
-            raise ValueError("`cast_lm_head_to_fp32=True` is not supported: the offline rows use the same head.")
-        self._check_sampling()
 
     def _check_sampling(self) -> None:
         given: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING}
@@ -277,11 +227,52 @@ class SelfRefineConfig(GRPOConfig):
                         f"`generation_kwargs` has {name!r}, which may change the distribution that responses are "
                         f"sampled from. Leave it out; allowed are {', '.join((*SAMPLING, *HARMLESS))}."
                     )
-        if getattr(self, "vllm_structured_outputs_regex", None) is not None:
-            raise ValueError("`vllm_structured_outputs_regex` restricts what is sampled. Leave it out.")
         for name, value in given.items():
             if value not in SAMPLING[name]:
                 raise ValueError(
                     f"`{name}={value}` samples from another distribution than the model's, so the responses' "
                     f"log-probabilities would be wrong. Use {SAMPLING[name][0]!r}."
                 )
+
+
+def resolved(args: GRPOConfig | None, model: Any) -> SelfRefineConfig:
+    """The config to use; the defaults if none is given."""
+    if isinstance(args, SelfRefineConfig):
+        return args
+    if args is not None:
+        raise TypeError(
+            f"`args` must be a `SelfRefineConfig`, got `{type(args).__name__}`: rounds need settings of their own."
+        )
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return SelfRefineConfig(f"{name.split('/')[-1]}-Self-Refine")
+
+
+def check_contract(trainer: type) -> None:
+    """Refuse a release of TRL whose trainer (`GRPOTrainer`) lacks what rounds rest on."""
+    for method, words in CONTRACT.items():
+        found = getattr(trainer, method, None)
+        source = "" if found is None else inspect.getsource(found)
+        missing = [word for word in words if word not in source]
+        if found is None or missing:
+            what = f"`GRPOTrainer.{method}`" + (f" without {', '.join(map(repr, missing))}" if found else "")
+            raise ImportError(f"trl {trl.__version__} lacks {what}, which rounds need. Install trl>=1.16.")
+
+
+def check_generation(args: SelfRefineConfig, grpo_arguments: Mapping[str, Any], model: Any) -> None:
+    """Refuse what would break the implicit weights."""
+    for name in ("reward_funcs", "reward_processing_classes", "rollout_func", "tools", "environment_factory"):
+        if grpo_arguments.get(name) is not None:
+            raise ValueError(
+                f"`{name}` is not taken: the validation set gives the reward, and the model answers alone."
+            )
+    if not args.use_vllm:
+        return
+    if not is_vllm_available():
+        raise ImportError("`use_vllm=True`, but vLLM is not installed. Install it, or leave `use_vllm` out.")
+    settings = (grpo_arguments.get("quantization_config"), (args.model_init_kwargs or {}).get("quantization_config"))
+    loaded = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if loaded or any(setting is not None for setting in settings):
+        raise ValueError(
+            "`use_vllm=True` with a quantised model: merging an adapter into quantised weights for vLLM loses "
+            "nearly all of it. Generate without vLLM, or without quantisation."
+        )

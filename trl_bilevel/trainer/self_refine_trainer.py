@@ -1,13 +1,14 @@
-"""[`SelfRefineTrainer`]: rounds in which the model answers questions itself, guided by a trusted validation set."""
+"""[`SelfRefineTrainer`]: rounds in which the model answers questions itself, guided by a small trusted set."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerState
@@ -16,32 +17,37 @@ from trl import GRPOTrainer
 
 from ..core.implicit import decide
 from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
-from ..data.questions import QuestionSampler, choose_questions
-from . import refine_setup, responses, setup
-from .checkpoints import resume_point
-from .host import DetachedHost
-from .offline import OfflinePart
-from .pilot import pilot_learning_rate
-from .record import RecordCallback, add_selection_to_card
-from .round_callback import RoundCallback
-from .rounds import Rounds, Snapshot
-from .self_refine_config import SelfRefineConfig
-from .trackers import track_weights
+from ..data.checks import check_dataset, trusted_sets
+from ..data.export import weighted_dataset
+from ..data.questions import QuestionSampler, choose_questions, questions_of
+from ..data.rows import Rows
+from ..weights.language_model import LanguageModel, parameters_kept
+from ..weights.lookahead import Lookahead
+from ..weights.quantization import keep_4bit_weights
+from ..weights.responses import Responses, score_responses
+from ..weights.settings import PilotSettings, WeightSettings
+from ..weights.state import TrainingWeights, choose_noted
+from . import checks, preparation
+from .checkpoints import SavesWeights, resume_point
+from .offline import OfflinePart, RefineRows, padding, read_rows
+from .record import RecordCallback, RunFacts
+from .rounds import SHAPE, RoundCallback, Rounds, Snapshot, checkpoint_files, is_exhausted
+from .self_refine_config import SelfRefineConfig, check_contract, check_generation, resolved
+from .trackers import WeightTracking, extreme_rows
 
 
-class SelfRefineTrainer(GRPOTrainer):
+class SelfRefineTrainer(SavesWeights, GRPOTrainer):
     """
     Trainer for online self-refining generation (arXiv 2511.21056), guided by a small trusted validation set.
 
     Works in rounds: questions whose offline answers weigh little are answered anew by the model, each response is
-    weighted by how much it helps the validation loss, offline rows, responses and validation rows train together, and
-    the model that fits the selection rows best is kept, else everything is rolled back.
+    weighted by how much likelier the trusted rows make it, offline rows, responses and trusted rows train together,
+    and the model that fits the selection rows best is kept, else everything is rolled back.
 
     The objective is `lambda L_val + (1 - lambda) ((1 - rho) L_offline + rho L_responses)`, where `L_responses` is
     TRL's clipped policy loss with the advantage `u_q (w_g - 1)`: `w_g` the implicit weight of a response (mean one
-    over those of its question), `u_q` the explicit weight of the question (with `implicit_weight_scope="round"` the
-    round's mean of `u_q w_g` is taken off instead). It has the same expected gradient as weighted fine-tuning on the
-    responses, with less variance.
+    over those of its question), `u_q` the explicit weight of the question. It has the same expected gradient as
+    weighted fine-tuning on the responses, with less variance.
 
     Example:
 
@@ -60,13 +66,11 @@ class SelfRefineTrainer(GRPOTrainer):
 
     Args:
         model, processing_class, callbacks, optimizers, quantization_config, peft_config:
-            As for [`~trl.GRPOTrainer`].
-        args ([`SelfRefineConfig`], *optional*):
-            Configuration.
+            As for [`~trl.GRPOTrainer`]; `args` is a [`SelfRefineConfig`].
         train_dataset ([`~datasets.Dataset`]):
             Offline rows with the columns `prompt` and `completion` (text or messages). With a column `data_weight`
-            (as `BilevelSFTTrainer.weighted_dataset` writes it) these explicit weights are used; else a pilot run
-            learns them before the first round.
+            (as `learn_weights` and `weighted_dataset` write it) these explicit weights are used; else they are learned
+            before the first round, as `learn_weights` does.
         validation_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
             Trusted rows. Split into rows that drive scores and rows that select models, unless `selection_dataset` is
             given.
@@ -79,14 +83,16 @@ class SelfRefineTrainer(GRPOTrainer):
 
     Raises:
         ValueError, TypeError: for input that cannot work; the message names the argument, the value and the remedy.
+        ImportError: if the installed TRL lacks what rounds need.
 
-    Generation, its back ends and the off-policy correction are TRL's. Files in `output_dir`: `ledger.jsonl`, an entry
-    per round, and `responses/round-*.parquet`.
+    Generation, its back ends and the off-policy correction are TRL's. Files in `output_dir`: `_rows/ledger.jsonl`, an
+    entry per round, and `_rows/responses/round-*.parquet`; neither is ever uploaded.
     """
 
     _tag_names = ["trl", "grpo", "trl-bilevel", "self-refine"]
     _name = "Self-Refine"
     _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": CITATION}
+    weights: TrainingWeights
 
     def __init__(
         self,
@@ -101,73 +107,137 @@ class SelfRefineTrainer(GRPOTrainer):
         prompt_dataset: Dataset | None = None,
         **grpo_arguments: Any,
     ):
-        args = refine_setup.resolve_config(args, model)
-        questions = refine_setup.check_rows(args, train_dataset, prompt_dataset)
-        refine_setup.check_reporting(eval_dataset)
-        pulling, selecting = refine_setup.split_validation(args, validation_dataset, selection_dataset)
-        refine_setup.check_generation(args, grpo_arguments, model)
-        self.offline: OfflinePart
+        args = resolved(args, model)
+        check_contract(GRPOTrainer)
+        check_generation(args, grpo_arguments, model)
+        questions = questions_of(train_dataset, prompt_dataset, args.question_strategy)
+        sets = trusted_sets(validation_dataset)
+        for name, rows in (("`selection_dataset`", selection_dataset), ("`eval_dataset`", eval_dataset)):
+            if rows is not None:
+                check_dataset(rows, name)
         super().__init__(
-            model,
-            self._implicit_weight,
-            args,
-            questions,
-            processing_class=processing_class,
-            **grpo_arguments,
+            model, self._implicit_weight, args, questions, processing_class=processing_class, **grpo_arguments
         )
-        refine_setup.check_template(self, questions)
+        checks.check_model(
+            args,
+            self.model,
+            vision=self._is_vlm,
+            mixed_precision=self.accelerator.mixed_precision,
+            parallelism=getattr(self.accelerator, "parallelism_config", None),
+            sharded=False,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP are not supported: rounds read and restore the whole model. Use DDP or a single "
+                "GPU."
+            )
+        keep_4bit_weights(self.model)
+        self.asks_own_rows = prompt_dataset is None
         assert train_dataset is not None
-        self.offline = OfflinePart(self.model, args, train_dataset, pulling, self.processing_class)
-        self.selection_rows, self.selection_weights = refine_setup.prepare_selection(self.offline, args, selecting)
-        self.eval_rows = None if eval_dataset is None else self._prepared(eval_dataset)
-        sides = self.offline.validation.datasets, self.offline.trainer.train_dataset, self.eval_rows
-        refine_setup.warn_of_overlaps(self.selection_rows, *sides)
-        self._asks_own_rows = prompt_dataset is None
-        # A tracker goes along with the model; a look-ahead takes its few steps as large as the pilot's.
-        follows = args.response_estimator == "value_function"
-        rate = self._present_learning_rate if follows else pilot_learning_rate(self.offline.trainer)
-        self.scoring_host = DetachedHost(self.offline.trainer, self.offline.validation, rate)
-        self.estimator = refine_setup.make_response_estimator(args, self.scoring_host)
-        self.rounds = Rounds()
+        self._caller_rows = preparation.without_numbers(train_dataset)
+        prepared = RefineRows.of(args, self._read, train_dataset, sets, selection_dataset, eval_dataset)
+        self.rows, self.trusted, self.selection = prepared.rows, prepared.trusted, prepared.selection
+        self.eval_rows = prepared.report
+        self.learns = prepared.given is None and args.weight_estimator != "none"
+        self.weights = prepared.weights(args, self._caller_rows, sets, self.learns)
+        self.offline = OfflinePart.of(args, prepared, self.weights, padding(self._tokenizer))
+        self.lookahead = Lookahead(
+            self._reader(), self.trusted, args.pilot_learning_rate, args.seed, args.gradient_checkpointing
+        )
+        shape = {name: getattr(args, name) for name in SHAPE} | {"processes": self.accelerator.num_processes}
+        self.rounds = Rounds(shape, self.accelerator.process_index, self.accelerator.device)
         self._window: list[Any] = []
         self._round_start = time.perf_counter()
-        self.add_callback(RecordCallback(self))
-        self.add_callback(RoundCallback(self))
-        track_weights(self)
-        if args.implicit_weight_scope == "round":
-            # TRL takes the mean reward off each group: here that is the round.
-            self.num_generations = args.generation_batch_size
-        # As the parent left it, so that processes do not draw the same responses: the offline part has reset it.
-        set_seed(args.seed, device_specific=True)
+        report = None if self.eval_rows is None else self.eval_rows.dataset
+        self.record = RecordCallback(self._facts, self._losses, report)
+        # Rounds first: the record of the end is of the model that is kept.
+        self.add_callback(RoundCallback(self.rounds, self._start, self.begin_round, self.end_round))
+        self.add_callback(self.record)
+        shown = partial(extreme_rows, self.rows, self.weights, args.tracked_rows, self._tokenizer.decode)
+        self.add_callback(WeightTracking(args.report_to, self.weights, shown, self.callback_handler.callbacks))
+
+    # What a user asks for
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
         """One entry per finished round: questions, responses, scores, losses of both candidates, the decision."""
         return self.rounds.ledger
 
-    def _present_learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def sample_weights(self) -> Tensor:
+        """Explicit weights of the caller's offline rows, float32 `[len(train_dataset)]` on the CPU, in their order.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The parent's `train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete.
-
-        A run whose patience was at its end is loaded, and not trained further.
+        Mean one over the rows that are trained on; NaN for rows that preparation dropped.
         """
-        files = refine_setup.checkpoint_files(self.accelerator.num_processes)
-        folder = resume_point(resume_from_checkpoint, self.args.output_dir, files)
-        if isinstance(folder, str) and refine_setup.is_exhausted(folder, self.args.patience):
-            self._load_from_checkpoint(folder)
-            self.state = TrainerState.load_from_json(f"{folder}/trainer_state.json")
-            if self.accelerator.is_main_process:
-                self.rounds.write_ledger(self.args.output_dir)
-            return TrainOutput(self.state.global_step, float("nan"), {})
-        return super().train(folder, *args, **kwargs)
+        return self.weights.values.clone()
 
-    # Questions and their responses
+    def weighted_dataset(self, top_k: int | None = None) -> Dataset:
+        """The caller's offline rows with `sample_id`, `data_weight` and `data_rank` (0 is the highest weight).
+
+        Args:
+            top_k (`int`, *optional*): only the rows of the `top_k` highest weights, in the caller's order.
+        """
+        return weighted_dataset(self._caller_rows, self.sample_weights(), top_k)
+
+    def row_losses(self, dataset: Dataset) -> Tensor:
+        """Mean loss per token of every row of a dataset under the present model, float32 `[rows]` on the CPU, in nats.
+
+        Args:
+            dataset (`Dataset`): in any text format; rows that preparation drops give no entry.
+        """
+        return self._losses(self._read(dataset))
 
     def explicit_weights(self) -> Tensor:
         """Explicit weights of the questions, float32 `[questions]`; all one for a `prompt_dataset`."""
-        return self.offline.weights() if self._asks_own_rows else torch.ones(len(self.train_dataset))
+        return self.sample_weights() if self.asks_own_rows else torch.ones(len(self.train_dataset))
+
+    # Weights
+
+    def _read(self, rows: Dataset) -> Rows:
+        """Rows, tokenised as the offline rows are."""
+        return read_rows(self.args, self._tokenizer, rows)
+
+    def _reader(self) -> LanguageModel:
+        """The model as rows are read by it."""
+        return LanguageModel(self.model, self.args.bf16)
+
+    def choose_weights(self) -> None:
+        """Learn the explicit weights, if they are not known yet; called by `train` before the first round."""
+        if self.weights.known:
+            return
+        args = self.args
+        choice = choose_noted(
+            self._reader(),
+            self.rows,
+            self.trusted,
+            WeightSettings(**{field.name: getattr(args, field.name) for field in fields(PilotSettings)}),
+            self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None,
+            seed=args.seed,
+            checkpointing=args.gradient_checkpointing,
+            hidden_progress=args.disable_tqdm,
+        )
+        self.weights.take(choice)
+        self.record.write_choice(choice, self._tokenizer.decode)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Choose weights, then the parent's `train`; `resume_from_checkpoint=True` takes the newest complete one.
+
+        A run whose patience was at its end is loaded, and not trained further.
+        """
+        files = checkpoint_files(self.accelerator.num_processes)
+        folder = resume_point(resume_from_checkpoint, self.args.output_dir, files)
+        if isinstance(folder, str):
+            self.weights.load(folder)
+            if is_exhausted(folder, self.args.patience):
+                self._load_from_checkpoint(folder)
+                self.state = TrainerState.load_from_json(f"{folder}/trainer_state.json")
+                self.rounds.write_ledger(self.args.output_dir)
+                return TrainOutput(self.state.global_step, float("nan"), {})
+        self.record.begin(resumed=isinstance(folder, str))
+        self.choose_weights()
+        self.record.chosen()
+        return super().train(folder, *args, **kwargs)
+
+    # Questions and their responses
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> QuestionSampler:
         args = self.args
@@ -191,87 +261,90 @@ class SelfRefineTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> list[float]:
         """The reward that TRL is given: each response's implicit weight times its question's explicit weight."""
-        scores = self._score_responses(self._tokenize_prompts(prompts)[0], completion_ids)
-        return responses.weigh(self, prompts, completions, completion_ids, sample_id, scores)
+        args, number = self.args, len(self.ledger)
+        responses = Responses.gathered(
+            prompts,
+            completions,
+            completion_ids,
+            sample_id,
+            self._score_responses(self._tokenize_prompts(prompts)[0], completion_ids),
+            ends={*self.eos_token_ids, self._tokenizer.pad_token_id},
+            leaves_out_cut=self.mask_truncated_completions,
+        )
+        explicit = self.explicit_weights()[responses.questions]
+        weighed = responses.weigh(explicit, args.num_generations, args.implicit_weight_temperature, number)
+        self.rounds.generation = weighed.facts
+        if self.accelerator.is_main_process:
+            weighed.write(args.output_dir, number)
+        start = self.accelerator.process_index * len(prompts)
+        return weighed.weights[start : start + len(prompts)].tolist()
 
     def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
         """Scores of this process's responses, float32 `[n]` on the CPU."""
-        return responses.score(self, prompt_ids, completion_ids)
+        self.lookahead.refresh(self.state.global_step)
+        return score_responses(self.lookahead, self.rows.collate, prompt_ids, completion_ids)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's generation; parameters keep their values and dtypes."""
-        with responses.parameters_kept(self.model):
+        with parameters_kept(self.model):
             return super()._generate_single_turn(*args, **kwargs)
-
-    # The training step
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The parent's loss on the responses, and the offline and validation rows of the micro-batch."""
+        """The parent's loss on the responses, and the offline and trusted rows of the micro-batch."""
         args = self.args
-        micro = self._step % args.gradient_accumulation_steps
-        if self.model.training and micro == 0:
-            # Before the parent's forward: the tracker's own backward must not meet an armed DDP reducer.
-            self._begin_step(self.state.global_step)
         policy = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
             return policy
-        online = (1 - args.validation_loss_weight) * args.online_loss_weight
+        micro = self._step % args.gradient_accumulation_steps
+        if micro == 0:
+            self._window = self.offline.batches(self.state.global_step)
         batch, factor = self._window[micro]
-        sums = self.offline.host.row_losses(batch).sums
+        sums = self._reader().row_losses(batch).sums
         # Factors make up a sum over the processes, DDP takes the mean.
         offline = (factor.to(sums.device) * sums).sum() * self.accelerator.num_processes
-        return online * policy + offline
-
-    def _begin_step(self, step: int) -> None:
-        args = self.args
-        window = self.offline.window(step)
-        self.scoring_host.step = step
-        if args.response_estimator == "value_function":
-            self.estimator.begin_step(window)
-        training = (1 - args.validation_loss_weight) * (1 - args.online_loss_weight)
-        self._window = self.offline.micro_batches(step, window, training, args.validation_loss_weight)
+        return (1 - args.validation_loss_weight) * args.online_loss_weight * policy + offline
 
     # Rounds
+
+    def _start(self, step: int) -> None:
+        """Training begins, or goes on after some steps."""
+        self._step = step * self.args.gradient_accumulation_steps
+        if step == 0:
+            self.rounds.forget()
+            self._buffered_inputs = None
 
     def begin_round(self) -> None:
         """Remember the way back, and how good the incoming model is."""
         self._round_start = time.perf_counter()
         if self.rounds.incoming is None:
-            self.rounds.incoming = self._losses(self.selection_rows)
-        self.rounds.snapshot = Snapshot.take(self._trainable(), self.optimizer, self.estimator)
-
-    def forget_round(self) -> None:
-        """Drop what is left of a round that was broken off."""
-        self.rounds.snapshot = self.rounds.incoming = None
-        self.rounds.rejected = 0
-        self._buffered_inputs = None
+            self.rounds.incoming = self._selection_losses()
+        self.rounds.snapshot = Snapshot.take(self._trainable(), self.optimizer)
 
     def end_round(self) -> None:
         """Keep the trained model or go back to the incoming one, by the selection rows; write the ledger."""
         rounds = self.rounds
         assert rounds.incoming is not None and rounds.snapshot is not None
-        trained = self._losses(self.selection_rows)
-        decision = decide(rounds.incoming, trained, self.selection_weights)
+        trained = self._selection_losses()
+        decision = decide(rounds.incoming, trained, self.selection.shares())
         if not decision.kept:
-            rounds.snapshot.restore(self._trainable(), self.optimizer, self.estimator)
+            rounds.snapshot.restore(self._trainable(), self.optimizer)
         report = None if self.eval_rows is None else float(self._losses(self.eval_rows).mean())
         facts = {"step": self.state.global_step, "seed": self.args.seed, "eval_loss": report}
         facts["seconds"] = round(time.perf_counter() - self._round_start, 1)
         entry = rounds.close(decision, trained, **facts)
-        if self.accelerator.is_main_process:
-            rounds.write_ledger(self.args.output_dir)
+        rounds.write_ledger(self.args.output_dir)
         # Not the parent's log: it would put the metrics of the step under way into this entry.
         Trainer.log(self, {f"round/{k}": float(v) for k, v in entry.items() if isinstance(v, bool | int | float)})
 
-    def _losses(self, rows: Dataset) -> Tensor:
-        """Losses of prepared rows, the same on all processes."""
-        losses = setup.evaluate_rows(self.offline.trainer, rows).to(self.accelerator.device)
-        return self.accelerator.reduce(losses, reduction="mean").cpu()
+    def _losses(self, rows: Rows) -> Tensor:
+        """Mean losses of prepared rows under the present model, float32 `[rows]`; the same on all processes."""
+        losses = self._reader().mean_losses(rows, self.args.per_device_eval_batch_size)
+        return self.accelerator.reduce(losses.to(self.accelerator.device), reduction="mean").cpu()
 
-    def _prepared(self, rows: Dataset) -> Dataset:
-        return setup.prepare_rows(self.offline.trainer, refine_setup.with_template(self.args, rows))
+    def _selection_losses(self) -> Tensor:
+        return torch.cat([self._losses(rows) for rows in self.selection.sets.values()])
 
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -281,9 +354,9 @@ class SelfRefineTrainer(GRPOTrainer):
         In place of the parent's, which generates responses. Unlike `eval_loss` of other trainers, each row counts the
         same however long it is.
         """
-        selection = self._losses(self.selection_rows)
-        metrics = {f"{metric_key_prefix}_selection_loss": float(selection @ self.selection_weights)}
-        rows = self.eval_rows if eval_dataset is None else self._prepared(eval_dataset)
+        selection = self._selection_losses()
+        metrics = {f"{metric_key_prefix}_selection_loss": float(selection @ self.selection.shares())}
+        rows = self.eval_rows if eval_dataset is None else self._read(eval_dataset)
         if rows is not None:
             metrics[f"{metric_key_prefix}_loss"] = float(self._losses(rows).mean())
         Trainer.log(self, metrics)
@@ -295,26 +368,29 @@ class SelfRefineTrainer(GRPOTrainer):
 
     # Files
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's files, and the selector's state beside them."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self.offline.trainer.selection.save(output_dir or self.args.output_dir, {})
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's card, with a section on the selection: method, settings, data, results."""
-        super().create_model_card(*args, **kwargs)
-        add_selection_to_card(self)
+    def _facts(self) -> RunFacts:
+        """What the record of this run is made of."""
+        return RunFacts(
+            kind="refine",
+            args=self.args,
+            state=self.state,
+            model=self.model,
+            weights=self.weights,
+            trusted=self.trusted,
+            learned=self.learns,
+            resampled=True,
+            rows=self.rows.count,
+            streamed=False,
+            more={"asks_own_rows": self.asks_own_rows},
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before the parent's files: it deletes older checkpoints once its own are written.
         folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
-        refine_setup.save_rounds(self, folder)
+        in_round = self.rounds.snapshot is not None
+        self.rounds.save(folder, (self._buffered_inputs or []) if in_round else [])
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        dtypes = setup.trainable_dtypes(self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        setup.restore_dtypes(self.model, dtypes)
-        self.offline.trainer.selection.load(resume_from_checkpoint)
-        refine_setup.load_rounds(self, resume_from_checkpoint)
+        self._buffered_inputs = self.rounds.load(resume_from_checkpoint)  # type: ignore[assignment]

@@ -241,6 +241,26 @@ def left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def parameters_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back afterwards, as they were.
+
+    For continuous batching TRL turns the whole model into bf16 in place, and leaves it so: optimizer and snapshot
+    would then hold other dtypes than the model.
+    """
+    parameters = [(p, p.data) for p in model.parameters()]
+    buffers = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            if parameter.data.dtype != data.dtype:
+                parameter.data = data
+        for module, name, buffer in buffers:
+            if getattr(module, name).dtype != buffer.dtype:
+                setattr(module, name, buffer)
+
+
+@contextmanager
 def checkpointed(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Layers that can, keep their inputs only and compute again in the backward; without dropout, as before."""
 

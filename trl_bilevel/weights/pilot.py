@@ -86,7 +86,7 @@ class Pilot:
         order = rows.order(recipe.seed)
         sampler = TrustedSampler(len(order), PILOT_ROWS, recipe.seed + 7919)
         draws = trusted.samplers(PILOT_ROWS, recipe.seed)
-        optimizers = {id(end): _optimizer(end, recipe) for end in (self.mixture, self.pulled)}
+        optimizers = {id(end): adamw(end, recipe.learning_rate) for end in (self.mixture, self.pulled)}
         with checkpointed(layers if recipe.checkpointing else []):
             for step in range(recipe.steps):
                 places = order[sampler.rows(step)].tolist()
@@ -94,35 +94,20 @@ class Pilot:
                 weighted = _token_mean(batches)
                 ends = [(self.mixture, weighted)]
                 if recipe.estimator == "value_function":
-                    pulling = list(_trusted_batches(trusted, draws, step)) if recipe.pull > 0 else []
+                    pulling = list(trusted_batches(trusted, draws, step)) if recipe.pull > 0 else []
                     shares = [(b, (1 - recipe.pull) * f) for b, f in weighted] + [
                         (b, recipe.pull * f) for b, f in pulling
                     ]
                     ends.append((self.pulled, shares))
                 for end, parts in ends:
-                    self._step(end, optimizers[id(end)], parts)
+                    train_step(self.model, end, optimizers[id(end)], parts)
                 done(sum(b["input_ids"].numel() for _, parts in ends for b, _ in parts))
             if recipe.estimator == "lookahead":
                 self.pulled.copy_from(self.mixture)
                 for step in range(lookahead_steps(recipe.steps)):
-                    parts = list(_trusted_batches(trusted, draws, recipe.steps + step))
-                    self._step(self.pulled, optimizers[id(self.pulled)], parts)
+                    parts = list(trusted_batches(trusted, draws, recipe.steps + step))
+                    train_step(self.model, self.pulled, optimizers[id(self.pulled)], parts)
                     done(sum(b["input_ids"].numel() for b, _ in parts))
-
-    def _step(self, end: Adapter, optimizer: torch.optim.Optimizer, parts: list[tuple[Any, Tensor]]) -> None:
-        """One step of an end on weighted sums of row losses."""
-        with end.added():
-            for batch, factors in parts:
-                sums = self.model.row_losses(batch).sums
-                (factors.to(sums.device) * sums).sum().backward()
-        norm = torch.nn.utils.clip_grad_norm_(end.values, MAX_GRAD_NORM)
-        if not bool(torch.isfinite(norm)):
-            raise NonFiniteScoreError(
-                "The pilot has a NaN or infinite gradient; nothing has been trained. Lower `pilot_learning_rate` (now "
-                f"{self.recipe.learning_rate:g}), use bf16 instead of fp16, or look for odd rows."
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def scores(self, batch: Any) -> Tensor:
@@ -152,8 +137,35 @@ def pilot_tokens(rows: Rows, trusted: TrustedSets, recipe: PilotRecipe) -> float
     return PILOT_ROWS * recipe.steps * (2 * row + own)
 
 
-def _optimizer(end: Adapter, recipe: PilotRecipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(end.values, lr=recipe.learning_rate, weight_decay=0.0)
+def adamw(adapter: Adapter, learning_rate: float) -> torch.optim.Optimizer:
+    """What trains an adapter: the same for both ends, and for a look-ahead."""
+    return torch.optim.AdamW(adapter.values, lr=learning_rate, weight_decay=0.0)
+
+
+def train_step(
+    model: LanguageModel, adapter: Adapter, optimizer: torch.optim.Optimizer, parts: list[tuple[Any, Tensor]]
+) -> None:
+    """One step of an adapter on weighted sums of row losses.
+
+    Args:
+        model: within `left_as_it_was`.
+        parts: batches, and what the summed loss of each of their rows is multiplied by.
+
+    Raises:
+        NonFiniteScoreError: if a gradient is NaN or infinite.
+    """
+    with adapter.added():
+        for batch, factors in parts:
+            sums = model.row_losses(batch).sums
+            (factors.to(sums.device) * sums).sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(adapter.values, MAX_GRAD_NORM)
+    if not bool(torch.isfinite(norm)):
+        raise NonFiniteScoreError(
+            "An adapter that scores rows has a NaN or infinite gradient. Lower `pilot_learning_rate` (now "
+            f"{optimizer.param_groups[0]['lr']:g}), use bf16 instead of fp16, or look for odd rows."
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _token_mean(batches: list[Any]) -> list[tuple[Any, Tensor]]:
@@ -162,9 +174,7 @@ def _token_mean(batches: list[Any]) -> list[tuple[Any, Tensor]]:
     return [(batch, torch.full((len(batch["labels"]),), 1.0 / max(1.0, float(tokens)))) for batch in batches]
 
 
-def _trusted_batches(
-    trusted: TrustedSets, draws: dict[str, TrustedSampler], step: int
-) -> Iterator[tuple[Any, Tensor]]:
+def trusted_batches(trusted: TrustedSets, draws: dict[str, TrustedSampler], step: int) -> Iterator[tuple[Any, Tensor]]:
     """The trusted rows of a step in batches, each row collated once, with factors that make up their loss."""
     drawn = [(name, place) for name, sampler in draws.items() for place in sampler.rows(step)]
     lengths = {n: trusted.sets[name].lengths[place] for n, (name, place) in enumerate(drawn)}

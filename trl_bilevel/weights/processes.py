@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast, gather, reduce
 from torch import Tensor
 
 
@@ -37,6 +37,10 @@ class Processes:
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the processes, on the CPU: of parts that are zero on all but one, exactly."""
         return value.cpu() if self.count == 1 else reduce(value.to(self.device), reduction="sum").cpu()
+
+    def all(self, value: Tensor) -> Tensor:
+        """Values of all processes one after another, on the CPU: as many from each."""
+        return value.cpu() if self.count == 1 else gather(value.to(self.device).contiguous()).cpu()
 
     def first(self, value: Tensor) -> Tensor:
         """What the first process has, on the CPU: fits may round otherwise on another processor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,12 @@ PILOT_ROWS = 8
 LEAST_PILOT_STEPS, MOST_PILOT_STEPS = 8, 24
 # Learning rate of the pilot's AdamW. Its adapters are always the same, so this need not follow the trainer's.
 PILOT_LEARNING_RATE = 1e-3
+# Settings of earlier versions: what to use instead. Those of both trainers.
+RENAMED = {
+    "pilot_batch_size": "nothing: 8 rows, as measured",
+    "pilot_feature_depth": "`selector_preset`: 'fast' reads shallower states",
+    "pilot_smoothing": "nothing: it has no effect where states say nothing of the weights",
+}
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,29 @@ class WeightSettings(PilotSettings):
         """As the parent's, with the settings of this class."""
         super().resolve()
         in_range("filter_rate", self.filter_rate, 0.0, 1.0)
+
+
+def takes_old_names(renamed: Mapping[str, str]) -> Callable[[type], type]:
+    """Decorates a config class: given a setting of earlier versions, its constructor says what has come in its place.
+
+    Args:
+        renamed: old names, and what to use instead.
+    """
+
+    def decorate(config: type) -> type:
+        construct = config.__init__  # type: ignore[misc]
+
+        def __init__(self: Any, *args: Any, **given: Any) -> None:
+            old = next((name for name in given if name in renamed), None)
+            if old is not None:
+                raise TypeError(f"`{old}` is gone. Use {renamed[old]}.")
+            construct(self, *args, **given)
+
+        __init__.__wrapped__ = construct  # type: ignore[attr-defined]
+        config.__init__ = __init__  # type: ignore[misc]
+        return config
+
+    return decorate
 
 
 def default_pilot_steps(rows: int) -> int:

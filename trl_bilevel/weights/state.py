@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,14 @@ from torch import Tensor
 from ..core.statistics import effective_sample_size, evenly_spaced, weight_quantiles
 from ..data.files import atomically
 from ..data.groups import Groups
-from .choose import Choice
+from ..data.rows import Rows
+from ..data.sampling import content_hash
+from ..data.trusted import TrustedSets
+from .choose import Choice, choose
+from .language_model import LanguageModel, model_hash
 from .result import FACTS_FILE, FORMAT, WEIGHTS_FILE
+from .settings import WeightSettings
+from .store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -174,3 +181,30 @@ class TrainingWeights:
             )
         self.load_tensors(tensors)
         self.known, self.facts = told["known"], told["facts"]
+
+
+def choose_noted(
+    model: LanguageModel,
+    rows: Rows,
+    trusted: TrustedSets,
+    settings: WeightSettings,
+    folder: Path | None,
+    *,
+    seed: int,
+    **how: Any,
+) -> Choice:
+    """Choose before a training, with notes in a folder (if one is given), so that a killed run goes on from them.
+
+    Args:
+        model, rows, trusted, settings, seed, how: as `choose` takes them.
+    """
+    key = {
+        "rows": content_hash(rows.dataset),
+        "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
+        "settings": asdict(settings) | {"seed": seed, "bf16": model.bf16},
+        "model": model_hash(model.model),
+    }
+    store = Store(folder, key)
+    choice = choose(model, rows, trusted, settings, seed=seed, store=store, **how)
+    store.remove()
+    return choice
