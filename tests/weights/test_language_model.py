@@ -228,20 +228,29 @@ def test_checkpointed_layers_compute_the_same(tiny_model, prepared):
     assert not any(getattr(layer, "gradient_checkpointing", False) for layer in model.model.layers)
 
 
-def test_heads_that_change_their_logits_are_known():
-    """Every scale of a head in transformers is one that `_final` reads; a new one must not go unnoticed."""
-    import re
-    from pathlib import Path
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_whose_logits_are_changed_otherwise_are_refused(kind, tokenizer, prepared):
+    model = make_model(kind, tokenizer).eval()
+    LanguageModel(model).check_logits(prepared.batch([0]))
+    LanguageModel(model, bf16=True).check_logits(prepared.batch([0]))
+    forward = model.forward
 
-    import transformers
+    def doubled(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
 
-    known = {"logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping"}
-    folder = Path(transformers.__file__).parent / "models"
-    odd = {}
-    for file in folder.glob("*/modeling_*.py"):
-        for line in re.findall(r"^\s+logits = (?:self\.lm_head\(.*\)|logits) ?[*/] ?(.*)$", file.read_text(), re.M):
-            names = set(re.findall(r"\w+", line)) - {"float", "self", "config"}
-            if names and not names & known and "softcap" not in line:
-                odd[file.name] = line
-    print(odd)
-    assert not odd
+    model.forward = doubled
+    with pytest.raises(ValueError, match="changes the logits.*`data_weight`"):
+        LanguageModel(model).check_logits(prepared.batch([0]))
+
+
+def test_the_cap_of_recurrent_gemma_is_known(tokenizer, prepared):
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = RecurrentGemmaConfig(**small, vocab_size=len(tokenizer), lru_width=32, logits_soft_cap=0.05)
+    model = RecurrentGemmaForCausalLM(config).eval()
+    sums, _, _ = reference(model, batch := prepared.batch([2]))
+    torch.testing.assert_close(LanguageModel(model).row_losses(batch).sums, sums, atol=1e-4, rtol=1e-5)
