@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from trl_bilevel.core.amortised import (
+from trl_bilevel.core.prediction import (
     cross_predictions,
     fit_weight_predictor,
     pair_features,

@@ -34,7 +34,7 @@ def learn(tokenizer, mixed, rows):
             Dataset.from_list(trusted),
             processing_class=tokenizer,
             work_dir=folder,
-            **({"pilot_steps": 8, "max_length": 128, "disable_tqdm": True} | settings),
+            **({"pilot_steps": 2, "max_length": 128, "disable_tqdm": True} | settings),
         )
 
     return run
