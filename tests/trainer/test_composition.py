@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from tests.conftest import base_arguments, losses, parameters
 from trl_bilevel import BilevelSFTTrainer
 
-LEARNED = {"pilot_steps": 2, "pilot_learning_rate": 1e-2}
+LEARNED = {"pilot_learning_rate": 1e-2}
 FIXED = {"weight_estimator": "none", "validation_loss_weight": 0.0}
 
 
