@@ -38,7 +38,7 @@ PHASES = {
         "round_end": "end_round",
         "evaluate": "_losses",
     },
-    "sft": SAVING | {"pilot": "start_selection", "pilot_rows": "collate_rows", "evaluate": "evaluate", "log": "log"},
+    "sft": SAVING | {"choose": "choose_weights", "evaluate": "evaluate", "log": "log"},
 }
 
 
@@ -75,7 +75,7 @@ def make(kind: str, folder: Path, method: str, count: int, when: str) -> Any:
     settings = base_arguments(folder) | {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "pilot_steps": 2,
+        "pilot_steps": 8,
         "save_strategy": "steps",
         "save_steps": 1,
         "save_total_limit": 2,
@@ -87,17 +87,15 @@ def make(kind: str, folder: Path, method: str, count: int, when: str) -> Any:
         "peft_config": LoraConfig(r=4, target_modules="all-linear"),
     }
     if kind == "sft":
-        # All of a checkpoint's parts move: weights, estimator, validation term.
+        # All of a checkpoint's parts move: weights, the lower level, validation term.
         settings |= {
             "max_steps": 5,
-            "weight_estimator": "value_function",
-            "selector_update": "sparse_centred",
-            "selector_warmup_steps": 1,
+            "selector_preset": "sparse_centred",
             "eval_strategy": "steps",
             "eval_steps": 2,
         }
-        if method in ("start_selection", "collate_rows"):
-            settings |= {"selector_update": "calibrated", "validation_loss_weight": 0.5}
+        if method == "choose_weights":
+            settings |= {"selector_preset": "balanced", "validation_loss_weight": 0.5}
         trainer = doomed(BilevelSFTTrainer, method, count, when)
         parts |= {"validation_dataset": Dataset.from_list(rows[40:70]), "eval_dataset": Dataset.from_list(rows[70:])}
         return trainer(args=BilevelSFTConfig(**settings), **parts)
@@ -123,7 +121,7 @@ def outcome(folder: Path) -> tuple[bytes, bytes, list[dict], list[str]]:
     ledger = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     entries = [{k: v for k, v in entry.items() if k != "seconds"} for entry in ledger]
     responses = [Dataset.from_parquet(str(p)).to_dict() for p in sorted((folder / "out" / "responses").glob("*"))]
-    tensors = [(folder / "final" / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "selector")]
+    tensors = [(folder / "final" / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "weights")]
     return tensors[0], tensors[1], entries, [json.dumps(r) for r in responses]
 
 
@@ -151,7 +149,7 @@ def main(kind: str, root: Path) -> None:
         status = in_child(kind, folder, method, count, when, False)
         if status != 0:
             # What an uninterrupted run of the same settings comes to.
-            pilot = phase.startswith("pilot")
+            pilot = phase == "choose"
             if pilot not in whole:
                 reference = root / f"whole-{pilot}"
                 assert in_child(kind, reference, method, 0, "", False) == 0
