@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from trl_bilevel.core.amortised import fit_weight_predictor, recalibrated
+from trl_bilevel.trainer.amortise import row_features
+from trl_bilevel.trainer.passes import row_batches
 
 from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import provenance
-from trl_bilevel.core.amortised import fit_weight_predictor, recalibrated
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import make_task
-from trl_bilevel.trainer.amortise import row_features
-from trl_bilevel.trainer.passes import row_batches
 
 FOLDER = Path(__file__).parent / "results" / "amortised"
 SCORED = (32, 64, 128, 256, 512)

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from trl_bilevel.estimators import AlignmentEstimator, LookaheadEstimator, ValueFunctionEstimator
+from trl_bilevel.trainer.passes import row_batches
+from trl_bilevel.trainer.pilot import make_pilot
 
 from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import machine, versions
@@ -25,9 +28,6 @@ from benchmarks.tiny import pretrained_tiny_model
 from trl_bilevel.demo.comparison import ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import make_task
-from trl_bilevel.estimators import AlignmentEstimator, LookaheadEstimator, ValueFunctionEstimator
-from trl_bilevel.trainer.passes import row_batches
-from trl_bilevel.trainer.pilot import make_pilot
 
 FOLDER = Path(__file__).parent / "results" / "yardstick"
 SMOLLM2 = "SmolLM2-135M-Instruct"

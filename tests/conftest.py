@@ -112,7 +112,7 @@ def config(tmp_path):
     from trl_bilevel import BilevelSFTConfig
 
     def make(**overrides):
-        return BilevelSFTConfig(**(base_arguments(tmp_path) | overrides))
+        return BilevelSFTConfig(**(base_arguments(tmp_path) | {"pilot_steps": 8} | overrides))
 
     return make
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from trl_bilevel.core.amortised import (
+
+from trl_bilevel.core.calibration import FLOOR, Calibration, calibrate
+from trl_bilevel.core.prediction import (
     cross_predictions,
     fit_weight_predictor,
     pair_features,
     recalibrated,
     smoothed_logits,
 )
-
-from trl_bilevel.core.calibration import FLOOR, Calibration, calibrate
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from trl_bilevel.core.statistics import (
     rows_carrying,
     weight_quantiles,
 )
-from trl_bilevel.data.batches import ValidationSampler, concatenate_batches
+from trl_bilevel.data.batches import TrustedSampler, concatenate_batches
 
 
 def test_gap_recovered():
@@ -92,12 +92,12 @@ def test_statistics_load_no_torch():
 
 @pytest.mark.parametrize(("size", "batch"), [(7, 3), (5, 5), (4, 10), (1, 1)])
 def test_validation_sampler_passes_over_all_rows(size, batch):
-    sampler = ValidationSampler(size, batch, seed=1)
+    sampler = TrustedSampler(size, batch, seed=1)
     drawn = [row for step in range(3 * size) for row in sampler.rows(step)]
     for start in range(0, len(drawn) - size + 1, size):
         assert sorted(drawn[start : start + size]) == list(range(size))
     # A function of the step alone.
-    assert ValidationSampler(size, batch, seed=1).rows(2) == sampler.rows(2)
+    assert TrustedSampler(size, batch, seed=1).rows(2) == sampler.rows(2)
 
 
 def test_concatenation_pads_on_the_right():

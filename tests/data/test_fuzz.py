@@ -7,13 +7,11 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trl_bilevel.estimators.base import number_of_rows
-from trl_bilevel.trainer.host import TrainerHost
-from trl_bilevel.trainer.window import StepWindow
 
 from tests.conftest import make_tiny_model, make_tokenizer
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.data.identity import SAMPLE_ID, SEGMENTS
+from trl_bilevel.trainer.weighted_loss import StepFacts, number_of_rows, tokens_of
 
 MODES = {
     "padded": {},
@@ -91,7 +89,8 @@ def check(mode, rows, max_length, batch_size, folder):
     trainer.model.eval()
     weights = trainer.sample_weights()
     assert set((~torch.isnan(weights)).nonzero().flatten().tolist()) == set(wanted)
-    host, found = TrainerHost(trainer), defaultdict(list)
+    found, objective = defaultdict(list), trainer._make_objective()
+    scale, scored = objective.scale, torch.zeros(len(rows), dtype=torch.float64)
     for batch in trainer.get_train_dataloader():
         ids, segments = batch[SAMPLE_ID].tolist(), batch.get(SEGMENTS)
         if segments is None:
@@ -110,15 +109,20 @@ def check(mode, rows, max_length, batch_size, folder):
                 for place, loss in zip(places[1:], losses, strict=True):
                     expected[owners[place]] += loss
         with torch.no_grad():
-            torch.testing.assert_close(host.row_losses(batch).sums.double(), expected, atol=1e-5, rtol=1e-5)
             # The training loss: weighted, over all scored tokens.
             tokens = (batch["labels"][:, 1:] != -100).sum()
-            trainer._window = window = StepWindow(trainer, [batch], tokens)
-            loss = trainer.compute_loss(trainer.model, window.next_inputs(), num_items_in_batch=tokens)
+            trainer._step = step = objective.begin([batch], tokens, StepFacts(0, 1, 1, 0.0))
+            loss = trainer.compute_loss(trainer.model, step.next_inputs, num_items_in_batch=tokens)
+        means = expected / torch.tensor([max(1, n) for n in tokens_of(batch).tolist()])
+        torch.testing.assert_close(step.losses[0].double(), means, atol=1e-5, rtol=1e-5)
         assert number_of_rows(batch) == len(ids)
+        scored.index_add_(0, torch.tensor(ids), tokens_of(batch).double())
         torch.testing.assert_close(
-            loss.double(), (weights[ids] * expected).sum() / max(1, int(tokens)), atol=1e-5, rtol=1e-5
+            loss.double(), scale * (weights[ids] * expected).sum() / max(1, int(tokens)), atol=1e-5, rtol=1e-5
         )
+    # The objective is the sum of weighted losses over the sum of weighted tokens, of those that are scored as packed.
+    if float(scored.sum()) > 0:
+        assert scale == pytest.approx(float(scored.sum() / (torch.nan_to_num(weights) * scored).sum()))
     # Each row once, whole.
     assert {n: sorted(tokens) for n, tokens in found.items()} == {n: sorted(row[0]) for n, row in wanted.items()}
 

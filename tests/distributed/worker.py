@@ -16,12 +16,12 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import TrainerCallback
-from trl_bilevel.trainer.window import StepWindow
 
 from tests.conftest import base_arguments, losses, make_tiny_model, make_tokenizer
 from tests.exact_head import use_exact_head
-from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, learn_weights
 from trl_bilevel.data.assets import docstrings
+from trl_bilevel.trainer.weighted_loss import WeightedObjective
 
 
 class Accident(TrainerCallback):
@@ -35,18 +35,18 @@ class Accident(TrainerCallback):
         if state.global_step == 5 and self.kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif state.global_step == 5:
-            self.trainer.selection.set_weights(torch.rand(len(self.trainer.selection.kept)))
+            self.trainer.weights.give(torch.rand(len(self.trainer.weights.kept)))
 
 
 def count_exchanged_bytes(found: list[int]) -> None:
-    """Have the bytes that the steps of this process exchange for the selector noted in `found`, from now on."""
-    gather = StepWindow._gather
+    """Have the bytes that the steps of this process exchange for the weights noted in `found`, from now on."""
+    gather = WeightedObjective._gather_rows
 
-    def counted(window: StepWindow, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    def counted(objective: WeightedObjective, values: list[torch.Tensor]) -> list[torch.Tensor]:
         found.append(sum(value.numel() * value.element_size() for value in values))
-        return gather(window, values)
+        return gather(objective, values)
 
-    StepWindow._gather = counted  # type: ignore[method-assign]
+    WeightedObjective._gather_rows = counted  # type: ignore[method-assign]
 
 
 def main(folder: str, runs: str) -> None:
@@ -70,7 +70,7 @@ def train(folder: str, overrides: dict[str, Any], exchanged: list[int]) -> Any:
     settings = base_arguments(Path(folder)) | {
         "per_device_train_batch_size": 8 // world,
         "max_steps": 8,
-        "pilot_steps": 3,
+        "pilot_steps": 8,
         "pilot_learning_rate": 1e-2,
         "learning_rate": 1e-2,
         "ddp_find_unused_parameters": False,
@@ -91,6 +91,28 @@ def train(folder: str, overrides: dict[str, Any], exchanged: list[int]) -> Any:
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     assert trainer.accelerator.num_processes == world
+    alone = None
+    if (
+        settings.get("packing") is None
+        and trainer.mode.learns
+        and not trainer.args.published
+        and not trainer.data.streams
+    ):
+        # As a script of a user's that the processes run, without a trainer.
+        alone = learn_weights(
+            make_tiny_model(tokenizer).double(),
+            mixed,
+            Dataset.from_list(rows[44:]),
+            processing_class=tokenizer,
+            bf16=False,
+            max_length=settings["max_length"],
+            disable_tqdm=True,
+            **{
+                k: settings[k]
+                for k in ("pilot_steps", "pilot_learning_rate", "pilot_scored_rows", "weight_estimator")
+                if k in settings
+            },
+        ).values.tolist()
     if accident is not None and trainer.accelerator.process_index == 1:
         trainer.add_callback(Accident(trainer, accident))
     trainer.train(resume_from_checkpoint=resume)
@@ -99,6 +121,7 @@ def train(folder: str, overrides: dict[str, Any], exchanged: list[int]) -> Any:
         result = {
             "losses": losses(trainer),
             "weights": [row["data_weight"] for row in trainer.weighted_dataset()],
+            "learned": alone,
             "selector_share_of_traffic": sum(exchanged) / (gradients * trainer.state.global_step),
         }
         Path(folder).mkdir(parents=True, exist_ok=True)

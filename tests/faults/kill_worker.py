@@ -39,7 +39,7 @@ PHASES = {
         "evaluate": "_losses",
         "choose": "choose_weights",
     },
-    "sft": SAVING | {"pilot": "start_selection", "pilot_rows": "collate_rows", "evaluate": "evaluate", "log": "log"},
+    "sft": SAVING | {"choose": "choose_weights", "evaluate": "evaluate", "log": "log"},
 }
 
 
@@ -76,7 +76,7 @@ def make(kind: str, folder: Path, method: str, count: int, when: str) -> Any:
     settings = base_arguments(folder) | {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "pilot_steps": 2,
+        "pilot_steps": 8,
         "save_strategy": "steps",
         "save_steps": 1,
         "save_total_limit": 2,
@@ -88,17 +88,15 @@ def make(kind: str, folder: Path, method: str, count: int, when: str) -> Any:
         "peft_config": LoraConfig(r=4, target_modules="all-linear"),
     }
     if kind == "sft":
-        # All of a checkpoint's parts move: weights, estimator, validation term.
+        # All of a checkpoint's parts move: weights, the lower level, validation term.
         settings |= {
             "max_steps": 5,
-            "weight_estimator": "value_function",
-            "selector_update": "sparse_centred",
-            "selector_warmup_steps": 1,
+            "selector_preset": "sparse_centred",
             "eval_strategy": "steps",
             "eval_steps": 2,
         }
-        if method in ("start_selection", "collate_rows"):
-            settings |= {"selector_update": "calibrated", "validation_loss_weight": 0.5}
+        if method == "choose_weights":
+            settings |= {"selector_preset": "balanced", "validation_loss_weight": 0.5}
         trainer = doomed(BilevelSFTTrainer, method, count, when)
         parts |= {"validation_dataset": Dataset.from_list(rows[40:70]), "eval_dataset": Dataset.from_list(rows[70:])}
         return trainer(args=BilevelSFTConfig(**settings), **parts)
@@ -154,7 +152,7 @@ def main(kind: str, root: Path) -> None:
         status = in_child(kind, folder, method, count, when, False)
         if status != 0:
             # What an uninterrupted run of the same settings comes to.
-            pilot = phase.startswith("pilot")
+            pilot = phase == "choose"
             if pilot not in whole:
                 reference = root / f"whole-{pilot}"
                 assert in_child(kind, reference, method, 0, "", False) == 0

@@ -14,7 +14,7 @@ from tests.faults.kill_worker import PHASES
 
 ROOT = Path(__file__).parents[2]
 # Methods that a run enters once; it is saved first when it is over its first step.
-ONCE = {"pilot", "choose"}
+ONCE = {"choose"}
 
 
 @pytest.mark.slow

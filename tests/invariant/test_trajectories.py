@@ -8,61 +8,33 @@ from peft import LoraConfig
 from tests.conftest import ROUNDING, losses, parameters
 from trl_bilevel import BilevelSFTTrainer
 
-# Every estimator, every update, both ways of weighting.
+# Every estimator, every preset, both ways of weighting.
 METHODS = {
     "default": {},
     "loss_weighted": {"selector_weighting": "loss"},
     "reliable": {"selector_preset": "reliable"},
     "lookahead": {"weight_estimator": "lookahead"},
     "predicted": {"pilot_scored_rows": 16},
-    "online_value_function": {
-        "weight_estimator": "value_function",
-        "selector_update": "sparse_centred",
-        "selector_warmup_steps": 3,
-    },
-    "online_every_second": {
-        "weight_estimator": "value_function",
-        "selector_update": "sparse_centred",
-        "selector_warmup_steps": 0,
-        "estimator_refresh_steps": 2,
-    },
-    "online_lookahead": {
-        "weight_estimator": "lookahead",
-        "selector_update": "sparse_centred",
-        "selector_warmup_steps": 3,
-        "estimator_refresh_steps": 2,
-    },
-    "alignment": {"weight_estimator": "alignment"},
-    "online_alignment": {
-        "weight_estimator": "alignment",
-        "selector_update": "sparse_centred",
-        "selector_warmup_steps": 0,
-        "estimator_refresh_steps": 2,
-    },
-    "online_displacement": {
-        "weight_estimator": "alignment",
-        "alignment_direction": "displacement",
-        "alignment_normalise": True,
-        "selector_update": "sparse_centred",
-        "selector_warmup_steps": 3,
-        "estimator_refresh_steps": 2,
-    },
+    "filtered": {"filter_rate": 0.3, "selector_weighting": "loss"},
+    "validation_term": {"validation_loss_weight": 0.5},
+    "paper": {"selector_preset": "paper"},
     "seal": {"selector_preset": "seal"},
-    "sigmoid_filtered": {"selector_activation": "sigmoid", "filter_rate": 0.3, "selector_weighting": "loss"},
-    "validation_term": {"validation_loss_weight": 0.5, "validation_every": 2},
+    "sparse_centred": {"selector_preset": "sparse_centred"},
 }
-# One of each estimator, offline and online: run with other versions of TRL and transformers, too.
-COMPAT = ("lookahead", "online_value_function", "online_alignment", "seal")
+# Presets whose weights move with every step.
+MOVING = ("paper", "seal", "sparse_centred")
+# Run with other versions of TRL and transformers, too.
+COMPAT = ("lookahead", "seal", "sparse_centred")
 # The fast tier has these and the default.
 FAST = ("default", *COMPAT)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.weight_estimator='loss':UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.selector_preset=:UserWarning")
 
 
 def train(config, model, data, validation, tokenizer, resume=None, adapter=True, **overrides):
     trainer = BilevelSFTTrainer(
         model,
-        config(**({"pilot_steps": 3, "pilot_learning_rate": 1e-2} | overrides)),
+        config(**({"pilot_learning_rate": 1e-2} | overrides)),
         train_dataset=data,
         validation_dataset=validation,
         processing_class=tokenizer,
@@ -89,14 +61,16 @@ def test_batch_and_accumulation(name, config, tiny_model, train_rows, validation
         )
         for batch in (8, 4, 1)
     ]
-    # The fused LM head gives fp32 log-probabilities. Online updates divide score differences by their running spread
-    # (1e-3 and less on a random model), which magnifies that rounding.
-    tolerance = max(ROUNDING, 3e-4) if "online" in name else ROUNDING
+    # The fused LM head gives fp32 log-probabilities. Updates in training divide score differences by their running
+    # spread (1e-3 and less on a random model), which magnifies that rounding.
+    tolerance = max(ROUNDING, 3e-4) if name == "sparse_centred" else ROUNDING
     for other in runs[1:]:
         torch.testing.assert_close(losses(other), losses(runs[0]), atol=ROUNDING, rtol=ROUNDING)
         torch.testing.assert_close(other.sample_weights(), runs[0].sample_weights(), atol=tolerance, rtol=tolerance)
-        expected, found = (run.selection.state.score_mean for run in (runs[0], other))
+        expected, found = (run.weights.scores for run in (runs[0], other))
         torch.testing.assert_close(found, expected, atol=10 * tolerance, rtol=10 * tolerance, equal_nan=True)
+        if name not in MOVING:
+            assert torch.equal(other.sample_weights(), runs[0].sample_weights())
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
@@ -121,8 +95,9 @@ def test_resume_is_exact(name, adapter, config, tiny_model, train_rows, validati
     )
     assert losses(resumed) == losses(whole)
     assert torch.equal(resumed.sample_weights(), whole.sample_weights())
-    for name_, tensor in whole.selection.state.tensors().items():
-        assert torch.equal(resumed.selection.state.tensors()[name_].nan_to_num(7), tensor.nan_to_num(7)), name_
+    state = resumed.weights.tensors()
+    for name_, tensor in whole.weights.tensors().items():
+        assert torch.equal(state[name_].nan_to_num(7), tensor.nan_to_num(7)), name_
     assert all(torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(whole), strict=True))
 
 
@@ -160,8 +135,7 @@ def test_gradient_checkpointing_changes_nothing(config, tiny_model, train_rows, 
             validation_rows,
             tokenizer,
             gradient_checkpointing=on,
-            selector_update="sparse_centred",
-            selector_warmup_steps=0,
+            selector_preset="sparse_centred",
         )
         for on in (False, True)
     )
@@ -174,7 +148,7 @@ def test_evaluating_in_between_changes_nothing(config, tiny_model, train_rows, v
     plain = train(config, tiny_model(), train_rows, validation_rows, tokenizer)
     trainer = BilevelSFTTrainer(
         tiny_model(),
-        config(pilot_steps=3, pilot_learning_rate=1e-2, eval_strategy="steps", eval_steps=2),
+        config(pilot_learning_rate=1e-2, eval_strategy="steps", eval_steps=2),
         train_dataset=train_rows,
         validation_dataset=validation_rows,
         eval_dataset=held_out,

@@ -28,7 +28,7 @@ def model():
 def learned_weights(task, seed, budget):
     """The default estimator's weights, without the training that follows."""
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget)
-    trainer.start_selection()
+    trainer.choose_weights()
     return trainer.sample_weights().tolist()
 
 

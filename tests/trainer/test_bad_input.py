@@ -11,6 +11,7 @@ from trl import pack_dataset
 from tests.errors_table import CHECKPOINTS, DATA, SUPPORT, bad_input, bad_settings
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, NonFiniteScoreError
 from trl_bilevel.trainer import checks
+from trl_bilevel.trainer.bilevel_sft_config import RENAMED
 
 SETTINGS = "Settings of `BilevelSFTConfig`"
 SCORES = "Losses and scores that are not finite"
@@ -19,32 +20,25 @@ CONFIGS = bad_settings(
     SETTINGS,
     [
         ({"weight_estimator": "magic"}, r"`weight_estimator` must be one of 'value_function'.*got 'magic'"),
+        ({"weight_estimator": "alignment"}, "`weight_estimator='alignment'` is gone.*Use 'value_function'"),
+        ({"weight_estimator": "loss"}, "set `selector_preset='seal'`"),
+        ({"weight_estimator": "lookahead", "selector_preset": "seal"}, "scores rows by 'loss'.*Leave one of them out"),
         ({"validation_loss_weight": 1.0}, r"`validation_loss_weight` must lie in \[0, 1\), got 1.0"),
         ({"validation_loss_weight": -0.1}, "`validation_loss_weight` must lie in"),
         ({"validation_loss_weight": float("nan")}, "`validation_loss_weight` must lie in"),
-        ({"validation_loss_weight": 0, "weight_estimator": "loss"}, "without any influence"),
-        ({"validation_batch_size": 0}, "`validation_batch_size` must be at least 1, got 0"),
-        ({"estimator_refresh_steps": 0}, "`estimator_refresh_steps` must be at least 1"),
-        ({"validation_every": 0}, "`validation_every` must be at least 1"),
-        ({"pilot_feature_depth": 0.0}, r"`pilot_feature_depth` must lie in \(0, 1\], got 0.0"),
+        ({"validation_loss_weight": 0, "selector_preset": "seal"}, "without influence.*Set it above 0"),
         ({"tracked_rows": -1}, "`tracked_rows` must be at least 0, got -1"),
-        ({"validation_loss_weight_decay": 0.1}, "`validation_loss_weight_decay=0.1` has nothing to take away"),
-        ({"lookahead_steps": -1}, "`lookahead_steps` must be at least 1"),
         ({"pilot_steps": 0}, "`pilot_steps` must be at least 1"),
+        ({"pilot_scored_rows": 8}, "`pilot_scored_rows` must be at least 16, got 8"),
         ({"pilot_learning_rate": float("inf")}, "`pilot_learning_rate` must be a finite number"),
-        ({"selector_learning_rate": -1.0}, "`selector_learning_rate` must be a finite number of at least 0"),
+        ({"calibration_sharpness": -1.0}, "`calibration_sharpness` must be a finite number"),
         ({"filter_rate": 1.0}, r"`filter_rate` must lie in \[0, 1\)"),
-        ({"selector_entropy_coef": 2.0}, "`selector_entropy_coef` must lie in"),
-        ({"selector_granularity": "group"}, "needs `selector_group_column`"),
-        ({"selector_granularity": "token"}, "`selector_granularity` must be one of 'sample', 'group'"),
-        ({"selector_activation": "relu"}, "`selector_activation` must be one of"),
-        ({"alignment_direction": "down"}, "`alignment_direction` must be one of 'preconditioned', 'gradient'"),
-        ({"alignment_averaging": 1.0}, r"`alignment_averaging` must lie in \[0, 1\), got 1.0"),
-        ({"selector_update": "sgd"}, "`selector_update` must be one of"),
-        ({"selector_preset": "mine"}, "`selector_preset` must be one of 'reliable', 'balanced'"),
+        ({"selector_preset": "mine"}, "`selector_preset` must be one of 'balanced', 'reliable'"),
         ({"selector_weighting": "both"}, "`selector_weighting` must be one of"),
-        ({"selector_weighting": "resample", "selector_update": "adam"}, "needs `selector_update='calibrated'`"),
+        ({"selector_weighting": "resample", "selector_preset": "seal"}, "Use `selector_weighting='loss'`"),
         ({"selector_weighting": "resample", "packing": True}, "rows are packed before weights.*padding_free=True"),
+        ({"filter_rate": 0.2, "selector_preset": "paper"}, "do not go with `selector_preset='paper'`"),
+        ({"stream_sample_rows": 20}, "`stream_sample_rows` must be at least 32, got 20"),
     ],
 )
 
@@ -55,12 +49,18 @@ def test_config(arguments, message, refused, tmp_path):
         BilevelSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **arguments)
 
 
+@pytest.mark.parametrize("name", RENAMED)
+def test_old_settings_name_their_successor(name, tmp_path):
+    with pytest.raises(TypeError, match=f"`{name}` is gone. Use "):
+        BilevelSFTConfig(output_dir=str(tmp_path), **{name: 1})
+
+
 @pytest.fixture
 def build(tiny_model, config, train_rows, validation_rows, tokenizer):
     def make(train=train_rows, validation=validation_rows, model=None, **overrides):
         return BilevelSFTTrainer(
             model or tiny_model(),
-            config(pilot_steps=2, **overrides),
+            config(**overrides),
             train_dataset=train,
             validation_dataset=validation,
             processing_class=tokenizer,
@@ -71,18 +71,16 @@ def build(tiny_model, config, train_rows, validation_rows, tokenizer):
 
 @pytest.mark.bad_input(SUPPORT, "FSDP or DeepSpeed where weights are learned")
 def test_sharded_parameters(refused, build, train_rows, monkeypatch):
-    """Fixed weights need no estimator, and are let through."""
-    check = checks.check_supported
+    """Given weights need no choice, and are let through."""
+    check = checks.check_model
 
-    def sharded(trainer):
-        trainer.is_fsdp_enabled = True
-        check(trainer)
-        trainer.is_fsdp_enabled = False
+    def sharded(*args, **kwargs):
+        check(*args, **kwargs | {"sharded": True})
 
-    monkeypatch.setattr(checks, "check_supported", sharded)
+    monkeypatch.setattr(checks, "check_model", sharded)
     fixed = train_rows.add_column("data_weight", [1.0] * len(train_rows))
     build(train=fixed, weight_estimator="none", validation_loss_weight=0.0)
-    with refused("where weights are learned.*fixed ones"):
+    with refused("where weights are learned.*`data_weight`"):
         build()
 
 
@@ -153,14 +151,14 @@ def test_validation_rows_all_dropped(refused, build):
 
 @pytest.mark.bad_input(DATA, "3 validation rows")
 def test_too_few_validation_rows(refused, build, validation_rows):
-    with refused("has 3 usable rows.*needs at least 8"):
+    with refused("has 3 usable rows; at least 8 are needed"):
         build(validation=validation_rows.select(range(3)))
 
 
 @pytest.mark.bad_input(DATA, "`selector_group_column` that is not there")
 def test_missing_group_column(refused, build):
     with refused("`selector_group_column='source'` is not a column.*'prompt'"):
-        build(selector_granularity="group", selector_group_column="source")
+        build(selector_group_column="source")
 
 
 @pytest.mark.parametrize(
@@ -187,23 +185,13 @@ def test_unusable_validation_weights(refused, build, validation_rows):
         build(validation={"a": validation_rows, "b": validation_rows}, validation_weights={"a": 1.0})
 
 
-ONLINE_ALIGNMENT = {"weight_estimator": "alignment", "selector_update": "sparse_centred"}
-
-
 UNSUPPORTED = bad_settings(
     SUPPORT,
     [
-        (
-            {"packing": True, **ONLINE_ALIGNMENT, "alignment_normalise": True},
-            "`alignment_normalise=True` is not supported with `packing`.*Unset it",
-        ),
-        (
-            {"packing": True, "packing_strategy": "wrapped", **ONLINE_ALIGNMENT},
-            "rows attend to each other.*packing_strategy='bfd'",
-        ),
         ({"packing": True, "max_length": None}, "`packing=True` needs `max_length`"),
         ({"train_sampling_strategy": "group_by_length"}, "contradicts `selector_weighting='resample'`"),
         ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` and `compute_loss_func` are not supported"),
     ],
 )
 
@@ -230,24 +218,16 @@ def test_prompt_learning_with_packing(refused, build, tiny_model):
         build(model=model, packing=True)
 
 
-@pytest.mark.bad_input(
-    SUPPORT, "`weight_estimator='value_function'`, `selector_update='sparse_centred'`, `validation_loss_weight=0`"
-)
-def test_online_value_function_needs_a_validation_term(refused, build):
-    with refused("leaves the validation set without influence.*lookahead"):
-        build(weight_estimator="value_function", validation_loss_weight=0, selector_update="sparse_centred")
-
-
 @pytest.mark.bad_input(SUPPORT, "a frozen model")
 def test_nothing_to_train(refused, build, tiny_model):
     with refused("no trainable parameter"):
         build(model=tiny_model().requires_grad_(False))
 
 
-@pytest.mark.bad_input(SUPPORT, "`weight_estimator='loss'`")
+@pytest.mark.bad_input(SUPPORT, "`selector_preset='seal'`")
 def test_loss_estimator_warns(refused, build):
     with refused("prefers easy bad rows", UserWarning):
-        build(weight_estimator="loss")
+        build(selector_preset="seal")
 
 
 class PoisonRow(torch.nn.Module):
@@ -266,14 +246,14 @@ class PoisonRow(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "update",
+    "preset",
     [
-        bad_input(SCORES, f"a row with a NaN loss in training, `selector_update='{name}'`", name)
-        for name in ("calibrated", "sparse_centred")
+        bad_input(SCORES, f"a row with a NaN loss in training, `selector_preset='{name}'`", name)
+        for name in ("balanced", "sparse_centred")
     ],
 )
 def test_nan_scores_stop_the_run_and_name_the_rows(
-    refused, update, tiny_model, config, rows, validation_rows, tokenizer, tmp_path
+    refused, preset, tiny_model, config, rows, validation_rows, tokenizer, tmp_path
 ):
     data = [dict(row) for row in rows[:40]]
     data[17]["completion"] += "\u00ff"
@@ -281,19 +261,19 @@ def test_nan_scores_stop_the_run_and_name_the_rows(
     model = tiny_model()
     trainer = BilevelSFTTrainer(
         model,
-        config(selector_update=update, pilot_steps=2, max_steps=20, selector_weighting="loss"),
+        config(selector_preset=preset, max_steps=20, selector_weighting="loss"),
         train_dataset=Dataset.from_list(data),
         validation_dataset=validation_rows,
         processing_class=tokenizer,
     )
-    trainer.start_selection()
+    trainer.choose_weights()
     PoisonRow(model, token, after=2)
     with refused(r"\[17\] have a NaN or infinite.*checkpoint-", NonFiniteScoreError) as error:
         trainer.train()
     step = trainer.state.global_step
     folder = tmp_path / "out" / f"checkpoint-{step}"
     assert str(folder) in str(error.value)
-    assert (folder / "selector.safetensors").is_file()
+    assert (folder / "weights.safetensors").is_file()
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -306,13 +286,19 @@ def test_nan_scores_of_the_pilot(refused, tiny_model, config, rows, validation_r
     before = [p.detach().clone() for p in model.parameters()]
     trainer = BilevelSFTTrainer(
         model,
-        config(pilot_steps=1, pilot_batch_size=1),
+        config(pilot_steps=1),
         train_dataset=Dataset.from_list(data),
         validation_dataset=validation_rows,
         processing_class=tokenizer,
     )
-    PoisonRow(model, tokenizer("\u00ff")["input_ids"][-1], after=6)
-    with refused(r"pilot run scored training rows \(sample_id\) \[17\]", NonFiniteScoreError):
+    # While rows are scored, not in the pilot's training.
+    token, embeddings = tokenizer("\u00ff")["input_ids"][-1], model.get_input_embeddings()
+    embeddings.register_forward_hook(
+        lambda module, inputs, output: (
+            output if torch.is_grad_enabled() else torch.where((inputs[0] == token).unsqueeze(-1), torch.nan, output)
+        )
+    )
+    with refused(r"scored training rows \(sample_id\) \[17\]", NonFiniteScoreError):
         trainer.train()
     assert all(torch.equal(a, b.cpu()) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -337,16 +323,16 @@ def test_state_of_changed_rows(refused, build, train_rows, checkpoint):
     build(train=changed, ignore_selector_fingerprint=True).train(resume_from_checkpoint=str(checkpoint))
 
 
-@pytest.mark.bad_input(CHECKPOINTS, "a checkpoint without `selector.safetensors`")
+@pytest.mark.bad_input(CHECKPOINTS, "a checkpoint without `weights.safetensors`")
 def test_checkpoint_without_selector_is_refused(refused, build, checkpoint):
-    (checkpoint / "selector.safetensors").unlink()
-    with refused("no selector state.*silently forget", FileNotFoundError):
+    (checkpoint / "weights.safetensors").unlink()
+    with refused("has no weights.*silently forget", FileNotFoundError):
         build().train(resume_from_checkpoint=str(checkpoint))
 
 
-@pytest.mark.bad_input(CHECKPOINTS, "`selector.safetensors` that was cut off")
+@pytest.mark.bad_input(CHECKPOINTS, "`weights.safetensors` that was cut off")
 def test_damaged_selector_state_is_refused(refused, build, checkpoint):
-    content = (checkpoint / "selector.safetensors").read_bytes()
-    (checkpoint / "selector.safetensors").write_bytes(content[: len(content) // 2])
-    with refused("is damaged"):
+    content = (checkpoint / "weights.safetensors").read_bytes()
+    (checkpoint / "weights.safetensors").write_bytes(content[: len(content) // 2])
+    with refused("are damaged"):
         build().train(resume_from_checkpoint=str(checkpoint))

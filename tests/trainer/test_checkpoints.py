@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tests.conftest import parameters
 from tests.errors_table import CHECKPOINTS, bad_input
 from trl_bilevel import BilevelSFTTrainer
-from trl_bilevel.trainer import selection
 from trl_bilevel.trainer.checkpoints import resume_point
+from trl_bilevel.weights import state
 
 
 def make(folder, step, files):
@@ -54,7 +54,7 @@ def test_nothing_to_resume_from(refused, tmp_path):
 @pytest.mark.compat
 def test_training_goes_on_from_an_older_one(config, tiny_model, train_rows, validation_rows, tokenizer, tmp_path):
     def trainer():
-        args = config(save_strategy="steps", save_steps=2, pilot_steps=2)
+        args = config(save_strategy="steps", save_steps=2)
         return BilevelSFTTrainer(
             tiny_model(),
             args,
@@ -66,7 +66,7 @@ def test_training_goes_on_from_an_older_one(config, tiny_model, train_rows, vali
     whole = trainer()
     whole.train()
     (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").unlink()
-    (tmp_path / "out" / "checkpoint-4" / "selector.json").unlink()
+    (tmp_path / "out" / "checkpoint-4" / "weights.json").unlink()
     resumed = trainer()
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed, whole)
@@ -79,7 +79,7 @@ def saving(config, tiny_model, train_rows, validation_rows, tokenizer):
     def make(trainer_class=BilevelSFTTrainer):
         return trainer_class(
             tiny_model(),
-            config(save_strategy="steps", save_steps=2, save_total_limit=1, pilot_steps=2),
+            config(save_strategy="steps", save_steps=2, save_total_limit=1),
             train_dataset=train_rows,
             validation_dataset=validation_rows,
             processing_class=tokenizer,
@@ -93,7 +93,7 @@ def assert_same(run, other):
     assert all(torch.equal(a, b) for a, b in zip(parameters(run), parameters(other), strict=True))
 
 
-FILES = ["model.safetensors", "selector.safetensors", "optimizer.pt", "rng_state.pth", "selector.json"]
+FILES = ["model.safetensors", "weights.safetensors", "optimizer.pt", "rng_state.pth", "weights.json"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -102,10 +102,10 @@ def test_a_file_that_was_cut_off(file, tmp_path, caplog):
     good, bad = (make(tmp_path, step, WHOLE) for step in (1, 2))
     for folder in (good, bad):
         save_file({"weight": torch.zeros(100)}, f"{folder}/model.safetensors")
-        save_file({"logits": torch.zeros(100)}, f"{folder}/selector.safetensors")
+        save_file({"logits": torch.zeros(100)}, f"{folder}/weights.safetensors")
         torch.save({"state": torch.zeros(100)}, f"{folder}/optimizer.pt")
         torch.save({"cpu": torch.zeros(100)}, f"{folder}/rng_state.pth")
-        Path(f"{folder}/selector.json").write_text(json.dumps({"format": 1}))
+        Path(f"{folder}/weights.json").write_text(json.dumps({"format": 1}))
     assert resume_point(True, str(tmp_path), FILES) == bad
     content = Path(bad, file).read_bytes()
     Path(bad, file).write_bytes(content[: len(content) // 2])
@@ -113,7 +113,7 @@ def test_a_file_that_was_cut_off(file, tmp_path, caplog):
     assert f"({file} missing or cut off" in caplog.text
 
 
-@pytest.mark.parametrize("fails", ["selector", "optimizer"])
+@pytest.mark.parametrize("fails", ["weights", "optimizer"])
 def test_a_full_disk_costs_no_checkpoint(fails, saving, tmp_path, monkeypatch):
     class FullDisk(BilevelSFTTrainer):
         """Fails in the second save."""
@@ -125,13 +125,13 @@ def test_a_full_disk_costs_no_checkpoint(fails, saving, tmp_path, monkeypatch):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def full(tensors, path):
-        if fails == "selector" and "checkpoint-4" in str(path):
+        if fails == "weights" and "checkpoint-4" in str(path):
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(selection, "save_file", full)
+        patch.setattr(state, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             saving(FullDisk).train()
     resumed = saving()
@@ -151,9 +151,9 @@ def test_a_full_disk_costs_no_checkpoint(fails, saving, tmp_path, monkeypatch):
 )
 def test_state_of_another_version(refused, format, saving, tmp_path):
     saving().train()
-    file = tmp_path / "out" / "checkpoint-6" / "selector.json"
+    file = tmp_path / "out" / "checkpoint-6" / "weights.json"
     summary = json.loads(file.read_text())
     del summary["format"]
     file.write_text(json.dumps(summary if format is None else summary | {"format": format}))
-    with refused(f"has format {format}, this version reads 1.*that wrote it"):
+    with refused(f"format {format}, this version reads 1.*that wrote them"):
         saving().train(resume_from_checkpoint=True)

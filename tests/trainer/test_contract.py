@@ -19,13 +19,12 @@ from transformers import Trainer
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, TrlParser
 
 from trl_bilevel import BilevelSFTTrainer, SelfRefineTrainer
+from trl_bilevel.trainer import checks
 
 pytestmark = pytest.mark.compat
 
 SOURCES = Path(inspect.getfile(BilevelSFTTrainer)).parents[1]
 VERSIONS = f"trl {trl.__version__}, transformers {transformers.__version__}"
-# Of the modules in `trainer/`, those whose `trainer` is a `SelfRefineTrainer`.
-REFINING = {"responses", "round_callback", "refine_setup"}
 
 
 def requirements():
@@ -101,9 +100,7 @@ SIGNATURES = [
     # Called by us.
     (SFTTrainer, "_save_checkpoint", ["model", "trial"]),
     (GRPOTrainer, "_tokenize_prompts", ["prompts"]),
-    (Trainer, "_get_output_dir", ["trial"]),
     (Trainer, "_prepare_inputs", ["inputs"]),
-    (Trainer, "compute_loss_context_manager", []),
     (Trainer, "log", ["logs", "start_time"]),
     (TrlParser, "parse_args_and_config", ["args", "return_remaining_strings", "fail_with_unknown_args", ...]),
 ]
@@ -132,70 +129,66 @@ def test_every_override_is_in_the_list(ours):
 
 
 @pytest.fixture
-def trainers(tiny_model, config, train_rows, rows, tokenizer, tmp_path):
-    from datasets import Dataset
-
-    from tests.conftest import base_arguments
-    from trl_bilevel import SelfRefineConfig
-
-    refining = SelfRefineTrainer(
+def trainer(tiny_model, config, train_rows, validation_rows, tokenizer):
+    return BilevelSFTTrainer(
         tiny_model(),
-        SelfRefineConfig(**base_arguments(tmp_path) | {"max_steps": -1}),
-        train_rows,
-        Dataset.from_list(rows[40:80]),
+        config(),
+        train_dataset=train_rows,
+        validation_dataset=validation_rows,
         processing_class=tokenizer,
         peft_config=LoraConfig(target_modules="all-linear"),
     )
-    return {BilevelSFTTrainer: refining.offline.trainer, SelfRefineTrainer: refining}
 
 
 def accesses():
-    """What our modules read of a trainer, its `args` and its `accelerator`: (class, path of names, place)."""
-    for file in sorted(SOURCES.glob("trainer/*.py")):
-        tree = ast.parse(file.read_text())
-        owner = SelfRefineTrainer if file.stem in REFINING | {"self_refine_trainer"} else BilevelSFTTrainer
-        trainer_is_self = file.stem.endswith("_trainer")
-        for node in ast.walk(tree):
-            names = []
-            part = node
-            while isinstance(part, ast.Attribute):
-                names.insert(0, part.attr)
-                part = part.value
-            if not names or not isinstance(part, ast.Name) or not isinstance(node.ctx, ast.Load):
-                continue
-            names.insert(0, part.id)
-            own = owner
-            if "trainer" in names[:-1]:
-                start = max(i for i, name in enumerate(names[:-1]) if name == "trainer") + 1
-                own = BilevelSFTTrainer if names[start - 2 : start - 1] == ["offline"] else owner
-            elif names[0] == "self" and trainer_is_self:
-                start = 1
-            else:
-                continue
-            depth = 2 if names[start] in ("args", "accelerator", "state") else 1
-            yield own, tuple(names[start : start + depth]), f"{file.relative_to(SOURCES)}:{node.lineno}"
+    """What the trainer's module reads of `self`, its `args`, `state` and `accelerator`: (path of names, place)."""
+    file = SOURCES / "trainer" / "bilevel_sft_trainer.py"
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        part = node
+        while isinstance(part, ast.Attribute):
+            names.insert(0, part.attr)
+            part = part.value
+        if names and isinstance(part, ast.Name) and part.id == "self" and isinstance(node.ctx, ast.Load):
+            depth = 2 if names[0] in ("args", "accelerator", "state") else 1
+            yield tuple(names[:depth]), f"trainer/{file.name}:{node.lineno}"
 
 
-def test_what_we_read_of_the_trainers_is_there(trainers):
-    missing = []
+def test_what_we_read_of_the_trainer_is_there(trainer):
+    trainer.train()
     found = set(accesses())
-    assert len(found) > 100
-    for owner, path, place in sorted(found, key=lambda entry: entry[2]):
-        trainer = trainers[owner]
+    assert len(found) > 50
+    missing = []
+    for path, place in sorted(found, key=lambda entry: entry[1]):
         try:
             functools.reduce(getattr, path, trainer)
         except AttributeError:
-            missing.append(f"`{'.'.join(path)}` of {owner.__name__} (trl_bilevel/{place})")
-    assert not missing, f"Gone in {VERSIONS}, accelerate {importlib.metadata.version('accelerate')}: {missing}"
+            missing.append(f"`{'.'.join(path)}` (trl_bilevel/{place})")
+    accelerate = importlib.metadata.version("accelerate")
+    assert not missing, f"Gone in {VERSIONS}, accelerate {accelerate}: {missing}"
 
 
-def test_arguments_that_we_hand_over(trainers):
+def test_a_release_that_lacks_something_is_refused_where_it_is_needed():
+    """Rows that are drawn by their weights need no log-probabilities of tokens."""
+
+    class Older(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 0
+
+    checks.check_contract(SFTTrainer, True, True)
+    checks.check_contract(Older, False, True)
+    with pytest.raises(ImportError, match="gives no log-probabilities.*selector_weighting='resample'.*trl>=1.16"):
+        checks.check_contract(Older, True, False)
+
+    class Odd(SFTTrainer):
+        _get_train_sampler = None
+
+    checks.check_contract(Odd, True, False)
+    with pytest.raises(ImportError, match="lacks `SFTTrainer._get_train_sampler`"):
+        checks.check_contract(Odd, False, True)
+
+
+def test_arguments_that_we_hand_over():
     """Fields that we set or copy by name."""
-    from trl_bilevel.trainer.offline import SHARED
-
-    args = trainers[SelfRefineTrainer].args
-    names = [*SHARED, "generation_batch_size", "steps_per_generation", "num_iterations", "scale_rewards", "use_vllm"]
-    missing = [name for name in names if not hasattr(args, name)]
-    assert not missing, f"The configs of {VERSIONS} have no {missing}."
     missing = [name for name in ("model_name_or_path", "use_peft", "load_in_4bit") if not hasattr(ModelConfig(), name)]
     assert not missing, f"`trl.ModelConfig` has no {missing} in {VERSIONS}."

@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig
-from trl_bilevel.trainer.pilot import make_pilot
 
 from tests.conftest import base_arguments, losses, parameters
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
@@ -19,7 +18,7 @@ def build(tiny_model, config, train_rows, validation_rows, tokenizer):
     def make(train=train_rows, validation=validation_rows, adapter=False, **overrides):
         return BilevelSFTTrainer(
             tiny_model(),
-            config(**({"pilot_steps": 3, "pilot_learning_rate": 1e-2} | overrides)),
+            config(**({"pilot_learning_rate": 1e-2} | overrides)),
             train_dataset=train,
             validation_dataset=validation,
             processing_class=tokenizer,
@@ -50,20 +49,25 @@ def test_first_loss_is_the_objective_computed_by_hand(build, tiny_model, tokeniz
         validation=validation_rows.select(range(8)),
         selector_weighting="loss",
         validation_loss_weight=weight,
-        validation_batch_size=8,
-        validation_every=1,
         max_steps=1,
     )
     trainer.train()
-    trusted = validation_rows.select(range(8))
-    train = token_losses(tiny_model(), tokenizer, trainer._caller_rows)
+    # A quarter as many trusted rows as training rows.
+    drawn = [place for _, place in trainer._objective.trusted.rows(0, 1.0)]
+    assert len(drawn) == 2
+    trusted = validation_rows.select(drawn)
+    train = token_losses(tiny_model(), tokenizer, trainer.data.rows)
     validation = token_losses(tiny_model(), tokenizer, trusted)
     weights = trainer.sample_weights().tolist()
-    expected = (1 - weight) * sum(w * s for w, (s, _) in zip(weights, train, strict=True)) / sum(n for _, n in train)
+    expected = (
+        (1 - weight)
+        * sum(w * s for w, (s, _) in zip(weights, train, strict=True))
+        / sum(w * n for w, (_, n) in zip(weights, train, strict=True))
+    )
     expected += weight * sum(s for s, _ in validation) / sum(n for _, n in validation)
     assert losses(trainer)[0] == pytest.approx(expected, abs=2e-4)
     assert trainer.state.log_history[0]["validation_loss"] == pytest.approx(
-        sum(s / n for s, n in validation) / 8, abs=1e-4
+        sum(s / n for s, n in validation) / 2, abs=1e-4
     )
 
 
@@ -114,10 +118,7 @@ def test_groups_share_a_weight(build, train_rows):
     sources = ["web" if i % 3 else "books" for i in range(40)]
     trainer = build(
         train=train_rows.add_column("source", sources),
-        selector_granularity="group",
         selector_group_column="source",
-        selector_update="sparse_centred",
-        selector_warmup_steps=0,
     )
     trainer.train()
     weights = trainer.sample_weights()
@@ -129,15 +130,14 @@ def test_groups_share_a_weight(build, train_rows):
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_a_calibrated_group_has_the_mean_weight_of_its_rows(build, train_rows):
+def test_a_group_has_the_mean_weight_of_its_rows(build, train_rows):
     alone = build()
-    alone.start_selection()
+    alone.choose_weights()
     grouped = build(
         train=train_rows.add_column("source", [i % 4 for i in range(40)]),
-        selector_granularity="group",
         selector_group_column="source",
     )
-    grouped.start_selection()
+    grouped.choose_weights()
     expected = alone.sample_weights().view(10, 4).mean(0).repeat(10)
     torch.testing.assert_close(grouped.sample_weights(), expected, atol=1e-4, rtol=1e-4)
 
@@ -173,27 +173,11 @@ def test_row_losses_keep_the_order_of_the_rows(build, train_rows):
     )
 
 
-def test_online_filter_shuts_the_gate_in_short_runs(build):
-    online = {"selector_update": "sparse_centred", "weight_estimator": "value_function"}
-    trainer = build(filter_rate=0.5, selector_warmup_steps=0, **online)
-    trainer.train()
-    assert 10 <= int((trainer.sample_weights() == 0).sum()) <= 30
-
-
-def test_sigmoid_calibration_gives_the_same_weights(build):
-    weights = []
-    for activation in ("softmax", "sigmoid"):
-        trainer = build(selector_activation=activation)
-        trainer.start_selection()
-        weights.append(trainer.sample_weights())
-    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-4)
-
-
 def test_statistics_are_logged(build):
     trainer = build(validation_loss_weight=0.5)
     trainer.train()
     first = trainer.state.log_history[0]
-    for key in ("validation_loss", "selector/ess", "selector/entropy", "selector/score_mean", "selector/score_std"):
+    for key in ("validation_loss", "selector/ess", "selector/score_mean", "selector/score_std"):
         assert isinstance(first[key], float), key
     quantiles = [first[f"selector/weight_q{q:02d}"] for q in (5, 25, 50, 75, 95)]
     assert quantiles == sorted(quantiles)
@@ -201,49 +185,20 @@ def test_statistics_are_logged(build):
     assert first["selector/ess"] == pytest.approx(float(weights.sum() ** 2 / (weights**2).sum() / 40), rel=1e-4)
 
 
-def test_collapse_raises_an_alarm(build, caplog):
-    trainer = build(ess_alarm=0.999)
-    trainer.train()
-    assert caplog.text.count("weights have nearly collapsed") == 1
-
-
-def test_lambda_decays_per_epoch_and_stays_above_its_floor(build):
-    from trl_bilevel.core.schedule import validation_loss_weight
-
-    values = [validation_loss_weight(0.5, 0.2, epoch) for epoch in (0, 0.9, 1.0, 2.5, 9)]
-    assert values == pytest.approx([0.5, 0.5, 0.3, 0.1, 0.05])
-    assert validation_loss_weight(0.0, 0.2, 3) == 0.0
-    trainer = build(validation_loss_weight=0.5, validation_loss_weight_decay=0.2, max_steps=-1, num_train_epochs=2)
-    trainer.train()
-    assert trainer.state.global_step == 10
-
-
-def test_validation_every_other_step(build):
-    trainer = build(validation_loss_weight=0.5, validation_every=2)
-    trainer.train()
-    assert ["validation_loss" in entry for entry in trainer.state.log_history[:4]] == [True, False, True, False]
-
-
-def test_lambda_zero_trains_on_no_validation_row(build, tiny_model):
-    """The model's parameters do not depend on the validation rows if these cannot move any weight."""
-    settings = {
-        "weight_estimator": "lookahead",
-        "selector_update": "sparse_centred",
-        "selector_learning_rate": 0.0,
-        "validation_loss_weight": 0.0,
-    }
-    first = build(**settings)
-    second = build(
-        validation=first._caller_rows.select(range(20)).map(lambda r: {"completion": "x " + r["prompt"]}), **settings
-    )
+def test_lambda_zero_trains_on_no_validation_row(build, train_rows):
+    """The model's parameters do not depend on the validation rows where weights are given."""
+    settings = {"weight_estimator": "none", "validation_loss_weight": 0.0, "selector_weighting": "resample"}
+    weighted = train_rows.add_column("data_weight", [n / 20 for n in range(40)])
+    first = build(train=weighted, **settings)
+    second = build(train=weighted, validation=train_rows.map(lambda r: {"completion": "x " + r["prompt"]}), **settings)
     first.train()
     second.train()
     assert all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(second), strict=True))
 
 
-def test_the_pilot_leaves_the_model_as_it_was(build, tiny_model):
+def test_choosing_leaves_the_model_as_it_was(build, tiny_model):
     trainer = build()
-    trainer.start_selection()
+    trainer.choose_weights()
     fresh = tiny_model().to(trainer.model.device)
     assert all(torch.equal(a, b) for a, b in zip(parameters(trainer), fresh.parameters(), strict=True))
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -261,68 +216,40 @@ def test_a_plain_config_is_taken(tiny_model, train_rows, validation_rows, tokeni
     assert trainer.args.weight_estimator == "value_function"
 
 
-def test_the_validation_term_is_small_by_default(build):
-    """A quarter of the training rows in every fourth step; estimators draw as many rows as a step trains on."""
-    online = {"selector_update": "sparse_centred", "weight_estimator": "lookahead"}
-    trainer = build(validation_loss_weight=0.5, **online)
-    forwards, drawn = [], []
-    rows_of = trainer.pulling.step_batch
-
-    def watched(*args, **kwargs):
-        found = rows_of(*args, **kwargs)
-        drawn.append(sum(len(batch["input_ids"]) for batch in found.batches if batch is not None))
-        return found
-
-    trainer.pulling.step_batch = watched
+def test_the_validation_term_is_small(build):
+    """A quarter as many trusted rows as training rows in every step."""
+    trainer = build(validation_loss_weight=0.5)
+    sizes = []
     training_step = trainer.training_step
 
     def step(model, inputs, *args):
-        window = trainer._window
         loss = training_step(model, inputs, *args)
-        forwards.append([len(joined["input_ids"]) for joined in window.inputs])
+        sizes.append([len(joined["input_ids"]) for joined in trainer._step.inputs])
         return loss
 
     trainer.training_step = step
     trainer.train()
-    assert forwards == [[10], [8], [8], [8], [10], [8]]
-    assert drawn == [8] * 4
-
-
-def test_a_lookahead_costs_nothing_while_its_pilot_learns(build):
-    """Its scores are of the end: one forward and backward of the training rows a step, then `lookahead_steps`."""
-    trainer = build(weight_estimator="lookahead", lookahead_steps=4, pilot_steps=6)
-    pilot = make_pilot(trainer)
-    losses_of = pilot.host.row_losses
-    calls = []
-    pilot.host.row_losses = lambda batch: (calls.append(torch.is_grad_enabled()), losses_of(batch))[1]
-    trainer.model.train()
-    pilot._train(pilot.host.trainable_parameters())
-    assert calls == [True] * 6
-    pilot.estimator.prepare_scoring()
-    assert calls == [True] * 10
-
-
-@pytest.mark.parametrize(("per_step", "expected"), [(4, 4), (8, 8), (16, 8)])
-def test_pilot_batches_do_not_grow_with_those_of_training(build, per_step, expected):
-    trainer = build(per_device_train_batch_size=4, gradient_accumulation_steps=per_step // 4)
-    trainer.state.max_steps = 6
-    assert len(make_pilot(trainer).sampler.rows(0)) == expected
+    assert sizes == [[10]] * 6
 
 
 def test_presets_set_what_they_say(config):
     balanced, fast, reliable = (config(selector_preset=name) for name in ("balanced", "fast", "reliable"))
     assert balanced == dataclasses.replace(config(), selector_preset="balanced")
-    assert (reliable.pilot_scored_rows, reliable.validation_every) == (0, 1)
-    assert (fast.weight_estimator, fast.pilot_scored_rows, fast.pilot_feature_depth) == ("lookahead", 256, 0.1)
-    assert (balanced.validation_loss_weight, config(weight_estimator="loss").validation_loss_weight) == (0.0, 0.5)
-    paper, seal = config(selector_preset="paper"), config(selector_preset="seal")
-    assert (paper.selector_learning_rate, seal.selector_learning_rate) == (1e-4, 5e-3)
-    for preset in (paper, seal):
-        assert (preset.weight_estimator, preset.selector_update, preset.selector_betas) == (
-            "loss",
-            "adam",
-            [0.9, 0.95],
-        )
+    assert (balanced.weight_estimator, balanced.pilot_scored_rows, balanced.feature_depth) == (
+        "value_function",
+        512,
+        0.3,
+    )
+    assert reliable.pilot_scored_rows == 0
+    assert (fast.weight_estimator, fast.pilot_scored_rows, fast.feature_depth) == ("lookahead", 256, 0.1)
+    assert (balanced.selector_weighting, balanced.validation_loss_weight) == ("resample", 0.0)
+    for name in ("paper", "seal", "sparse_centred"):
+        moving = config(selector_preset=name)
+        assert (moving.published, moving.selector_weighting, moving.validation_loss_weight) == (True, "loss", 0.5)
+    # What is given by its own name wins.
+    assert config(selector_preset="fast", pilot_scored_rows=0).pilot_scored_rows == 0
+    assert config(selector_preset="fast", weight_estimator="value_function").weight_estimator == "value_function"
+    assert config(selector_preset="seal", validation_loss_weight=0.2).validation_loss_weight == 0.2
 
 
 @pytest.mark.compat
@@ -331,9 +258,8 @@ def test_saved_files(build, tmp_path):
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-3"):
-        assert (folder / "selector.safetensors").is_file()
-        settings = json.loads((folder / "selector.json").read_text())["settings"]
-        assert settings["rows"] == 40
+        assert (folder / "weights.safetensors").is_file()
+        assert json.loads((folder / "weights.json").read_text())["identity"]["rows"] == 40
     assert not list((tmp_path / "out").rglob(".*.tmp"))
     assert "2511.21056" in (tmp_path / "out" / "README.md").read_text()
 
@@ -351,7 +277,7 @@ def test_cuda_trains(build):
     trainer = build(adapter=True, use_cpu=False, bf16=True)
     trainer.train()
     assert torch.isfinite(torch.tensor(losses(trainer))).all()
-    assert trainer.selection.state.logits.is_cuda
+    assert torch.isfinite(trainer.sample_weights()).all()
 
 
 def test_the_model_card_tells_of_the_selection(build, tmp_path):
@@ -365,4 +291,4 @@ def test_the_model_card_tells_of_the_selection(build, tmp_path):
     assert card.index("## Data selection") < card.index("## Citations")
     assert f"| validation loss, step {trainer.state.global_step} |" in card
     assert "arXiv:2511.21056" in card and "hf_secret" not in card
-    assert trainer.rows[0]["input_ids"] and "What does" not in card
+    assert trainer.rows.dataset[0]["input_ids"] and "What does" not in card

@@ -78,23 +78,16 @@ def test_equals_sft_trainer_bit_for_bit(name, adapter, rows, tokenizer, tiny_mod
     assert all(torch.equal(a, b) for a, b in zip(parameters(ours), parameters(plain), strict=True))
 
 
-def test_a_frozen_uniform_selector_that_is_not_trained_on_validation_is_sft(
-    train_rows, validation_rows, tokenizer, tiny_model, config, tmp_path
-):
+def test_equal_weights_are_sft(train_rows, tokenizer, tiny_model, config, tmp_path):
+    """Weights of one multiply losses by exactly one."""
     plain = SFTTrainer(
         tiny_model(), SFTConfig(**base_arguments(tmp_path)), train_dataset=train_rows, processing_class=tokenizer
     )
     plain.train()
     ours = BilevelSFTTrainer(
         tiny_model(),
-        config(
-            weight_estimator="lookahead",
-            selector_update="sparse_centred",
-            selector_freeze_step=0,
-            validation_loss_weight=0,
-        ),
-        train_dataset=train_rows,
-        validation_dataset=validation_rows,
+        config(weight_estimator="none"),
+        train_dataset=train_rows.add_column("data_weight", [1.0] * len(train_rows)),
         processing_class=tokenizer,
     )
     ours.train()

@@ -29,7 +29,7 @@ def build(folder, config, train_rows, validation_rows, tokenizer):
         )
         return BilevelSFTTrainer(
             folder,
-            config(pilot_steps=3, max_steps=8, **overrides),
+            config(max_steps=8, **overrides),
             train_dataset=train_rows,
             validation_dataset=validation_rows,
             eval_dataset=validation_rows,
@@ -67,9 +67,9 @@ def test_gradients_after_evaluation_are_those_before(build):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("update", [pytest.param("calibrated", marks=pytest.mark.compat), "sparse_centred"])
-def test_learns_saves_and_resumes_exactly(build, update, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 4, "selector_update": update}
+@pytest.mark.parametrize("preset", [pytest.param("balanced", marks=pytest.mark.compat), "sparse_centred"])
+def test_learns_saves_and_resumes_exactly(build, preset, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4, "selector_preset": preset}
     whole = build(output_dir=str(tmp_path / "a"), **settings)
     before = whole.validation_loss()["total"]
     whole.train()

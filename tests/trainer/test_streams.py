@@ -1,14 +1,10 @@
 """Training rows that are a stream: nobody can count them, and they come by once."""
 
-import hashlib
 import math
-from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig
 from sklearn.metrics import roc_auc_score
 from trl import SFTConfig, SFTTrainer
@@ -16,8 +12,6 @@ from trl import SFTConfig, SFTTrainer
 from tests.conftest import base_arguments, losses, parameters
 from tests.errors_table import bad_settings
 from trl_bilevel import BilevelSFTTrainer
-from trl_bilevel.core import selector as core
-from trl_bilevel.data.streams import hashed_unit, row_key
 
 STREAMS = "Streams"
 LAZY = "I do not know, sorry."
@@ -46,7 +40,6 @@ def build(config, tiny_model, mixed, validation_rows, tokenizer):
             "pilot_steps": 12,
             "pilot_learning_rate": 1e-2,
             "stream_sample_rows": 64,
-            "validation_loss_weight": 0.0,
         }
         return BilevelSFTTrainer(
             tiny_model(),
@@ -80,81 +73,68 @@ def test_bad_rows_are_found_without_being_scored_or_in_the_sample(build):
     assert sum(weights) / 100 == pytest.approx(1, abs=1e-4)
 
 
+def watched(trainer):
+    """Notes the weights of the batches that a trainer computes losses of."""
+    seen, of_batch = [], trainer.weights.of_batch
+
+    def watch(batch, ids):
+        weights = of_batch(batch, ids)
+        rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), weights.tolist(), strict=True)
+        for tokens, mask, weight in rows:
+            seen.append((tuple(t for t, m in zip(tokens, mask, strict=True) if m), weight))
+        return weights
+
+    trainer.weights.of_batch = watch
+    return seen
+
+
 def test_a_weight_is_what_the_row_says_whatever_the_model_has_become(build):
     """Rows of the second pass weigh what they did in the first one, after the adapter has moved."""
     trainer = build(pilot_scored_rows=32, max_steps=26, learning_rate=5e-2)
-    seen = {}
-    record = trainer.selection.record
-
-    def watch(units, weights):
-        for unit, weight in zip(units.tolist(), weights.tolist(), strict=True):
-            seen.setdefault(unit, []).append(weight)
-        record(units, weights)
-
-    trainer.selection.record = watch
+    seen = watched(trainer)
     trainer.train()
-    assert max(len(weights) for weights in seen.values()) >= 2
-    assert all(max(weights) - min(weights) < 1e-5 for weights in seen.values())
+    weights = {}
+    for row, weight in seen:
+        weights.setdefault(row, []).append(weight)
+    assert max(len(found) for found in weights.values()) >= 2
+    assert all(max(found) - min(found) < 1e-5 for found in weights.values())
 
 
 def test_predicted_weights_multiply_the_losses(build):
     """The first step's loss is TRL's mean over tokens, each row's log-probabilities times its predicted weight."""
     trainer = build(max_steps=1)
-    found = {}
-    record = trainer.selection.record
-    trainer.selection.record = lambda units, weights: (found.update(weights=weights), record(units, weights))
+    seen = watched(trainer)
     trainer.train()
-    first = [trainer.rows[i] for i in range(8)]
-    fresh = build(weight_estimator="none")
-    per_row = fresh.row_losses(Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in first]))
+    first = trainer.rows.dataset.select(range(8))
+    per_row = build(weight_estimator="none").row_losses(first.select_columns(["input_ids", "labels"]))
     tokens = torch.tensor([sum(label != -100 for label in row["labels"][1:]) for row in first])
-    expected = (found["weights"].cpu() * per_row * tokens).sum() / tokens.sum()
+    weights = torch.tensor([weight for _, weight in seen[:8]])
+    expected = (weights * per_row * tokens).sum() / tokens.sum()
     assert losses(trainer)[0] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
-def test_a_bad_source_loses_its_weight(build, adapter):
+def test_a_bad_source_loses_its_weight(build, adapter, mixed):
     trainer = build(
-        adapter=adapter,
-        selector_granularity="group",
-        selector_group_column="source",
-        pilot_learning_rate=1e-2 if adapter else 3e-3,
+        stream_of([*mixed, mixed[0] | {"source": "news"}]), adapter=adapter, selector_group_column="source"
     )
     trainer.train()
-    shares = trainer.selection.group_shares()
-    assert shares["book"] > 0.8 and shares["other"] == pytest.approx(0, abs=1e-6)
+    shares = {n: s for n, s in trainer.weights.groups.shares(trainer.weights.values).items()}
+    assert shares["book"] > 0.8
     weights = {row["source"]: row["data_weight"] for row in trainer.weighted_dataset()}
     assert weights["book"] > 3 * weights["forum"]
     # A source that comes up later counts like the mean.
-    assert float(trainer.selection.weights(torch.tensor([hashed_unit("news", 1 << 20)]))) == 1
-
-
-@pytest.mark.parametrize("estimator", ["value_function", "lookahead", "alignment"])
-def test_online_updates_move_the_weights_of_the_rows_seen(build, estimator):
-    trainer = build(
-        weight_estimator=estimator,
-        selector_update="sparse_centred",
-        selector_warmup_steps=0,
-        selector_key_column="key",
-        max_steps=5,
-        validation_loss_weight=0.5,
-        stream_sample_rows=40,
-    )
-    trainer.train()
-    weights = [row["data_weight"] for row in trainer.weighted_dataset()]
-    assert all(math.isnan(weight) == (i >= 40) for i, weight in enumerate(weights))
-    assert len(set(weights[:40])) > 30
-    assert sum(weights[:40]) / 40 == pytest.approx(1, abs=1e-5)
+    assert weights["news"] == 1
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         {"pilot_scored_rows": 32},
-        {"selector_granularity": "group", "selector_group_column": "source"},
-        {"selector_update": "sparse_centred", "selector_warmup_steps": 0, "validation_loss_weight": 0.5},
+        {"selector_group_column": "source"},
+        {"pilot_scored_rows": 32, "validation_loss_weight": 0.5},
     ],
-    ids=["predicted", "groups", "online"],
+    ids=["predicted", "groups", "validation_term"],
 )
 def test_a_resumed_run_gives_the_same_bits(build, overrides):
     whole = build(save_strategy="steps", save_steps=3, max_steps=6, **overrides)
@@ -178,19 +158,11 @@ def test_resume_refuses_another_stream(build, mixed):
 def test_weights_survive_in_a_file(build, tmp_path, config):
     trainer = build(pilot_scored_rows=32, max_steps=5)
     trainer.train()
-    # Nobody asks for the scored rows' own weights: they are not smoothed.
-    assert trainer.selection.smoothing is None
     trainer.weighted_dataset().to_parquet(str(tmp_path / "weighted.parquet"))
     rows = Dataset.from_parquet(str(tmp_path / "weighted.parquet"))
     assert rows["data_weight"][:40] == [row["data_weight"] for row in trainer.weighted_dataset()][:40]
     fixed = build(rows, weight_estimator="none")
     assert torch.isfinite(fixed.sample_weights()).all()
-
-
-def test_a_full_table_is_reported(build, caplog):
-    trainer = build(pilot_scored_rows=32, selector_table_size=64)
-    trainer.train()
-    assert "selector_table_size" in caplog.text
 
 
 REFUSED = bad_settings(
@@ -200,14 +172,10 @@ REFUSED = bad_settings(
         ({"packing": True}, "packing"),
         ({"padding_free": True, "max_length": None}, "padding_free"),
         ({"filter_rate": 0.2}, "filter_rate"),
-        ({"selector_key_column": "id"}, "selector_key_column='id'` is not a column"),
-        (
-            {"selector_granularity": "group", "selector_group_column": "site"},
-            "selector_group_column='site'` is not a column",
-        ),
+        ({"selector_preset": "sparse_centred"}, "its weights move row by row.*Use 'balanced'"),
+        ({"selector_group_column": "site"}, "selector_group_column='site'` is not a column"),
         ({"adapter": False}, "peft_config"),
         ({"stream_sample_rows": 20}, "stream_sample_rows"),
-        ({"selector_table_size": 0}, "selector_table_size"),
     ],
 )
 
@@ -236,67 +204,9 @@ def test_fixed_weights_of_a_stream_are_refused(refused, build, mixed):
         build(stream_of([row | {"data_weight": 1.0} for row in mixed]), weight_estimator="none")
 
 
-def test_a_row_without_its_key_is_named(build, mixed):
-    holes = [row | {"key": None if i == 50 else row["key"]} for i, row in enumerate(mixed)]
-    trainer = build(stream_of(holes), selector_key_column="key", stream_sample_rows=40, max_steps=13)
-    with pytest.raises(ValueError, match="no value in the column 'key'"):
-        trainer.train()
-
-
 def test_lists_of_weights_are_refused(build):
     trainer = build()
     with pytest.raises(ValueError, match="weighted_dataset"):
         trainer.sample_weights()
     with pytest.raises(ValueError, match="top_k"):
         trainer.weighted_dataset(top_k=3)
-
-
-def test_units_do_not_depend_on_machine_or_column_order():
-    expected = int.from_bytes(hashlib.blake2b(b"a row", digest_size=8).digest(), "big") % 1000
-    assert hashed_unit("a row", 1000) == expected
-    assert row_key({"a": 1, "b": "x"}, None) == row_key({"b": "x", "a": 1}, None)
-    # Read in batches, a row has the columns of the others, too.
-    assert row_key({"a": 1}, None) == row_key({"a": 1, "b": None}, None)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    steps=st.lists(st.lists(st.tuples(st.integers(0, 9), st.floats(-3, 3)), min_size=1, max_size=6), max_size=8),
-    activation=st.sampled_from(["softmax", "sigmoid"]),
-    groups=st.booleans(),
-)
-def test_units_join_with_the_mean_weight(steps, activation, groups):
-    """Sums are those of the rows seen, and a unit that joins changes no mean."""
-    count = torch.zeros(10, dtype=torch.int64)
-    state = core.init_selector(
-        torch.zeros(10, dtype=torch.bool), rows=count.clone() if groups else None, activation=activation, joinable=True
-    )
-    for step in steps:
-        units = torch.tensor([unit for unit, _ in step])
-        new = torch.isneginf(state.logits[units])
-        before = core.sample_weights(state, units)
-        core.admit(state, units)
-        after = core.open_weights(state, units)
-        if not groups or bool(new.all()):
-            assert torch.allclose(after[new], torch.ones(int(new.sum())), atol=1e-4)
-        if not groups:
-            assert torch.allclose(after[~new], before[~new], rtol=1e-4)
-        count.index_add_(0, units, torch.ones_like(units)) if groups else count.index_fill_(0, units, 1)
-        scores = torch.tensor([score for _, score in step])
-        core.update_sparse_centred(state, units, scores, learning_rate=0.5, entropy_coef=0.02)
-        kept = state.totals.clone()
-        core.refresh_totals(state)
-        torch.testing.assert_close(kept, state.totals, rtol=1e-6, atol=1e-6)
-        assert float(state.totals[3]) == int(count.sum())
-        weights = torch.nan_to_num(core.sample_weights(state, slice(None)))
-        assert float((weights * count).sum() / count.sum()) == pytest.approx(1, abs=1e-5)
-
-
-def test_assigned_weights_come_back_in_proportion():
-    state = core.init_selector(torch.zeros(8, dtype=torch.bool), joinable=True)
-    assign = partial(core.assign_weights, state)
-    assign(torch.tensor([1, 2, 2]), torch.tensor([1.0, 2.0, 4.0]))
-    assign(torch.tensor([5, 1]), torch.tensor([3.0, 0.5]))
-    weights = core.open_weights(state, torch.tensor([1, 2, 5, 0]))
-    torch.testing.assert_close(weights[:3] / weights[2], torch.tensor([1 / 6, 1.0, 1.0]))
-    assert float(weights[3]) == 1 and float(weights[:3].mean()) == pytest.approx(1)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_bilevel import BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
+from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.trainer import trackers
 
 FIXED = {"weight_estimator": "none", "validation_loss_weight": 0.0, "max_steps": 2}
@@ -77,8 +77,8 @@ def test_texts_are_kept_back_on_request(train, sent):
 
 
 def test_weights_that_move_are_sent_again_and_others_are_not(train, sent):
-    settings = {"weight_estimator": "lookahead", "selector_update": "sparse_centred", "selector_warmup_steps": 0}
-    moving = settings | {"eval_strategy": "steps", "eval_steps": 1, "lookahead_steps": 1}
+    moving = {"weight_estimator": None, "selector_preset": "sparse_centred", "validation_loss_weight": 0.5}
+    moving |= {"eval_strategy": "steps", "eval_steps": 1}
     trainer = train("tensorboard", **moving)
     assert [step for step, _, _ in sent] == [0, 1, 2]
     assert not (sent[1][1] == sent[2][1]).all()
@@ -89,7 +89,7 @@ def test_weights_that_move_are_sent_again_and_others_are_not(train, sent):
 
 
 def test_the_pilot_has_chosen_when_weights_are_sent(train, sent):
-    trainer = train("tensorboard", weight_estimator="value_function", pilot_steps=2)
+    trainer = train("tensorboard", weight_estimator="value_function")
     assert sent[0][0] == 0
     torch.testing.assert_close(torch.from_numpy(sent[0][1]), trainer.sample_weights())
 
@@ -125,7 +125,7 @@ def test_streams_show_their_weights_without_rows(config, tiny_model, tokenizer, 
     stream = Dataset.from_list(rows[:80]).to_iterable_dataset()
     trainer = BilevelSFTTrainer(
         tiny_model(),
-        config(report_to="tensorboard", max_steps=3, pilot_steps=2, stream_sample_rows=64),
+        config(report_to="tensorboard", max_steps=3, stream_sample_rows=64),
         train_dataset=stream,
         validation_dataset=Dataset.from_list(rows[80:100]),
         processing_class=tokenizer,
@@ -133,34 +133,7 @@ def test_streams_show_their_weights_without_rows(config, tiny_model, tokenizer, 
     )
     trainer.train()
     step, weights, shown = sent[-1]
-    assert step == 3 and len(weights) > 0 and shown == []
-
-
-def test_rounds_show_the_offline_weights(tiny_model, tokenizer, train_rows, validation_rows, tmp_path, sent):
-    trainer = SelfRefineTrainer(
-        tiny_model(),
-        SelfRefineConfig(
-            output_dir=str(tmp_path),
-            num_rounds=1,
-            steps_per_round=1,
-            max_completion_length=4,
-            per_device_train_batch_size=4,
-            report_to="tensorboard",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            tracked_rows=1,
-            selection_split=0.5,
-        ),
-        train_rows.add_column("data_weight", [n / 20 for n in range(len(train_rows))]),
-        validation_rows,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
-    )
-    trainer.train()
-    ((step, weights, rows),) = sent
-    assert step == 0 and len(weights) == 40 and [line[2] for line in rows] == [39, 0]
+    assert step == 0 and len(weights) == 64 and shown == []
 
 
 def test_text_of_rows_is_no_markup():

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig
-from transformers import HfArgumentParser
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tests.errors_table import CHECKPOINTS, DATA, REFINE_DATA, SUPPORT, bad_input
-from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
+from tests.errors_table import CHECKPOINTS, DATA, bad_input
+from trl_bilevel import BilevelSFTTrainer
+from trl_bilevel.weights import state
 
 
 @pytest.fixture
@@ -16,7 +15,7 @@ def build(tiny_model, config, train_rows, validation_rows, tokenizer):
     def make(train=train_rows, validation=validation_rows, evaluation=None, peft_config=None, **overrides):
         return BilevelSFTTrainer(
             tiny_model(),
-            config(**{"pilot_steps": 2} | overrides),
+            config(**overrides),
             train_dataset=train,
             validation_dataset=validation,
             eval_dataset=evaluation,
@@ -27,35 +26,19 @@ def build(tiny_model, config, train_rows, validation_rows, tokenizer):
     return make
 
 
-@pytest.mark.parametrize("steps", [7, 45])
-@pytest.mark.parametrize("update", ["adam", "sparse_centred"])
-def test_the_gate_keeps_its_share_while_weights_move(update, steps, build):
-    trainer = build(
-        weight_estimator="lookahead",
-        selector_update=update,
-        selector_warmup_steps=0,
-        filter_rate=0.25,
-        max_steps=steps,
-    )
-    trainer.train()
-    weights = trainer.sample_weights()
-    assert float((weights == 0).float().mean()) == pytest.approx(0.25, abs=0.026)
-    assert float(weights.mean()) == pytest.approx(1.0, abs=1e-4)
-
-
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_sharper_calibration_concentrates_the_weights(activation, build):
+def test_sharper_calibration_concentrates_the_weights(build):
     sizes = []
     for sharpness in (1.0, 5.0, 20.0, 100.0):
-        trainer = build(calibration_sharpness=sharpness, selector_activation=activation, ess_alarm=0.0)
-        trainer.start_selection()
+        trainer = build(calibration_sharpness=sharpness)
+        trainer.choose_weights()
         weights = trainer.sample_weights()
         sizes.append(float(weights.sum() ** 2 / (weights**2).sum()) / len(weights))
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.9
 
 
-def test_collapsed_weights_are_told_with_a_remedy_that_has_effect(build, caplog):
-    build(ess_alarm=0.999).start_selection()
+def test_collapsed_weights_are_told_with_a_remedy_that_has_effect(build, caplog, monkeypatch):
+    monkeypatch.setattr(state, "NEARLY_COLLAPSED", 1.1)
+    build().choose_weights()
     assert caplog.text.count("nearly collapsed") == 1
     assert "calibration_sharpness" in caplog.text and "selector_entropy_coef" not in caplog.text
 
@@ -146,42 +129,11 @@ def test_changed_settings_are_refused_on_resume(refused, change, build, rows, tm
         build(max_steps=4, **change).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
-@pytest.mark.bad_input(SUPPORT, "DoRA, with `weight_estimator='alignment'`")
-def test_dora_with_alignment(refused, build):
-    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], use_dora=True)
-    with refused("does not support DoRA"):
-        build(weight_estimator="alignment", peft_config=adapter)
-
-
-@pytest.mark.bad_input(SUPPORT, "LoRA on bare parameters (`target_parameters`), with `weight_estimator='alignment'`")
-def test_target_parameters_with_alignment(refused, build):
-    adapter = LoraConfig(target_modules=[], target_parameters=["q_proj.weight", "v_proj.weight"])
-    with refused("does not support LoRA with `target_parameters`"):
-        build(weight_estimator="alignment", peft_config=adapter)
-
-
-@pytest.mark.bad_input(SUPPORT, "trainable parameters in float16")
-def test_full_fine_tuning_in_fp16(refused, config, tiny_model, train_rows, validation_rows, tokenizer):
-    with refused(r"trainable parameters are float16.*bfloat16"):
-        BilevelSFTTrainer(
-            tiny_model().half(),
-            config(),
-            train_dataset=train_rows,
-            validation_dataset=validation_rows,
-            processing_class=tokenizer,
-        )
-
-
 @pytest.mark.bad_input(DATA, "one validation row in the only set that counts")
 def test_the_only_set_that_counts_has_one_row(refused, build, validation_rows):
     sets = {"a": validation_rows.select([0]), "b": validation_rows.select(range(1, 20))}
     with refused("Every set .* that counts"):
         build(validation=sets, validation_weights={"a": 1.0, "b": 0.0})
-
-
-def test_a_preset_that_contradicts_an_argument_says_so(config, caplog):
-    config(selector_preset="fast", pilot_scored_rows=0)
-    assert "`selector_preset='fast'` sets `pilot_scored_rows=256`, in place of 0" in caplog.text
 
 
 @pytest.mark.bad_input(DATA, "`data_weight` as text")
@@ -192,22 +144,10 @@ def test_weights_as_text(refused, build, train_rows):
 
 def test_many_groups_do_not_flood_the_log(build, train_rows):
     groups = train_rows.add_column("source", torch.arange(40).tolist()).with_format("torch")
-    trainer = build(train=groups, selector_granularity="group", selector_group_column="source")
-    assert trainer.selection.groups.names[:2] == ["0", "1"]
-    assert len([name for name in trainer.selection.metrics() if name.startswith("selector/share/")]) == 32
-
-
-@pytest.mark.bad_input(REFINE_DATA, "a dict as `eval_dataset`")
-def test_several_eval_sets_for_rounds(refused, tiny_model, train_rows, validation_rows, tokenizer, tmp_path):
-    with refused("`eval_dataset` must be a `datasets.Dataset`, got `dict`", TypeError):
-        SelfRefineTrainer(
-            tiny_model(),
-            SelfRefineConfig(str(tmp_path), use_cpu=True, bf16=False),
-            train_rows,
-            validation_rows,
-            {"a": validation_rows},
-            processing_class=tokenizer,
-        )
+    trainer = build(train=groups, selector_group_column="source")
+    assert trainer.data.groups.names[:2] == ["0", "1"]
+    trainer.choose_weights()
+    assert len([name for name in trainer.weights.metrics() if name.startswith("selector/share/")]) == 32
 
 
 @pytest.mark.bad_input(DATA, "a column `sample_lengths`")
@@ -280,7 +220,7 @@ def test_missing_texts(refused, build, rows, which, column, value):
         build(*(Dataset.from_list(each) for each in sets))
 
 
-@pytest.mark.parametrize("setting", [{}, {"selector_update": "sparse_centred", "validation_loss_weight": 0.5}])
+@pytest.mark.parametrize("setting", [{}, {"selector_preset": "sparse_centred"}])
 def test_a_collator_may_need_other_columns(setting, config, tiny_model, tokenizer, train_rows, validation_rows):
     class Measured(DataCollatorForLanguageModeling):
         def __call__(self, examples):
@@ -292,7 +232,7 @@ def test_a_collator_may_need_other_columns(setting, config, tiny_model, tokenize
 
     trainer = BilevelSFTTrainer(
         tiny_model(),
-        config(remove_unused_columns=False, pilot_steps=2, max_steps=2, selector_warmup_steps=0, **setting),
+        config(remove_unused_columns=False, max_steps=2, **setting),
         data_collator=Measured(pad_token_id=0),
         train_dataset=measured(train_rows),
         validation_dataset=measured(validation_rows),
@@ -300,38 +240,6 @@ def test_a_collator_may_need_other_columns(setting, config, tiny_model, tokenize
     )
     trainer.train()
     assert trainer.row_losses(measured(validation_rows)).isfinite().all()
-
-
-def test_batches_of_the_pilot_shrink_with_those_of_training(build):
-    """Out of memory with more than four rows that need a gradient."""
-    trainer = build(auto_find_batch_size=True, pilot_batch_size=8, max_steps=2)
-    forward = trainer.model.forward
-
-    def limited(*args, **kwargs):
-        if torch.is_grad_enabled() and len(kwargs["input_ids"]) > 4:
-            raise RuntimeError("CUDA out of memory. Tried to allocate")
-        return forward(*args, **kwargs)
-
-    trainer.model.forward = limited
-    trainer.train()
-    assert trainer.state.global_step == 2 and trainer.selection.calibrated
-
-
-@pytest.mark.parametrize("given", [["0.9", "0.95"], None])
-def test_betas_by_command_line_and_by_hand(given, tmp_path):
-    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-    if given:
-        words += ["--selector_betas", *given]
-    (args,) = HfArgumentParser(BilevelSFTConfig).parse_args_into_dataclasses(words)
-    assert args.selector_betas == ([0.9, 0.95] if given else [0.9, 0.999])
-
-
-def test_betas_that_are_those_of_a_preset_are_no_contradiction(config, caplog):
-    for betas in ((0.9, 0.95), [0.9, 0.95]):
-        assert config(selector_preset="seal", selector_betas=betas).selector_betas == [0.9, 0.95]
-    assert "selector_betas" not in caplog.text
-    with pytest.raises(ValueError, match="two numbers"):
-        config(selector_betas=[0.9])
 
 
 def test_training_again_keeps_what_the_pilot_found(build, tmp_path):

@@ -61,7 +61,9 @@ class Tokeniser:
         else:
             if formatting_func is not None:
                 row = {self.text_field: formatting_func(row)}
-            ids, labels = self._text(maybe_convert_to_chatml(row))
+            row = maybe_convert_to_chatml(row)
+            # With `role` and `content` already, TRL leaves their column's name as it is.
+            ids, labels = self._text(row | {"messages": row["conversations"]} if "conversations" in row else row)
         return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
 
     def _text(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -255,11 +256,14 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
         """The trusted rows, prepared as the training rows are."""
         assert self.rows is not None
         args = self.args
+        # In the caller's order: which rows are held back depends on it.
+        ordered = copy.copy(args)
+        ordered.shuffle_dataset = False
 
         def prepare(rows: Dataset, name: str) -> Dataset:
             if self._skip_prepare_dataset:
                 return rows
-            return self._prepare_dataset(rows, self.processing_class, args, False, formatting, f"validation {name}")
+            return self._prepare_dataset(rows, self.processing_class, ordered, False, formatting, f"validation {name}")
 
         completions = self.completion_only_loss and not args.assistant_only_loss
         sets, shares = self.data.trusted, self.data.shares

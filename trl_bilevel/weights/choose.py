@@ -109,6 +109,7 @@ def choose(
     with left_as_it_was(model.model), Progress(hidden_progress or processes.rank > 0) as progress:
         # Read one row: a model that cannot be read is found out before the pilot.
         model.states(rows.batch([0]), [settings.feature_depth])
+        model.check_logits(rows.batch([0]))
         pilot = Pilot(model, recipe)
         reads = 2 * tokens_of(rows.lengths, sample.tolist()) + prediction_tokens(rows, count, settings.feature_depth)
         tokens = pilot_tokens(rows, pulling, recipe) + reads

@@ -94,8 +94,33 @@ class LanguageModel:
         if divisor is not None:
             scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
         logits = logits if scale == 1.0 else logits * scale
-        cap = getattr(config, "final_logit_softcapping", None)
+        caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        cap = next((value for value in caps if value is not None), None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def check_logits(self, batch: Mapping[str, Any], tokens: int = 16) -> None:
+        """Refuse a model that does something else to the logits of its head than `_final` knows: losses were wrong.
+
+        Args:
+            batch: of one row, of which the first `tokens` are read.
+        """
+        found: list[Tensor] = []
+        assert self.head is not None
+        handle = self.head.register_forward_hook(lambda head, args, output: found.append(output))
+        inputs = {k: v[:, :tokens] for k, v in self.inputs(batch).items() if k in ("input_ids", "attention_mask")}
+        try:
+            with self._precision():
+                own = self.base(**inputs, use_cache=False).logits.float()
+        finally:
+            handle.remove()
+        if found and not torch.allclose(
+            own, self._final(found[0]).float(), rtol=0, atol=0.02 * float(own.abs().max())
+        ):
+            raise ValueError(
+                f"{type(self.base).__name__} changes the logits of its output embeddings in a way that is not known "
+                f"here, so its rows cannot be scored. {UNREADABLE}"
+            )
 
     def _last_states(self, batch: Mapping[str, Any]) -> Tensor:
         """Hidden states `[B, S, d]` that the head is given."""

@@ -94,7 +94,7 @@ def learn_weights(
         model_init_kwargs, trust_remote_code: for loading a model by name. float32 by default, as in TRL.
         gradient_checkpointing (`bool`, *optional*): save memory in the pilot; by default on GPUs.
         work_dir (`str`, *optional*): where scores are noted on the way, so that a killed run goes on from there; the
-            folder is removed in the end. Nothing is noted by default.
+            notes are removed in the end. Nothing is noted by default.
         disable_tqdm (`bool`): draw no progress bar.
         changes: settings by name, e.g. `pilot_scored_rows=0`.
 

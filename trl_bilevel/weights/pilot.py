@@ -28,6 +28,9 @@ from .settings import PILOT_ROWS, lookahead_steps
 BATCH_TOKENS, BATCH_ROWS = 4096, 64
 # Of the gradient, at either end.
 MAX_GRAD_NORM = 1.0
+# What a step's loss is multiplied by, and its gradient divided by: float16 layers lose the gradients of a mean over
+# many tokens. A power of two changes no digit elsewhere.
+LOSS_SCALE = 1024.0
 # Share of the trusted rows in the loss of the end that they pull.
 PULL = 0.5
 
@@ -157,7 +160,10 @@ def train_step(
     with adapter.added():
         for batch, factors in parts:
             sums = model.row_losses(batch).sums
-            (factors.to(sums.device) * sums).sum().backward()
+            (LOSS_SCALE * factors.to(sums.device) * sums).sum().backward()
+    for value in adapter.values:
+        if value.grad is not None:
+            value.grad /= LOSS_SCALE
     norm = torch.nn.utils.clip_grad_norm_(adapter.values, MAX_GRAD_NORM)
     if not bool(torch.isfinite(norm)):
         raise NonFiniteScoreError(

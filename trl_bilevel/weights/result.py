@@ -100,16 +100,7 @@ class RowWeights:
         folder = Path(folder)
         if not (folder / WEIGHTS_FILE).is_file() or not (folder / FACTS_FILE).is_file():
             raise FileNotFoundError(f"{folder} has no weights ({WEIGHTS_FILE}, {FACTS_FILE}).")
-        try:
-            told = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(folder / WEIGHTS_FILE)
-        except (ValueError, SafetensorError) as error:
-            raise ValueError(f"The weights in {folder} are damaged ({error}).") from error
-        if told.get("format") != FORMAT:
-            raise ValueError(
-                f"The weights in {folder} have format {told.get('format')!r}, this version reads {FORMAT}. Use the "
-                "version of trl-bilevel that wrote them."
-            )
+        told, tensors = read_files(folder)
         facts = told["facts"]
         if rows is not None and (len(rows) != len(tensors["values"]) or fingerprint(rows) != facts.get("fingerprint")):
             raise ValueError(
@@ -117,6 +108,29 @@ class RowWeights:
                 "the rows that were weighed, unchanged and in the same order."
             )
         return cls(tensors["values"], tensors["scores"], facts, rows)
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `weights.json` and `weights.safetensors` of a folder hold.
+
+    Raises:
+        ValueError: if they are damaged, or of another version.
+    """
+    try:
+        told = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"The weights in {folder} are damaged ({error}). Use other ones.") from error
+    if not isinstance(told, dict) or not {"values", "scores"} <= set(tensors):
+        raise ValueError(f"The weights in {folder} are damaged (parts are missing). Use other ones.")
+    if told.get("format") != FORMAT:
+        raise ValueError(
+            f"The weights in {folder} have format {told.get('format')!r}, this version reads {FORMAT}. Use the "
+            "version of trl-bilevel that wrote them."
+        )
+    if "facts" not in told:
+        raise ValueError(f"The weights in {folder} are damaged (parts are missing). Use other ones.")
+    return told, tensors
 
 
 def equal_weights(kept: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.statistics import effective_sample_size, evenly_spaced, weight_quantiles
@@ -22,7 +21,7 @@ from ..data.sampling import content_hash
 from ..data.trusted import TrustedSets
 from .choose import Choice, choose
 from .language_model import LanguageModel, model_hash
-from .result import FACTS_FILE, FORMAT, WEIGHTS_FILE
+from .result import FACTS_FILE, FORMAT, WEIGHTS_FILE, read_files
 from .settings import WeightSettings
 from .store import Store
 
@@ -161,16 +160,7 @@ class TrainingWeights:
                 f"{folder} has no weights ({WEIGHTS_FILE}, {FACTS_FILE}): it is not a checkpoint of a run with "
                 "weighted rows. Resuming would silently forget the weights."
             )
-        try:
-            told = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(folder / WEIGHTS_FILE)
-        except (ValueError, SafetensorError) as error:
-            raise ValueError(f"The weights in {folder} are damaged ({error}). Resume from another one.") from error
-        if told.get("format") != FORMAT:
-            raise ValueError(
-                f"The weights in {folder} have format {told.get('format')!r}, this version reads {FORMAT}. Resume "
-                "with the version of trl-bilevel that wrote them."
-            )
+        told, tensors = read_files(folder)
         saved, own = told["identity"], json.loads(json.dumps(self.identity, default=str))
         changed = [f"{k}: {saved.get(k)!r} then, {own[k]!r} now" for k in own if own[k] != saved.get(k)]
         if changed and not self.any_identity:

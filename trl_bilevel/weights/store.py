@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
+import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two notes of scores, at least.
 PAUSE = 15.0
+# Names of notes: of the pilot, and of the scores of each process.
+NOTES = re.compile(r"(pilot|scores-\d+)\.safetensors")
 
 
 class Store:
@@ -60,6 +63,15 @@ class Store:
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """Choosing is done: its notes are not needed any more."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Choosing is done: its notes are not needed any more. What else is in the folder stays."""
+        if self.folder is None:
+            return
+        for name in self._names():
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _names(self) -> list[str]:
+        """Files that `write` wrote, in this run or an earlier one."""
+        assert self.folder is not None
+        return [file.name for file in self.folder.glob("*.safetensors") if NOTES.fullmatch(file.name)]
