@@ -17,15 +17,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from trl_bilevel.data.identity import sample_ids
+from trl_bilevel.data.tokens import Tokeniser
 from trl_bilevel.demo.experiment import Budget, make_trainer
 from trl_bilevel.demo.tasks import Task
-from trl_bilevel.trainer.pilot import default_pilot_steps
-from trl_bilevel.trainer.setup import prepare_rows
+from trl_bilevel.weights.settings import PILOT_LEARNING_RATE, default_pilot_steps
 
 # Training rows whose gradients are held at once.
 BATCH = 16
-# The default of `pilot_learning_rate` with LoRA.
-PILOT_RATE = 1e-3
 Row = tuple[Tensor, Tensor]
 
 
@@ -61,9 +59,9 @@ def influential_rows(
         projector_kwargs={"proj_type": "identity"},
         device=str(trainer.args.device),
     )
-    train = prepare_rows(trainer, task.train.remove_columns("kind"))
-    validation = prepare_rows(trainer, task.validation)
-    # dattri takes the gradients of the second rows anew for each batch of the first ones. A cosine has no direction,
+    read = Tokeniser(trainer.processing_class, trainer.args.max_length)
+    train, validation = read.prepare(task.train.remove_columns("kind")), read.prepare(task.validation)
+    # dattri takes the gradients of the second rows again for each batch of the first ones. A cosine has no direction,
     # so the validation rows come first, in one batch: every gradient is taken once.
     cosines = attributor.attribute(batches(trainer, validation, len(validation)), batches(trainer, train, BATCH))
     influence = torch.full((len(task.train),), -1.0)
@@ -74,8 +72,8 @@ def influential_rows(
 def warmed_up(task: Task, *, budget: Budget, **settings: Any) -> Any:
     """The trainer of the `uniform` arm after as many steps as a pilot run takes, at a pilot run's learning rate."""
     rows = len(task.train)
-    steps = budget.pilot_steps or default_pilot_steps(round(budget.epochs * rows / budget.batch_size))
-    rate = {"learning_rate": PILOT_RATE, "lr_scheduler_type": "constant"}
+    steps = budget.pilot_steps or default_pilot_steps(rows)
+    rate = {"learning_rate": PILOT_LEARNING_RATE, "lr_scheduler_type": "constant"}
     budget = replace(budget, epochs=steps * budget.batch_size / rows, overrides=budget.overrides | rate)
     trainer, _ = make_trainer("uniform", task, budget=budget, **settings)
     trainer.train()

@@ -115,10 +115,8 @@ run: clean data alone, in the 40 steps that the pilot leaves, end at an over-ref
 
 ESTIMATORS = """## The look-ahead against the tracker
 
-Calibrated weights by the `lookahead` estimator after 24 pilot steps on the mixture, by the validation steps K of the
-look-ahead, and by `alignment` after a pilot on mixture and validation rows; the pilot alone, without training. Unless
-`lookahead_steps` is given, K is half of the pilot's steps: 12 here, and in the tables above. `python -m
-benchmarks.estimators`
+Calibrated weights by the `lookahead` estimator after 24 pilot steps on the mixture and 12 on the trusted rows; the
+pilot alone, without training. `python -m benchmarks.estimators`
 
 {table}
 
@@ -126,8 +124,7 @@ In whole runs (tables above) the look-ahead does as well as the tracker on every
 rows, and nearly as well on safety. There the trusted rows are of two kinds, refusals and plain answers. The
 calibration sees that in the scores of the dozen that are held back, and leaves nearly equal weights among the good
 rows; given as two sets, which are split one by one, the weights are equal, at a little more weight on the stubs.
-`alignment` finds garbled and cut-off answers, and is unreliable elsewhere. So the tracker stays the default, and the
-look-ahead is in the `fast` preset.
+So the tracker stays the default, and the look-ahead is in the `fast` preset.
 """
 
 
@@ -137,11 +134,12 @@ AUC of every signal on the same rows after so many steps of a pilot run: over al
 damage that it sees worst. `(model)` looks from the model that is trained on mixture and validation rows, `(tracker)`
 from the one that is trained on the mixture alone. Cost: FLOPs of scoring a row over those of training on it once,
 without gradient checkpointing. The tiny model is a Llama of four layers, trained on every third docstring first. Run
-on a CPU. `python -m benchmarks.yardstick --seeds 0`
+on a CPU, by an earlier version: `alignment` and the look-aheads of other lengths are gone (docs/method.md). `python -m
+benchmarks.yardstick --seeds 0` measures what is left.
 
 After 24 steps on SmolLM2, differences of losses see .89 and .99 (`value_function`) or .90 and 1.00 (a look-ahead of
 12 steps from the model of the mixture) of the damage of both tasks. Gradient alignment sees less (.63 to .86 on
-quality), whatever is done to it: best is the displacement of a look-ahead in place of the raw gradient, taken at the
+quality), whatever is done to it: best is the displacement of a look-ahead instead of the raw gradient, taken at the
 model of the mixture; preconditioning and an average over refreshes help the raw gradient; the cosine helps on safety,
 where rows' gradients differ in size. At the very start signals see .47 to .82 on quality; from a model that the
 validation rows have pulled already they fall there with the steps (a look-ahead of 12: .82, .68, .47).
@@ -151,7 +149,7 @@ validation rows have pulled already they fall there with the steps (a look-ahead
 ABLATION = """## How many trusted rows, how much damage
 
 The pilot run alone (24 steps), one thing changed at a time; 32 trusted rows and the task's own mixture otherwise.
-Another share of damaged rows draws the training rows anew; another number of trusted rows does not. AUC
+Another share of damaged rows draws other training rows; another number of trusted rows does not. AUC
 of the weights over all damaged rows, in parentheses of the kind found worst, per seed. The four sources have 10%, 40%,
 60% and 90% damaged rows: one weight for all rows of a source cannot do better than that. `python -m
 benchmarks.ablations`
