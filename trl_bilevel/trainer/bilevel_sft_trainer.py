@@ -23,7 +23,7 @@ from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets
 from ..weights.choose import check_sizes, choose
 from ..weights.errors import NonFiniteScoreError, row_list
-from ..weights.language_model import LanguageModel
+from ..weights.language_model import LanguageModel, model_hash
 from ..weights.quantization import keep_4bit_weights
 from ..weights.settings import WeightSettings
 from ..weights.state import TrainingWeights
@@ -131,7 +131,11 @@ class BilevelSFTTrainer(SFTTrainer):
             self.trusted = self._trusted(formatting)
             if self.mode.weighs:
                 self.weights = preparation.make_weights(args, self.data, self.rows, self._reader())
-            self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
+            if self.mode.weighs_losses:
+                self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
+            else:
+                # Rows that are drawn by their weights train as any rows: their batches are TRL's.
+                self.train_dataset = preparation.without_numbers(self.train_dataset)
         self.record = RecordCallback(self._facts, self._losses_of, self.eval_dataset)
         self.add_callback(self.record)
         if self.weights is not None and self.rows is not None:
@@ -312,7 +316,8 @@ class BilevelSFTTrainer(SFTTrainer):
         key = {
             "rows": content_hash(self.rows.dataset),
             "trusted": {name: content_hash(rows.dataset) for name, rows in self.trusted.sets.items()},
-            "settings": asdict(settings) | {"seed": args.seed},
+            "settings": asdict(settings) | {"seed": args.seed, "bf16": args.bf16},
+            "model": model_hash(self.model),
         }
         store = Store(self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None, key)
         choice = choose(
@@ -444,7 +449,7 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.mode.tracks_rows and SAMPLE_ID not in self._signature_columns:
+        if self.mode.weighs_losses and SAMPLE_ID not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, SAMPLE_ID, SAMPLE_LENGTHS]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -109,12 +109,15 @@ def choose(
     with left_as_it_was(model.model), Progress(hidden_progress or processes.rank > 0) as progress:
         # Read one row: a model that cannot be read is found out before the pilot.
         model.states(rows.batch([0]), [settings.feature_depth])
-        progress.plan(
-            pilot_tokens(rows, pulling, recipe)
-            + 2 * tokens_of(rows.lengths, sample.tolist())
-            + prediction_tokens(rows, count, settings.feature_depth)
+        pilot = Pilot(model, recipe)
+        reads = 2 * tokens_of(rows.lengths, sample.tolist()) + prediction_tokens(rows, count, settings.feature_depth)
+        tokens = pilot_tokens(rows, pulling, recipe) + reads
+        progress.plan(tokens)
+        progress.say(
+            f"Choosing weights reads about {tokens:,.0f} tokens, {tokens / max(1, sum(rows.lengths)):.1f} times the "
+            f"rows' own, and takes {pilot.bytes / 1e6:,.0f} MB of memory for its adapters beside the model."
         )
-        pilot = _trained(Pilot(model, recipe), rows, pulling, store, progress)
+        pilot = _trained(pilot, rows, pulling, store, progress)
         trusted_scores = processes.first(_trusted_scores(pilot, held_back))
         scores = _row_scores(pilot, rows, sample, processes, store, progress)
         _check(scores, trusted_scores, settings.pilot_learning_rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -200,6 +201,16 @@ class LanguageModel:
 
 
 UNREADABLE = "Choosing needs them. Give the weights in a column `data_weight`, learned with another model if need be."
+
+
+def model_hash(model: torch.nn.Module, values: int = 8) -> str:
+    """A hash of a few values of every parameter: another one after any training."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // values)][:values].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

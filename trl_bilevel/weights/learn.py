@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from ..data.sampling import content_hash
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets, set_weights
 from .choose import check_sizes, choose
-from .language_model import LanguageModel
+from .language_model import LanguageModel, model_hash
 from .quantization import keep_4bit_weights
 from .result import RowWeights, equal_weights
 from .settings import WeightSettings
@@ -232,13 +231,3 @@ def _tell_of_rows(name: str, rows: Rows, trusted: Rows) -> None:
 def _computes_in_bf16(model: Any) -> bool:
     device = next(model.parameters()).device
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def model_hash(model: torch.nn.Module, values: int = 8) -> str:
-    """A hash of a few values of every parameter: another one after any training."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // values)][:values].float().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
-    return digest.hexdigest()

@@ -66,6 +66,11 @@ class Pilot:
         layers = model.decoder()[1]
         self.mixture, self.pulled = Adapter(layers, recipe.seed), Adapter(layers, recipe.seed)
 
+    @property
+    def bytes(self) -> int:
+        """Memory of both ends while they are trained: values, gradients and two moments, in float32."""
+        return 2 * 4 * sum(4 * value.numel() for value in self.mixture.values)
+
     def train(self, rows: Rows, trusted: TrustedSets, done: Callable[[float], None] = lambda tokens: None) -> None:
         """Train both ends.
 

@@ -24,6 +24,11 @@ class Progress:
         self._bar.total += round(tokens)
         self._bar.refresh()
 
+    def say(self, text: str) -> None:
+        """Print a sentence above the bar, where there is one."""
+        if not self._bar.disable:
+            self._bar.write(text)
+
     def stage(self, name: str) -> None:
         """Say what is being done."""
         self._bar.set_description(name)
