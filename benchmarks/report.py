@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from benchmarks import pareto, scale, summary
 from benchmarks.ablations import SETTINGS as ABLATIONS
 from benchmarks.cost import SETTINGS as COUNTED
-from benchmarks.estimators import SETTINGS
+from benchmarks.estimators import PRESETS, SETTINGS
 from benchmarks.jobs import is_older
 from benchmarks.texts import (
     ABLATION,
@@ -272,18 +272,19 @@ def speed_of_processes() -> list[str]:
 def estimators() -> list[str]:
     records = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "estimators").glob("*.json"))]
     # Those of presets have a table of their own.
-    records = [record for record in records if record["setting"] in SETTINGS]
+    records = [record for record in records if record["setting"] not in PRESETS]
     if not records:
         return []
     lines = [
         "| task | seed | setting | AUC | weight on good rows | effective sample size among them |",
         "|---" * 6 + "|",
     ]
-    order = list(SETTINGS)
+    order = [*SETTINGS, *sorted({r["setting"] for r in records} - SETTINGS.keys())]
     for r in sorted(records, key=lambda r: (r["task"], r["seed"], order.index(r["setting"]))):
+        name = r["setting"] + ("" if r["setting"] in SETTINGS else " (gone)")
         auc = "; ".join(f"{kind} {value:.3f}" for kind, value in r["auc"].items())
         share = f"{r['good_share']:.0%} | {r['ess_good']:.0%}"
-        lines.append(f"| {r['task']} | {r['seed']} | {r['setting']}{marks([r])} | {auc} | {share} |")
+        lines.append(f"| {r['task']} | {r['seed']} | {name}{marks([r])} | {auc} | {share} |")
     return [ESTIMATORS.format(table="\n".join(lines))]
 
 
