@@ -138,7 +138,7 @@ def check_command(words):
 def parse_command(module, name, words):
     parser = module.make_parser()
     if hasattr(parser, "parse_args_and_config"):
-        # The model or the rows come first, without an option; the others train, and TRL needs to know that there is no GPU.
+        # The model or the rows come first, without an option; the others train, and TRL must know that no GPU is here.
         first = {"evaluate": "--model_name_or_path", "rank": "--rows"}
         words = [first[name], *words] if name in first else [*words, "--use_cpu", "true"]
         parse(parser, words)
