@@ -49,7 +49,7 @@ class Setting:
 
 
 SOURCES = (0.1, 0.4, 0.6, 0.9)
-BY_SOURCE = {"selector_granularity": "group", "selector_group_column": "source"}
+BY_SOURCE = {"selector_group_column": "source"}
 TASKS = ("boilerplate", "quality")
 SETTINGS: dict[str, Setting] = {
     **{
@@ -113,9 +113,8 @@ def measure(name: str, seed: int) -> dict:
         task = with_sources(task, setting.sources, seed)
     budget = budget_of(setting.task, pilot_steps=24, overrides=setting.overrides)
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
-    trainer.state.max_steps = 96
     start = time.perf_counter()
-    trainer.start_selection()
+    trainer.choose_weights()
     weights, kinds = trainer.sample_weights().tolist(), task.train["kind"][:]
     return {
         "setting": name,

@@ -10,17 +10,20 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from trl_bilevel.core.amortised import fit_weight_predictor, recalibrated
-from trl_bilevel.trainer.amortise import row_features
-from trl_bilevel.trainer.passes import row_batches
+from torch import Tensor
 
 from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import provenance
+from trl_bilevel.core.prediction import fit_weight_predictor, recalibrated
 from trl_bilevel.demo.comparison import good_share, ranking_quality
 from trl_bilevel.demo.experiment import budget_of, make_trainer
 from trl_bilevel.demo.tasks import make_task
+from trl_bilevel.weights.language_model import LanguageModel
+from trl_bilevel.weights.pilot import BATCH_ROWS, BATCH_TOKENS
+from trl_bilevel.weights.prediction import features as row_features
 
 FOLDER = Path(__file__).parent / "results" / "amortised"
 SCORED = (32, 64, 128, 256, 512)
@@ -28,25 +31,28 @@ DEPTHS = (0.1, 0.2, 0.3, 0.4, 0.67)
 DRAWS = 4
 
 
+@torch.no_grad()
+def read_states(trainer: Any) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
+    """Features of the training rows, in the caller's order, and of the trusted rows, by depth."""
+    trainer.model.eval()
+    model, rows = LanguageModel(trainer.model), trainer.rows
+    found: dict[int, list[Tensor]] = {}
+    for part in rows.batches(range(len(rows)), BATCH_TOKENS, BATCH_ROWS):
+        states = row_features(model, rows.batch(part), DEPTHS)
+        found |= {int(rows.ids[place]): [each[n] for each in states] for n, place in enumerate(part)}
+    (own,) = trainer.trusted.sets.values()
+    batches = [row_features(model, own.batch(part), DEPTHS) for part in torch.arange(len(own)).split(BATCH_ROWS)]
+    features = {depth: torch.stack([found[row][n] for row in range(rows.count)]) for n, depth in enumerate(DEPTHS)}
+    return features, {depth: torch.cat([part[n] for part in batches]) for n, depth in enumerate(DEPTHS)}
+
+
 def measure(name: str, seed: int) -> dict:
     task = make_task(name, seed)
     budget = budget_of(name, overrides={"pilot_scored_rows": 0})
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
-    # The pilot of a full run: 24 steps.
-    trainer.state.max_steps = 96
-    trainer.start_selection()
+    trainer.choose_weights()
     weights = trainer.sample_weights()
-    trainer.model.eval()
-    features, trusted = {}, {}
-    for depth in DEPTHS:
-        states = {}
-        for batch in row_batches(trainer, trainer.row_order(), "Reading rows"):
-            states |= dict(zip(batch["sample_id"].tolist(), *row_features(trainer, batch, [depth]), strict=True))
-        features[depth] = torch.stack([states[row] for row in range(len(weights))])
-        batches = trainer.validation.all_batches(16)
-        trusted[depth] = torch.cat(
-            [row_features(trainer, trainer._prepare_inputs(batch), [depth])[0] for _, batch in batches]
-        )
+    features, trusted = read_states(trainer)
     kinds = task.train["kind"]
     largest = weights.max()
     record = {

@@ -37,9 +37,8 @@ def measure(name: str, seed: int, setting: str) -> dict:
     task = make_task(name, seed)
     budget = budget_of(name, overrides=(SETTINGS | PRESETS)[setting] | {"pilot_steps": 24})
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
-    trainer.state.max_steps = 96
     start = time.perf_counter()
-    trainer.start_selection()
+    trainer.choose_weights()
     seconds = time.perf_counter() - start
     weights, kinds = trainer.sample_weights(), task.train["kind"]
     good = weights[torch.tensor(task.good)]

@@ -15,7 +15,7 @@ from benchmarks.run import experiments, jobs_of
 
 FIRST = ("quality", "safety", "boilerplate", "truncated", "scrambled")
 SECOND = ("quality_large", "truncated_large", "scrambled_large")
-LAST = ("safety_scarce", "refine_levers", "validation_term")
+LAST = ("safety_scarce", "refine_levers")
 
 
 def jobs() -> Iterator[Job]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from trl_bilevel.data.identity import add_sample_ids, sample_ids
+from trl_bilevel.data.identity import sample_ids
+from trl_bilevel.data.tokens import Tokeniser
 from trl_bilevel.demo.experiment import Budget, make_trainer
 from trl_bilevel.demo.tasks import Task
-from trl_bilevel.trainer.preparation import with_scored_tokens
 from trl_bilevel.weights.settings import PILOT_LEARNING_RATE, default_pilot_steps
 
 # Training rows whose gradients are held at once.
@@ -59,9 +59,9 @@ def influential_rows(
         projector_kwargs={"proj_type": "identity"},
         device=str(trainer.args.device),
     )
-    train = prepare_rows(trainer, task.train.remove_columns("kind"))
-    validation = prepare_rows(trainer, task.validation)
-    # dattri takes the gradients of the second rows anew for each batch of the first ones. A cosine has no direction,
+    read = Tokeniser(trainer.processing_class, trainer.args.max_length)
+    train, validation = read.prepare(task.train.remove_columns("kind")), read.prepare(task.validation)
+    # dattri takes the gradients of the second rows again for each batch of the first ones. A cosine has no direction,
     # so the validation rows come first, in one batch: every gradient is taken once.
     cosines = attributor.attribute(batches(trainer, validation, len(validation)), batches(trainer, train, BATCH))
     influence = torch.full((len(task.train),), -1.0)

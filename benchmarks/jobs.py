@@ -14,8 +14,8 @@ from typing import Any
 
 from trl_bilevel.demo.tasks import SAFETY_TASKS
 
-# Of the default weights, raised when they change. 2: smoothed (`pilot_smoothing`), full weight from the lower quartile
-# of trusted scores on; before it, from their mean on. 3: from that of the lowest kind of trusted rows on.
+# Of the default weights, raised when they change. 2: smoothed by what rows alike say, full weight from the lower
+# quartile of trusted scores on; before it, from their mean on. 3: from that of the lowest kind of trusted rows on.
 METHOD = 3
 SHOWN = ("test_loss", "auc", "influence_auc", "good_share", "safety", "seconds")
 

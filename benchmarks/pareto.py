@@ -14,7 +14,6 @@ TASKS = ("quality", "boilerplate", "truncated", "scrambled", "safety")
 ESTIMATORS = {
     "value_function": ("bilevel", "balanced"),
     "lookahead": ("lookahead", "balanced, lookahead"),
-    "alignment": ("alignment", "balanced, alignment"),
     "loss": ("loss", None),
 }
 PRESET_ROWS = 1_280
@@ -124,7 +123,7 @@ def plots(runs: Runs) -> None:
 
     figure, axes = plt.subplots(1, len(TASKS), figsize=(15, 3.2), sharey=True, constrained_layout=True)
     for axis, task in zip(axes, TASKS, strict=True):
-        for marker, (name, (arm, setting)) in zip("osD^", ESTIMATORS.items(), strict=True):
+        for marker, (name, (arm, setting)) in zip("os^", ESTIMATORS.items(), strict=True):
             ratio = cost_ratio(counted(), setting, AT)
             values = [auc(run)[0] for run in runs[task].get(arm, {}).values()]
             if ratio is not None and values:

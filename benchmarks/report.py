@@ -12,7 +12,8 @@ from scipy.stats import t as student
 
 from benchmarks import pareto, scale, summary
 from benchmarks.ablations import SETTINGS as ABLATIONS
-from benchmarks.estimators import SETTINGS
+from benchmarks.cost import SETTINGS as COUNTED
+from benchmarks.estimators import PRESETS, SETTINGS
 from benchmarks.jobs import is_older
 from benchmarks.texts import (
     ABLATION,
@@ -72,9 +73,11 @@ def with_interval(values: list[float], digits: int = 0) -> str:
 
 
 def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
-    experiment = json.loads((HERE / "experiments" / f"{name}.json").read_text())
+    file = HERE / "experiments" / f"{name}.json"
+    experiment = json.loads(file.read_text()) if file.exists() else {"arms": []}
     every = [*experiment["arms"], *experiment.get("variants", {}), *experiment.get("budgets", {})]
-    order = [arm for arm in every if arm in arms]
+    # What is gone comes last: its results stay.
+    order = [arm for arm in every if arm in arms] + [arm for arm in arms if arm not in every]
     safety = any(record["safety"] for runs in arms.values() for record in runs.values())
     head = ["arm", "seeds", "test loss", "gap recovered", "AUC of weights", "weight on good rows", "steps + pilot"]
     if safety:
@@ -98,7 +101,7 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
             auc = "; ".join(f"{kind} {per_seed([one[kind] for one in found], '.3f')}" for kind in kinds)
         share = [run["good_share"] for run in runs.values() if run.get("good_share") is not None]
         row = [
-            arm.replace("_", " ") + marks(runs.values()),
+            arm.replace("_", " ") + ("" if arm in every else " (gone)") + marks(runs.values()),
             ", ".join(map(str, runs)),
             mean(list(losses.values())),
             # A seed without a gap is told, so that the others stay in their places.
@@ -184,6 +187,8 @@ def cost() -> list[str]:
     lines = ["| settings | " + " | ".join(f"{rows:,} rows" for rows in SIZES) + " | any number |"]
     lines.append("|---" * (len(SIZES) + 2) + "|")
     for name, counts in record["flops"].items():
+        if name not in COUNTED:
+            continue
         fixed, slope = pareto.line_through(counts)
         cells = [f"{pareto.cost_ratio(record['flops'], name, rows):.3f}x" for rows in SIZES]
         lines.append(
@@ -267,18 +272,19 @@ def speed_of_processes() -> list[str]:
 def estimators() -> list[str]:
     records = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "estimators").glob("*.json"))]
     # Those of presets have a table of their own.
-    records = [record for record in records if record["setting"] in SETTINGS]
+    records = [record for record in records if record["setting"] not in PRESETS]
     if not records:
         return []
     lines = [
         "| task | seed | setting | AUC | weight on good rows | effective sample size among them |",
         "|---" * 6 + "|",
     ]
-    order = list(SETTINGS)
+    order = [*SETTINGS, *sorted({r["setting"] for r in records} - SETTINGS.keys())]
     for r in sorted(records, key=lambda r: (r["task"], r["seed"], order.index(r["setting"]))):
+        name = r["setting"] + ("" if r["setting"] in SETTINGS else " (gone)")
         auc = "; ".join(f"{kind} {value:.3f}" for kind, value in r["auc"].items())
         share = f"{r['good_share']:.0%} | {r['ess_good']:.0%}"
-        lines.append(f"| {r['task']} | {r['seed']} | {r['setting']}{marks([r])} | {auc} | {share} |")
+        lines.append(f"| {r['task']} | {r['seed']} | {name}{marks([r])} | {auc} | {share} |")
     return [ESTIMATORS.format(table="\n".join(lines))]
 
 
@@ -400,7 +406,9 @@ def main() -> None:
         arms = load(name)
         if arms:
             lines = "\n".join(table(name, arms))
-            parts.append(f"## {name}\n\n{about} `python -m benchmarks.run {name}`\n\n{lines}\n")
+            gone = not (HERE / "experiments" / f"{name}.json").exists()
+            command = "The settings are gone." if gone else f"`python -m benchmarks.run {name}`"
+            parts.append(f"## {name}\n\n{about} {command}\n\n{lines}\n")
             if "refine" in arms:
                 parts.append(about_rounds(arms))
             if name == "refine_levers":

@@ -64,7 +64,7 @@ def synchronise() -> None:
 
 
 def forget_peak() -> None:
-    """Start the peak of memory anew: loading the model is not what is measured."""
+    """Forget the peak of memory so far: loading the model is not what is measured."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:

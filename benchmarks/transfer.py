@@ -36,8 +36,7 @@ def tiny_weights(task: Task, seed: int, budget: Budget) -> tuple[list[float], fl
     trainer, _ = make_trainer(
         "bilevel", task, seed=seed, budget=Budget(**settings), model=folder, output_dir=tempfile.mkdtemp()
     )
-    trainer.state.max_steps = 4 * PILOT_STEPS
-    trainer.start_selection()
+    trainer.choose_weights()
     return trainer.sample_weights().tolist(), time.perf_counter() - start
 
 

@@ -19,4 +19,5 @@ trainer.save_model()
 weights = trainer.sample_weights()  # float32 [len(mixed)], mean 1, in the order of `mixed`
 for row in weights.argsort(descending=True)[[0, 1, -2, -1]].tolist():
     print(f"{weights[row]:5.2f}  {mixed[row]['completion'][0]['content'][:80]}")
-trainer.weighted_dataset().to_parquet("out/drop_in/weighted.parquet")
+# Text of rows belongs in a folder with an underscore: it is never uploaded with the model.
+trainer.weighted_dataset().to_parquet("out/drop_in/_rows/weighted.parquet")

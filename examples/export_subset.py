@@ -1,30 +1,18 @@
-"""The best rows as a file for other tools, and a plain `SFTTrainer` trained on them.
+"""The best rows as a file for other tools.
 
-The same on the command line: `trl-bilevel export out/export --top-k 20 --output best.jsonl`.
+The same on the command line: `trl-bilevel rank mixed.jsonl --trusted trusted.jsonl --output ranked.parquet`, then
+`trl-bilevel export ranked.parquet --top-k 20 --output best.jsonl`.
 """
 
 from datasets import Dataset
-from peft import LoraConfig
-from setting import MODEL, SMALL, mixed, trusted
-from trl import SFTConfig, SFTTrainer
+from setting import MODEL, mixed, trusted
 
-from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel import RowWeights, learn_weights
 
-lora = LoraConfig(target_modules="all-linear")
-selecting = BilevelSFTTrainer(
-    MODEL,
-    BilevelSFTConfig(output_dir="out/export", max_steps=12, **SMALL),
-    train_dataset=mixed,
-    validation_dataset=trusted,
-    peft_config=lora,
-)
-selecting.train()
-selecting.weighted_dataset().to_parquet("out/export/weighted.parquet")  # all rows
-selecting.weighted_dataset(top_k=20).to_json("out/export/best.jsonl")  # sample_id, data_weight, data_rank go along
+weights = learn_weights(MODEL, mixed, trusted)
+weights.save("weights")  # no text of a row
+again = RowWeights.load("weights", mixed)
+again.to_dataset(top_k=20).to_json("best.jsonl")  # with sample_id, data_weight, data_rank
 
-best = Dataset.from_json("out/export/best.jsonl").select_columns(["prompt", "completion"])
-plain = SFTTrainer(
-    MODEL, SFTConfig(output_dir="out/export/plain", max_steps=4, **SMALL), train_dataset=best, peft_config=lora
-)
-plain.train()
-print(f"trained on {len(best)} of {len(mixed)} rows")
+best = Dataset.from_json("best.jsonl")
+print(f"the best {len(best)} of {len(mixed)} rows; the last of them weighs {min(best['data_weight']):.2f}")

@@ -1,4 +1,7 @@
-"""Weights that you have already: a weighted loss from the column `data_weight`, without any selection."""
+"""Weights that you have already: a weighted loss from the column `data_weight`, without any selection.
+
+Weighted losses need trl 1.16 or newer; drawing rows by their weights does not.
+"""
 
 from peft import LoraConfig
 from setting import MODEL, SMALL, mixed
@@ -10,7 +13,7 @@ mixed = mixed.add_column("data_weight", [1.0 if kind == "good" else 0.1 for kind
 
 trainer = BilevelSFTTrainer(
     MODEL,
-    # `selector_weighting="resample"` visits rows in proportion to their weights in place of multiplying losses.
+    # `selector_weighting="resample"` visits rows in proportion to their weights; the default multiplies losses.
     BilevelSFTConfig(output_dir="out/fixed_weights", weight_estimator="none", max_steps=8, **SMALL),
     train_dataset=mixed,  # no validation rows: nothing is learned about the weights
     peft_config=LoraConfig(target_modules="all-linear"),

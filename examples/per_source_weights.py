@@ -5,7 +5,7 @@ from setting import MODEL, SMALL, mixed, trusted
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
-# Three made-up sources; a row's `source` is all that tells the selector about it.
+# Three made-up sources. A source's weight is the mean of what its rows score.
 sources = {"good": "manual", "lazy": "forum", "swapped": "scrape", "salad": "scrape"}
 mixed = mixed.add_column("source", [sources[kind] for kind in mixed["kind"]])
 

@@ -1,4 +1,4 @@
-"""Answer again what was answered badly: offline selection first, then rounds of the model's own responses."""
+"""Ask questions of least weight again: offline selection first, then rounds of the model's own responses."""
 
 from peft import LoraConfig
 from setting import MODEL, SMALL, held_out, mixed, trusted
@@ -35,4 +35,4 @@ refiner.train()
 for entry in refiner.ledger:
     decision = "kept" if entry["kept"] else "rolled back"
     print(f"round {entry['round']}: {entry['incoming_loss']:.3f} -> {entry['trained_loss']:.3f}, {decision}")
-print("questions, responses and their scores: out/refined/responses/")
+print("questions, responses and their scores: out/refined/_rows/responses/")

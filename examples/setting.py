@@ -14,7 +14,7 @@ from trl_bilevel.data.assets import docstrings
 from trl_bilevel.data.contamination import contaminate
 
 MODEL = os.environ.get("TRL_BILEVEL_MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
-# Small enough for a CPU. Without a GPU, TRL wants to be told so (`use_cpu`).
+# Small enough for a CPU. Without a GPU, TRL needs `use_cpu`.
 SMALL = {
     "per_device_train_batch_size": 8,
     "logging_steps": 4,

@@ -1,4 +1,4 @@
-"""A stream that nobody can count: the pilot runs on its first rows, and weights are predicted as rows come by."""
+"""A stream, whose rows nobody can count: weights are chosen on its first rows, and predicted for all others."""
 
 from peft import LoraConfig
 from setting import MODEL, SMALL, mixed, trusted
@@ -22,7 +22,6 @@ trainer = BilevelSFTTrainer(
 )
 trainer.train()
 
-# Again a stream. NaN: not seen in training.
+# Again a stream: weights are computed as it is read.
 weighted = list(trainer.weighted_dataset())
-seen = [row for row in weighted if row["data_weight"] == row["data_weight"]]
-print(f"{len(seen)} of {len(weighted)} rows were seen; the first weighs {seen[0]['data_weight']:.2f}")
+print(f"{len(weighted)} rows; the first weighs {weighted[0]['data_weight']:.2f}")

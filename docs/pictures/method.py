@@ -25,14 +25,14 @@ def arrow(ax, start: tuple[float, float], end: tuple[float, float], colour: str 
 
 
 def draw_flow(ax) -> None:
-    """From rows to the trained model."""
+    """From rows to weights."""
     box(ax, 0, 2.1, "training rows\n(many, mixed)", MIXED)
     box(ax, 0, 0.3, "trusted rows\n(a few dozen)", TRUSTED)
-    box(ax, 2.9, 2.1, "tracker\nlearns the mixture", MIXED)
-    box(ax, 2.9, 0.3, "pulled copy\nboth kinds of rows", TRUSTED)
-    box(ax, 5.8, 1.2, "score of a row\n1 - loss(pulled)/loss(tracker)", INK, 2.6)
+    box(ax, 2.9, 2.1, "mixture end\nlearns training rows", MIXED)
+    box(ax, 2.9, 0.3, "pulled end\nboth kinds of rows", TRUSTED)
+    box(ax, 5.8, 1.2, "score of a row\n1 - loss(pulled)/loss(mixture)", INK, 2.6)
     box(ax, 9.4, 1.2, "weight\nmean 1", INK, 1.3)
-    box(ax, 11.7, 1.2, "your model, fresh,\nvisits rows by weight", MODEL, 2.2)
+    box(ax, 11.7, 1.2, "training visits\nrows by weight", MODEL, 2.2)
     arrow(ax, (1.95, 2.5), (2.85, 2.5), MIXED)
     arrow(ax, (1.95, 2.2), (2.85, 0.95), MIXED)
     arrow(ax, (1.95, 0.7), (2.85, 0.7), TRUSTED)
@@ -40,7 +40,7 @@ def draw_flow(ax) -> None:
     arrow(ax, (4.85, 0.8), (5.75, 1.4))
     arrow(ax, (8.45, 1.6), (9.35, 1.6))
     arrow(ax, (10.75, 1.6), (11.65, 1.6))
-    ax.text(3.85, 3.15, "pilot run (parameters thrown away)", ha="center", fontsize=8.5, color=INK, style="italic")
+    ax.text(3.85, 3.15, "pilot (two adapters, thrown away)", ha="center", fontsize=8.5, color=INK, style="italic")
     ax.set(xlim=(-0.2, 14.2), ylim=(-0.1, 3.5))
     ax.axis("off")
 
@@ -54,10 +54,11 @@ def draw_calibration(ax) -> None:
 
     mixture, trusted = 0.6 * bell(-0.8) + 0.4 * bell(1.5), bell(1.5)
     weight = trusted / mixture
-    weight[score > 1.5] = weight[np.searchsorted(score, 1.5)]
+    plateau = 1.5 - 0.67 * 0.8
+    weight[score > plateau] = weight[np.searchsorted(score, plateau)]
     ax.plot(score, mixture, color=MIXED, label="density of training rows' scores")
     ax.plot(score, trusted, color=TRUSTED, label="of held-back trusted rows' scores")
-    ax.plot(score, weight / 2, color=MODEL, lw=2, label="weight: their ratio, flat beyond the trusted mean")
+    ax.plot(score, weight / 2, color=MODEL, lw=2, label="weight: their ratio, flat from the lower quartile of trusted scores on")
     ax.set(xlabel="score", yticks=[], xticks=[], ylim=(0, 1.95))
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     ax.spines[["top", "right", "left"]].set_visible(False)

@@ -138,8 +138,9 @@ def check_command(words):
 def parse_command(module, name, words):
     parser = module.make_parser()
     if hasattr(parser, "parse_args_and_config"):
-        # Of `evaluate`, the model comes first; the others train, and TRL wants to know that there is no GPU.
-        words = ["--model_name_or_path", *words] if name == "evaluate" else [*words, "--use_cpu", "true"]
+        # The model or the rows come first, without an option; the others train, and TRL must know that no GPU is here.
+        first = {"evaluate": "--model_name_or_path", "rank": "--rows"}
+        words = [first[name], *words] if name in first else [*words, "--use_cpu", "true"]
         parse(parser, words)
     else:
         parser.parse_args(words)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from trl import SFTTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -44,7 +45,7 @@ def weighs(trainer, rows=None):
 
 def drop_in(names, folder):
     weighs(names["trainer"], 64)
-    assert len(Dataset.from_parquet("out/drop_in/weighted.parquet")) == 64
+    assert len(Dataset.from_parquet("out/drop_in/_rows/weighted.parquet")) == 64
     assert (folder / "out/drop_in/adapter_model.safetensors").is_file()
 
 
@@ -73,8 +74,8 @@ def per_source_weights(names, folder):
 
 def streaming(names, folder):
     # The tiny model tells rows apart hardly or not at all; tests/trainer/test_streams.py looks at the weights.
-    assert len(names["weighted"]) == 64 and len(names["seen"]) > 32
-    assert min(row["data_weight"] for row in names["seen"]) >= 0
+    assert len(names["weighted"]) == 64
+    assert min(row["data_weight"] for row in names["weighted"]) >= 0
 
 
 def several_objectives(names, folder):
@@ -84,18 +85,34 @@ def several_objectives(names, folder):
 
 
 def export_subset(names, folder):
-    assert len(names["best"]) == 20 and names["plain"].state.global_step == 4
-    ranks = [json.loads(line)["data_rank"] for line in Path("out/export/best.jsonl").read_text().splitlines()]
-    assert sorted(ranks) == list(range(20))
+    assert sorted(names["best"]["data_rank"]) == list(range(20))
+    assert torch.equal(names["again"].values, names["weights"].values)
+
+
+def rank_and_train(names, folder):
+    values = names["weights"].values
+    assert len(Dataset.from_parquet("ranked.parquet")) == len(values) == len(names["drawn"]) == 64
+    torch.testing.assert_close(values.mean(), torch.tensor(1.0))
+    # A row comes the floor or the ceiling of its expected number of times.
+    times = torch.bincount(torch.tensor(names["drawn"]["sample_id"]), minlength=64)
+    assert ((times - values).abs() < 1 + 1e-4).all()
+    assert type(names["trainer"]) is SFTTrainer and names["trainer"].state.global_step == 8
+
+
+def test_the_shortest_way_is_short():
+    """At most twelve lines of code, docstring and comments aside, without a trainer of ours."""
+    code = (EXAMPLES / "rank_and_train.py").read_text().split('"""')[2]
+    lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) <= 12 and "Bilevel" not in code
 
 
 def small_to_large(names, folder):
-    torch.testing.assert_close(names["large"].sample_weights(), names["small"].sample_weights())
-    assert names["large"].resamples
+    torch.testing.assert_close(names["large"].sample_weights(), names["weights"].values)
+    assert names["large"].mode.resamples
 
 
 def self_refine(names, folder):
-    assert names["refiner"].ledger and (folder / "out/refined/ledger.jsonl").is_file()
+    assert names["refiner"].ledger and (folder / "out/refined/_rows/ledger.jsonl").is_file()
 
 
 CHECKS = {
@@ -109,6 +126,7 @@ CHECKS = {
         streaming,
         several_objectives,
         export_subset,
+        rank_and_train,
         small_to_large,
         self_refine,
     )
