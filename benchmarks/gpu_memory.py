@@ -109,7 +109,7 @@ def run_one(recipe: str, folder: Path) -> dict[str, Any]:
     offline_output = folder / "out" / recipe.removesuffix("-refine")
     start = time.perf_counter()
     if online:
-        settings = SHORT_ONLINE | files | {"dataset_name": offline_output / "weighted.parquet"}
+        settings = SHORT_ONLINE | files | {"dataset_name": offline_output / "_rows" / "weighted.parquet"}
         settings |= {"model_name_or_path": offline_output, "output_dir": folder / "out" / recipe}
         settings |= {"validation_dataset_split": "train", "eval_dataset_split": "train"}
         refine.main(*parse(refine.make_parser(), words_of(recipe, settings)))

@@ -16,16 +16,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from trl_bilevel.data.identity import sample_ids
+from trl_bilevel.data.identity import add_sample_ids, sample_ids
 from trl_bilevel.demo.experiment import Budget, make_trainer
 from trl_bilevel.demo.tasks import Task
-from trl_bilevel.trainer.pilot import default_pilot_steps
-from trl_bilevel.trainer.setup import prepare_rows
+from trl_bilevel.trainer.preparation import with_scored_tokens
+from trl_bilevel.weights.settings import PILOT_LEARNING_RATE, default_pilot_steps
 
 # Training rows whose gradients are held at once.
 BATCH = 16
-# The default of `pilot_learning_rate` with LoRA.
-PILOT_RATE = 1e-3
 Row = tuple[Tensor, Tensor]
 
 
@@ -74,12 +72,19 @@ def influential_rows(
 def warmed_up(task: Task, *, budget: Budget, **settings: Any) -> Any:
     """The trainer of the `uniform` arm after as many steps as a pilot run takes, at a pilot run's learning rate."""
     rows = len(task.train)
-    steps = budget.pilot_steps or default_pilot_steps(round(budget.epochs * rows / budget.batch_size))
-    rate = {"learning_rate": PILOT_RATE, "lr_scheduler_type": "constant"}
+    steps = budget.pilot_steps or default_pilot_steps(rows)
+    rate = {"learning_rate": PILOT_LEARNING_RATE, "lr_scheduler_type": "constant"}
     budget = replace(budget, epochs=steps * budget.batch_size / rows, overrides=budget.overrides | rate)
     trainer, _ = make_trainer("uniform", task, budget=budget, **settings)
     trainer.train()
     return trainer
+
+
+def prepare_rows(trainer: Any, rows: Dataset) -> Dataset:
+    """Rows as the trainer prepares them, with their numbers; without those that have nothing to score."""
+    numbered = add_sample_ids(rows)
+    prepared = trainer._prepare_dataset(numbered, trainer.processing_class, trainer.args, False, None, "rows")
+    return with_scored_tokens(prepared)
 
 
 def row_loss(model: torch.nn.Module) -> Callable[[Mapping[str, Tensor], Row], Tensor]:

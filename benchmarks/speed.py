@@ -28,7 +28,6 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.cost import make_rows
 from benchmarks.run import machine, versions
-from tests.distributed.worker import count_exchanged_bytes
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.data import assets
 from trl_bilevel.demo.experiment import Budget, lora, model_dtype
@@ -82,6 +81,8 @@ def peak() -> int:
 
 def run_side(side: str, steps: int) -> dict[str, float]:
     """One run in this process, or in this and those that were started with it."""
+    from tests.distributed.worker import count_exchanged_bytes
+
     exchanged: list[int] = []
     count_exchanged_bytes(exchanged)
     folder = str(assets.model_folder())

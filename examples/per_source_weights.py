@@ -13,7 +13,6 @@ trainer = BilevelSFTTrainer(
     MODEL,
     BilevelSFTConfig(
         output_dir="out/per_source",
-        selector_granularity="group",
         selector_group_column="source",
         max_steps=12,
         **SMALL,

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset
 
 from tests.errors_table import bad_input, note
-from trl_bilevel.cli.data import load_rows, write_rows
 from trl_bilevel.cli.main import main
+from trl_bilevel.data.loading import load_rows, write_rows
 
 COMMANDS = "Commands"
 
@@ -55,7 +55,7 @@ disable_tqdm: true
 def test_sft_trains_and_export_filters(run_folder, capsys):
     assert main(["sft", "--config", f"{run_folder}/run.yaml", "--max_steps", "4"]) == 0
     assert (run_folder / "out" / "adapter_model.safetensors").is_file()
-    table = Dataset.from_parquet(str(run_folder / "out" / "weighted.parquet"))
+    table = Dataset.from_parquet(str(run_folder / "out" / "_rows" / "weighted.parquet"))
     assert len(table) == 40 and "data_weight" in table.column_names
     assert "trl-bilevel export" in capsys.readouterr().out
     best = run_folder / "best.jsonl"
@@ -72,16 +72,15 @@ def test_streams_train_and_export(run_folder, capsys):
         f"""{config}
 streaming: true
 stream_sample_rows: 64
-selector_granularity: group
 selector_group_column: source
-weighted_dataset_path: {run_folder}/out/weighted.parquet
+weighted_dataset_path: {run_folder}/out/_rows/weighted.parquet
 datasets:
   - path: {run_folder}/mixed.jsonl
   - path: {run_folder}/lazy.jsonl
 """
     )
     assert main(["sft", "--config", f"{run_folder}/stream.yaml"]) == 0
-    rows = Dataset.from_parquet(f"{run_folder}/out/weighted.parquet")
+    rows = Dataset.from_parquet(f"{run_folder}/out/_rows/weighted.parquet")
     assert len(rows) == 90 and len(set(rows["source"])) == 2 and None not in rows["data_weight"]
     best = run_folder / "best.jsonl"
     assert main(["export", f"{run_folder}/out", "--top-k", "40", "--output", str(best)]) == 0
@@ -90,7 +89,7 @@ datasets:
     # Nobody asked for a copy of this stream.
     stream = ["--streaming", "True", "--stream_sample_rows", "32", "--output_dir", f"{run_folder}/out2"]
     assert main(["sft", "--config", f"{run_folder}/run.yaml", *stream]) == 0
-    assert "Next:" not in capsys.readouterr().out and not (run_folder / "out2" / "weighted.parquet").exists()
+    assert "Next:" not in capsys.readouterr().out and not (run_folder / "out2" / "_rows" / "weighted.parquet").exists()
 
 
 @pytest.mark.compat
@@ -99,7 +98,7 @@ def test_refine_goes_on_from_an_sft_run(run_folder, capsys):
     (run_folder / "refine.yaml").write_text(
         f"""
 model_name_or_path: {run_folder}/out
-dataset_name: {run_folder}/out/weighted.parquet
+dataset_name: {run_folder}/out/_rows/weighted.parquet
 validation_dataset_name: {run_folder}/trusted.parquet
 output_dir: {run_folder}/refined
 selection_split: 0.5
@@ -129,13 +128,12 @@ datasets:
   - path: {run_folder}/mixed.jsonl
   - path: {run_folder}/trusted.parquet
 validation_loss_weight: 0.2
-selector_granularity: group
 selector_group_column: source
 """
     )
     with pytest.warns(UserWarning, match="20 of 20 rows"):
         assert main(["sft", f"--config={run_folder}/mixture.yaml"]) == 0
-    table = Dataset.from_parquet(str(run_folder / "out" / "weighted.parquet"))
+    table = Dataset.from_parquet(str(run_folder / "out" / "_rows" / "weighted.parquet"))
     assert len(set(table["source"])) == 2
     assert len({(s, round(w, 6)) for s, w in zip(table["source"], table["data_weight"], strict=True)}) == 2
 
@@ -178,7 +176,7 @@ def test_accelerate_launch(run_folder):
         command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (run_folder / "out" / "weighted.parquet").is_file()
+    assert (run_folder / "out" / "_rows" / "weighted.parquet").is_file()
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -234,7 +232,7 @@ def test_csv_files_keep_their_texts(tmp_path):
 
 def names_told(folder, rows):
     """How many rows a report holds the text of."""
-    page = (folder / "report.html").read_text()
+    page = (folder / "_rows" / "report.html").read_text()
     return sum(row["prompt"].split("`")[1] in page for row in rows)
 
 
@@ -244,19 +242,22 @@ def test_a_second_run_in_the_same_folder(run_folder, rows, capsys):
     out, sft = run_folder / "out", ["sft", "--config", f"{run_folder}/run.yaml"]
     export = ["export", str(out), "--output", f"{run_folder}/x.jsonl"]
     assert main(sft) == 0 and main(export) == 0
-    assert names_told(out, rows[:40]) > 30 and (out / "selector.safetensors").is_file()
+    assert names_told(out, rows[:40]) > 30 and (out / "weights.safetensors").is_file()
     other = ["--dataset_name", f"{run_folder}/other.jsonl", "--weighted_dataset_path", f"{run_folder}/w.jsonl"]
     assert main([*sft, *other]) == 0
-    assert names_told(out, rows[:40]) < 5 and "has other weights than this run" in (out / "report.html").read_text()
+    assert (
+        names_told(out, rows[:40]) < 5
+        and "has other weights than this run" in (out / "_rows" / "report.html").read_text()
+    )
     capsys.readouterr()
     assert main(export) == 1
     error = capsys.readouterr().err
     assert "weighted.parquet has other weights than this run" in error and f"rows to {run_folder}/w.jsonl" in error
-    assert main(["export", f"{out}/weighted.parquet", "--output", f"{run_folder}/x.jsonl"]) == 0
+    assert main(["export", f"{out}/_rows/weighted.parquet", "--output", f"{run_folder}/x.jsonl"]) == 0
     assert main([*sft, *other[:2], "--weight_estimator", "none"]) == 0
-    page = (out / "report.html").read_text()
+    page = (out / "_rows" / "report.html").read_text()
     assert names_told(out, rows[:40]) < 5 and "all rows count the same" in page
-    assert not (out / "selector.safetensors").exists() and not (out / "selector.json").exists()
+    assert not (out / "weights.safetensors").exists() and not (out / "weights.json").exists()
     assert main(export) == 1 and "of which no weights are known" in capsys.readouterr().err
 
 

@@ -141,7 +141,7 @@ def test_offline_flag_is_named(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("asked the hub although offline")
 
-    monkeypatch.setattr(doctor_checks, "reachable", never)
+    monkeypatch.setattr(doctor_checks, "unreachable", never)
     finding = found(doctor_checks.hub(1.0), "hub")
     assert finding.state == "note" and finding.remedy == "unset HF_HUB_OFFLINE"
 

@@ -130,7 +130,7 @@ def check_command(words):
         assert words[1:] and set(words[1:]) <= set(targets), f"{words}: the targets are {targets}"
     elif words[0] == "trl-bilevel":
         assert words[1] in COMMANDS, f"there is no command {words[1]}"
-        parse_command(import_module(COMMANDS[words[1]][0]), words[1], words[2:])
+        parse_command(import_module(f"trl_bilevel.cli.{words[1]}"), words[1], words[2:])
     else:
         assert words[:2] in KNOWN, f"{words}: an unknown command. Check it here, or list it."
 

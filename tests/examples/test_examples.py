@@ -133,5 +133,5 @@ def test_notebook(place):
     for number, cell in enumerate(cells):
         exec(compile(cell, f"cell {number}", "exec"), names)
     weighs(names["trainer"], 64)
-    assert len(Dataset.from_parquet("out/notebook/weighted.parquet")) == 64
-    assert (place / "out/notebook/report.html").is_file()
+    assert len(Dataset.from_parquet("out/notebook/_rows/weighted.parquet")) == 64
+    assert (place / "out/notebook/_rows/report.html").is_file()

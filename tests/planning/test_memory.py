@@ -32,13 +32,7 @@ def tiles(monkeypatch):
     monkeypatch.setattr(trl.trainer.utils, name, getattr(trl.trainer.utils, name))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.skip(reason="counts the new pilot") if "pilot" in name else ())
-        for name in SETTINGS
-    ],
-)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_near_what_is_measured(name, small_config, tokenizer):
     setting = SETTINGS[name]
     measured = benchmark.measure(setting, small_config, tokenizer, TOKENS)["tensors"]
@@ -116,7 +110,7 @@ def test_what_more_of_something_adds(small_config):
         {"padded": True},
         {"attention": "eager"},
         {"processes": 2},
-        {"joined_rows": 2},
+        {"joins": True},
         {"tokens": 1024, "estimator": "value_function"},
         {"estimator": "sparse_centred"},
         {"estimator": "value_function", "training_rows": 10**6},

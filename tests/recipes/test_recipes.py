@@ -153,7 +153,7 @@ def test_offline_recipes_run(recipe, world):
         assert sorted(saved["target_modules"]) == given["lora_target_modules"]
     from datasets import Dataset
 
-    weighted = Dataset.from_parquet(str(output / "weighted.parquet"))
+    weighted = Dataset.from_parquet(str(output / "_rows" / "weighted.parquet"))
     assert len(weighted) == json.loads((data / "prepare.lock.json").read_text())["sets"]["train"]["rows"]
     assert {"prompt", "completion", "source", "kind", "data_weight"} <= set(weighted.column_names)
     assert all(weight is not None for weight in weighted["data_weight"])
@@ -165,12 +165,12 @@ def test_online_recipes_go_on_from_the_offline_ones(recipe, world):
     given = values(recipe)
     offline = recipe.replace("-refine", "")
     assert values(offline)["output_dir"] == given["model_name_or_path"]
-    assert given["dataset_name"] == f"{given['model_name_or_path']}/weighted.parquet"
+    assert given["dataset_name"] == f"{given['model_name_or_path']}/_rows/weighted.parquet"
     for name in ("validation_dataset_name", "eval_dataset_name"):
         assert given[name] == values(offline)[name]
     trained, data = run_offline(offline, world)
     output = world / Path(given["output_dir"]).name
-    changed = REFINE | {"model_name_or_path": trained, "dataset_name": trained / "weighted.parquet"}
+    changed = REFINE | {"model_name_or_path": trained, "dataset_name": trained / "_rows" / "weighted.parquet"}
     changed |= {"validation_dataset_name": data / "validation.parquet", "eval_dataset_name": data / "test.parquet"}
     changed["output_dir"] = output
     refine.main(*parse(refine.make_parser(), arguments_of(recipe, changed)))
@@ -250,13 +250,13 @@ def test_a_recipe_trains_with_fixed_weights_as_the_sharded_files_say(world):
     given = dict(zip(launch[8::2], launch[9::2], strict=True))
     assert given.pop("--config") == "RECIPE"
     changed = COMMON | {name.removeprefix("--"): value for name, value in given.items()}
-    changed |= {"dataset_name": trained / "weighted.parquet", "output_dir": world / "fixed", "max_steps": 2}
+    changed |= {"dataset_name": trained / "_rows" / "weighted.parquet", "output_dir": world / "fixed", "max_steps": 2}
     changed |= {"model_name_or_path": world / "llama3", "validation_dataset_name": data / "validation.parquet"}
     changed["eval_dataset_name"] = data / "test.parquet"
     sft.main(*parse(sft.make_parser(), arguments_of(recipe, changed)))
     assert (world / "fixed" / "adapter_model.safetensors").is_file()
     # Its report shows the weights that were given.
-    assert (world / "fixed" / "report.html").is_file()
+    assert (world / "fixed" / "_rows" / "report.html").is_file()
 
 
 def test_every_size_is_there():

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from tests.errors_table import bad_input, note
@@ -12,6 +13,8 @@ from trl_bilevel.cli import sanity
 from trl_bilevel.cli.main import main
 from trl_bilevel.core.statistics import auc_standard_error
 from trl_bilevel.data.assets import docstrings
+from trl_bilevel.weights import learn
+from trl_bilevel.weights.result import RowWeights
 
 SANITY = "`trl-bilevel sanity`"
 
@@ -45,11 +48,11 @@ def weigh(monkeypatch):
     seen = {}
 
     def set_to(weight):
-        def learn(rows, validation, options):
+        def learn_weights(model, rows, validation, **settings):
             seen.update(rows=rows, validation=validation)
-            return [weight(row["completion"][-1]["content"]) for row in rows]
+            return RowWeights(torch.tensor([weight(row["completion"][-1]["content"]) for row in rows]), None)
 
-        monkeypatch.setattr(sanity, "learn_weights", learn)
+        monkeypatch.setattr(learn, "learn_weights", learn_weights)
         return seen
 
     return set_to
@@ -59,7 +62,21 @@ def test_good_weights_pass_and_are_written(files, weigh, capsys):
     right = {row["description"] for row in docstrings()}
     seen = weigh(lambda answer: 1.5 if answer in right else 0.5)
     assert (
-        main(arguments(files, "--damage", "lazy", "truncated", "--rate", "0.25", "--json", f"{files}/out.json")) == 0
+        main(
+            arguments(
+                files,
+                "--model",
+                "none",
+                "--damage",
+                "lazy",
+                "truncated",
+                "--rate",
+                "0.25",
+                "--json",
+                f"{files}/out.json",
+            )
+        )
+        == 0
     )
     result = json.loads((files / "out.json").read_text())
     assert result["passed"] and result["settings"]["rate"] == 0.25
@@ -79,7 +96,7 @@ def test_good_weights_pass_and_are_written(files, weigh, capsys):
 def test_inverted_weights_fail(files, weigh, capsys):
     """Short answers preferred, as a loss-based selector does: boilerplate wins."""
     weigh(lambda answer: 1 / (1 + len(answer)))
-    assert main(arguments(files, "--damage", "lazy", "swapped", "--json", f"{files}/out.json")) == 1
+    assert main(arguments(files, "--model", "none", "--damage", "lazy", "swapped", "--json", f"{files}/out.json")) == 1
     kinds = json.loads((files / "out.json").read_text())["kinds"]
     assert kinds["lazy"]["verdict"] == "inverted" and kinds["swapped"]["verdict"] == "not told apart"
     assert "do not trust the weights" in capsys.readouterr().out

@@ -183,7 +183,7 @@ def test_several_validation_sets_have_a_chart(make_run):
 def test_pngs_for_papers(make_run):
     folder = make_run()
     write_report(folder, png=True)
-    names = {path.stem for path in (folder / "report_png").glob("*.png")}
+    names = {path.stem for path in (folder / "_rows" / "report_png").glob("*.png")}
     assert {"weights", "concentration", "scores", "eval_loss", "validation_loss", "loss", "category_0"} <= names
-    assert (folder / "report_png" / "weights.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "_rows" / "report_png" / "weights.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob("**/.*.tmp"))

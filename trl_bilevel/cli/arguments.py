@@ -1,63 +1,140 @@
-"""What the training commands take beside TRL's and our configs."""
+"""What the commands with configs take beside TRL's and ours: data, help, and how their command lines are parsed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import argparse
+import copy
+import inspect
+import re
+from dataclasses import dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+METAVARS: dict[Any, str] = {int: "INT", float: "NUMBER", str: "TEXT"}
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field that is an option: its default, and what its help says."""
+    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
 class BilevelScriptArguments:
-    """Which data to train on.
+    """Which data to train on, and where the weighted rows go. The help of each field says what it is."""
 
-    Parameters:
-        dataset_name (`str`, *optional*): training rows: hub name, .json/.jsonl/.csv/.parquet file or saved folder.
-        dataset_config (`str`, *optional*): configuration of the hub data set.
-        dataset_train_split (`str`): split to train on.
-        validation_dataset_name (`str`, *optional*): trusted rows, named in the same ways.
-        validation_dataset_config (`str`, *optional*), validation_dataset_split (`str`): as above.
-        eval_dataset_name (`str`, *optional*), eval_dataset_split (`str`): rows for reporting only.
-        weighted_dataset_path (`str`, *optional*): where the weighted rows go; default `OUTPUT_DIR/weighted.parquet`,
-            and nowhere for a stream.
-    """
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Training rows: hub name, .json/.jsonl/.csv/.parquet file, or saved folder."}
+    dataset_name: str | None = option(
+        None, "Training rows: hub name, .json/.jsonl/.csv/.parquet file, or saved folder."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_dataset_name: str | None = field(
-        default=None, metadata={"help": "Trusted rows that say what good means, named in the same ways."}
+    dataset_config: str | None = option(None, "Configuration of the hub data set.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    validation_dataset_name: str | None = option(
+        None, "Trusted rows that say what good means, named in the same ways."
     )
-    validation_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    validation_dataset_split: str = field(default="train", metadata={"help": "Split of the trusted rows."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Rows for reporting only."})
-    eval_dataset_split: str = field(default="test", metadata={"help": "Split of the rows for reporting."})
-    weighted_dataset_path: str | None = field(
-        default=None,
-        metadata={"help": "Where the weighted rows go. Default: OUTPUT_DIR/weighted.parquet, nowhere for a stream."},
+    validation_dataset_config: str | None = option(None, "Configuration of that data set.")
+    validation_dataset_split: str = option("train", "Split of the trusted rows.")
+    eval_dataset_name: str | None = option(None, "Rows for reporting only.")
+    eval_dataset_split: str = option("test", "Split of the rows for reporting.")
+    weighted_dataset_path: str | None = option(
+        None,
+        "Where the weighted rows go. Default: OUTPUT_DIR/_rows/weighted.parquet, which is never uploaded with the "
+        "model; nowhere for a stream.",
     )
 
 
 @dataclass
 class RefineScriptArguments(BilevelScriptArguments):
-    """Which data a self-refining run uses.
+    """Which data a self-refining run uses. The help of each field says what it is."""
 
-    Parameters:
-        selection_dataset_name (`str`, *optional*), selection_dataset_split (`str`): trusted rows that choose between
-            the candidates of a round; split off the validation rows by default.
-        prompt_dataset_name (`str`, *optional*), prompt_dataset_split (`str`): questions to ask in place of those of
-            the training rows.
+    selection_dataset_name: str | None = option(
+        None, "Trusted rows that choose between candidates. Default: split off."
+    )
+    selection_dataset_split: str = option("train", "Split of these rows.")
+    prompt_dataset_name: str | None = option(None, "Questions to ask in place of those of the training rows.")
+    prompt_dataset_split: str = option("train", "Split of the questions.")
+
+
+def training_parser(command: str, example: str, *parts: type) -> Any:
+    """TRL's parser of a training command: script arguments and config, then TRL's options of model and mixture."""
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    return TrlParser((*parts, ModelConfig, DatasetMixtureConfig), prog=f"trl-bilevel {command}", epilog=example)
+
+
+def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
+    """Parse, with unknown options and keys as errors; print the help and leave if it is asked for.
+
+    `--config` is taken in two words by TRL's parser; the usual one-word form works too.
+
+    Raises:
+        ValueError: for whatever the configs refuse.
     """
+    import yaml
 
-    selection_dataset_name: str | None = field(
-        default=None, metadata={"help": "Trusted rows that choose between candidates. Default: split off."}
+    if {"-h", "--help"} & set(arguments):
+        grouped(parser).parse_args(["--help"])
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    try:
+        return parser.parse_args_and_config(words, fail_with_unknown_args=True)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(_told(error)) from error
+
+
+def _told(error: Exception) -> str:
+    """What the parser says; of an option of earlier versions, what to use in its place."""
+    from ..trainer.bilevel_sft_config import RENAMED
+
+    text = str(error)
+    gone = [name for name in re.findall(r"--(\w+)", text) if name in RENAMED]
+    return f"`{gone[0]}` is gone. Use {RENAMED[gone[0]]}." if gone else text
+
+
+def grouped(parser: Any) -> argparse.ArgumentParser:
+    """A parser for help and completion: the options by the class that declares them, ours first, each spelled once.
+
+    Args:
+        parser: a `TrlParser`, which lists them in no order, as `--max_steps` and as `--max-steps`.
+    """
+    from .main import COMMANDS
+
+    text = COMMANDS[parser.prog.split()[-1]]
+    shown = argparse.ArgumentParser(
+        prog=parser.prog,
+        usage=parser.usage or f"{parser.prog} [--config FILE.yaml] [OPTIONS]",
+        description=f"{text[0].upper()}{text[1:]}. Every option can be a YAML key.",
+        epilog=parser.epilog,
     )
-    selection_dataset_split: str = field(default="train", metadata={"help": "Split of these rows."})
-    prompt_dataset_name: str | None = field(
-        default=None, metadata={"help": "Questions to ask in place of those of the training rows."}
-    )
-    prompt_dataset_split: str = field(default="train", metadata={"help": "Split of the questions."})
+    shown.add_argument("--config", metavar="FILE", help="YAML file with options as keys; the command line wins.")
+    # The first of two: booleans have a second option, `--no_...`.
+    actions = {action.dest: action for action in reversed(parser._actions) if action.help != argparse.SUPPRESS}
+    kinds: list[Any] = [kind for part in parser.dataclass_types for kind in part.__mro__ if is_dataclass(kind)]
+    kinds.sort(key=lambda kind: (not _is_ours(kind), kind.__name__ != "ModelConfig"))
+    for kind in kinds:
+        own = [actions.pop(name) for name in inspect.get_annotations(kind) if name in actions]
+        group = shown.add_argument_group(f"{kind.__name__} ({kind.__module__.partition('.')[0]})") if own else shown
+        for action in own:
+            group._add_action(_shown(action))
+    return shown
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.startswith("trl_bilevel.")
+
+
+def _shown(action: argparse.Action) -> argparse.Action:
+    """An option as it is shown: one spelling, what kind of value it takes, and its default."""
+    shown = copy.copy(action)
+    shown.option_strings = [word for word in action.option_strings if "-" not in word[2:]]
+    if not action.choices:
+        boolean = getattr(action.type, "__name__", "") == "string_to_bool"
+        shown.metavar = "True|False" if boolean else METAVARS.get(action.type, "VALUE")
+    default = action.default
+    told = isinstance(default, bool | int | float | str) and default != ""
+    # Some texts are escaped for argparse already, some are not.
+    text = f"{action.help or ''}{f' (default: {default!r})' if told else ''}"
+    shown.help = text.replace("%%", "%").replace("%", "%%")
+    return shown
 
 
 def resume_argument(training_args: Any) -> str | bool | None:
@@ -68,10 +145,45 @@ def resume_argument(training_args: Any) -> str | bool | None:
     return given
 
 
-def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
-    """Parse, with unknown options and keys as errors.
+def load_sets(script_args: Any, dataset_args: Any) -> tuple[Any, Dataset | None, Dataset | None]:
+    """Training, validation and evaluation rows that the command line names; the first with `streaming` as a stream."""
+    from ..data.loading import load_mixture, load_rows
 
-    `--config` is taken in two words by TRL's parser; the usual one-word form works too.
-    """
-    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    return parser.parse_args_and_config(words, fail_with_unknown_args=True)
+    streaming = bool(dataset_args.streaming)
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("Give either `dataset_name` or `datasets`, not both.")
+    if dataset_args.test_split_size is not None:
+        raise ValueError("`test_split_size` is not supported: give rows for reporting by `eval_dataset_name`.")
+    if not dataset_args.datasets and not script_args.dataset_name:
+        raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
+    if dataset_args.datasets:
+        train = load_mixture(dataset_args.datasets, streaming)
+    else:
+        train = load_rows(
+            script_args.dataset_name,
+            split=script_args.dataset_train_split,
+            config=script_args.dataset_config,
+            **({"streaming": True} if streaming else {}),
+        )
+    return train, load_named(script_args, "validation"), load_named(script_args, "eval")
+
+
+def load_named(script_args: Any, kind: str) -> Dataset | None:
+    """Rows of `{kind}_dataset_name`; None if it is not given."""
+    from ..data.loading import load_rows
+
+    name = getattr(script_args, f"{kind}_dataset_name")
+    config = getattr(script_args, f"{kind}_dataset_config", None)
+    return load_rows(name, split=getattr(script_args, f"{kind}_dataset_split"), config=config) if name else None
+
+
+def set_model_arguments(training_args: Any, model_args: Any) -> None:
+    """Hand TRL's model options to the trainer, which loads the model."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})

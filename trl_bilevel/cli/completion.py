@@ -1,30 +1,17 @@
-"""`trl-bilevel completion`: a script that completes commands and options in bash and zsh."""
+"""`trl-bilevel completion`: a script that completes commands and options in bash and zsh, made by shtab."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
 from importlib import import_module
+from typing import Any
 
-from .options import SOURCES, option_groups
+from .arguments import grouped
 
-SCRIPT = """_trl_bilevel() {{
-  local words
-  COMPREPLY=()
-  case "$COMP_CWORD:${{COMP_WORDS[1]}}" in
-    1:*) words={commands} ;;
-{cases}
-  esac
-  case "$COMP_CWORD:${{COMP_WORDS[COMP_CWORD]}}" in
-    1:*|*:-*) COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}")) ;;
-  esac
-}}
-complete -o default -F _trl_bilevel trl-bilevel
-"""
-ZSH = "autoload -Uz compinit bashcompinit\ncompinit\nbashcompinit\n"
-EXAMPLES = """to try it:       source <(trl-bilevel completion bash)
-to keep it:      trl-bilevel completion bash > ~/.local/share/bash-completion/completions/trl-bilevel
-in zsh (.zshrc): source <(trl-bilevel completion zsh)
+EXAMPLES = """It takes some seconds to make: keep the script in a file, and make it anew after an update.
+
+bash:  trl-bilevel completion bash > ~/.local/share/bash-completion/completions/trl-bilevel
+zsh:   trl-bilevel completion zsh > ~/.zfunc/_trl-bilevel, with `fpath=(~/.zfunc $fpath)` before `compinit` in .zshrc
 """
 
 
@@ -43,24 +30,27 @@ def make_parser() -> argparse.ArgumentParser:
 def run(arguments: list[str]) -> None:
     """Print the script."""
     shell = make_parser().parse_args(arguments).shell
-    print((ZSH if shell == "zsh" else "") + script(), end="")
+    import shtab
+
+    print(shtab.complete(whole_parser(), shell=shell), end="")
 
 
-def script() -> str:
-    """The script for bash: a list of words per command, no program is started by completing."""
+def whole_parser() -> argparse.ArgumentParser:
+    """All commands with their options in one parser."""
+    import shtab
+
     from .main import COMMANDS
 
-    cases = [f"    *:{name}) words={shlex.quote(' '.join(options(name)))} ;;" for name in COMMANDS]
-    words = shlex.quote(" ".join([*COMMANDS, "--help", "--version"]))
-    return SCRIPT.format(commands=words, cases="\n".join(cases))
-
-
-def options(command: str) -> list[str]:
-    """Options of a command, as they are written."""
-    from .main import COMMANDS
-
-    if command in SOURCES:
-        names = [option.name for group in option_groups(command).values() for option in group]
-        return [*sorted(f"--{name}" for name in names), "--config", "--help"]
-    parser = import_module(COMMANDS[command][0]).make_parser()
-    return [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
+    parser = argparse.ArgumentParser(prog="trl-bilevel")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers()
+    for name, text in COMMANDS.items():
+        made: Any = import_module(f"trl_bilevel.cli.{name}").make_parser()
+        own = grouped(made) if hasattr(made, "dataclass_types") else made
+        actions: list[Any] = own._actions
+        for action in actions:
+            # Most values are names of files; those that are not, nobody can complete.
+            if action.nargs != 0 and not action.choices:
+                action.complete = shtab.FILE
+        commands.add_parser(name, help=text, parents=[own], add_help=False)
+    return parser

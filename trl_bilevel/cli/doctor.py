@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from .show import say, table
+
 if TYPE_CHECKING:
     from .doctor_checks import Finding
 
@@ -49,18 +51,15 @@ def examine(timeout: float = 3.0) -> Iterator[Finding]:
     """All findings; a check that fails itself is one of them."""
     from . import doctor_checks as checks
 
-    parts: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("versions", checks.versions),
-        ("device", checks.devices),
-        ("libraries", checks.bitsandbytes),
-        ("libraries", checks.vllm),
-        ("libraries", checks.flash_attention),
-        ("libraries", checks.triton),
-        ("hub", lambda: checks.hub(timeout)),
-        ("disk", checks.disk),
-        ("processes", checks.processes),
-    ]
-    for area, part in parts:
+    parts: dict[str, list[Callable[[], Iterator[Finding]]]] = {
+        "versions": [checks.versions],
+        "device": [checks.devices],
+        "libraries": [checks.bitsandbytes, checks.vllm, checks.flash_attention, checks.triton],
+        "hub": [lambda: checks.hub(timeout)],
+        "disk": [checks.disk],
+        "processes": [checks.processes],
+    }
+    for area, part in [(area, part) for area, some in parts.items() for part in some]:
         try:
             yield from part()
         except Exception as error:
@@ -69,26 +68,12 @@ def examine(timeout: float = 3.0) -> Iterator[Finding]:
 
 
 def _show(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    table = Table(show_lines=False, expand=True)
-    for name, ratio in (("what", 2), ("state", None), ("found", 4), ("remedy", 5)):
-        table.add_column(name, ratio=ratio, no_wrap=ratio is None, min_width=7 if ratio is None else None)
-    area = None
-    for finding in findings:
-        if finding.area != area:
-            area = finding.area
-            table.add_section()
-        state = Text(finding.state, style=COLOURS[finding.state])
-        table.add_row(Text(finding.what), state, Text(finding.found), Text(finding.remedy))
-    console.print(table)
+    rows = [(found.what, (found.state, COLOURS[found.state]), found.found, found.remedy) for found in findings]
+    table("Findings", ("what", "state", "found", "remedy"), rows)
     broken = sum(finding.state == "broken" for finding in findings)
     warned = sum(finding.state == "warning" for finding in findings)
     if broken:
-        console.print(f"[bold red]{broken} thing(s) that a basic run needs are broken.[/] Start with their remedies.")
+        say(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies.", "bold red")
     else:
         warnings = f", with {warned} warning(s)" if warned else ""
-        console.print(f"[bold green]A basic run works here[/]{warnings}. Next: trl-bilevel demo")
+        say(f"A basic run works here{warnings}. Next: trl-bilevel demo", "bold green")

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..extras import what_to_install
+
 GIB = 2**30
 DISTRIBUTION = "trl-bilevel"
+EXTRAS = ("report", "demo", "quantization")
 # What a small model, its cache and a few checkpoints take.
 LITTLE_DISK = 10
 ON_CPU = "On a CPU, set `use_cpu: true` and `bf16: false` in the config file"
@@ -59,18 +62,16 @@ def versions() -> Iterator[Finding]:
     remedy = "" if fine else f"Make a virtual environment with Python {wanted}"
     yield Finding("versions", "Python", "ok" if fine else "broken", f"{python} (wanted: {wanted})", remedy)
     for requirement in requirements:
-        extra = next((name for name in ("demo", "report", "quantization") if _asks(requirement, name)), None)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _package(requirement)
-        elif extra is not None and not _has(requirement):
-            remedy = f"pip install '{DISTRIBUTION}[{extra}]'"
+        name, found, marker = requirement.name, _version(requirement.name), requirement.marker
+        fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+        extra = next((extra for extra in EXTRAS if marker is not None and marker.evaluate({"extra": extra})), None)
+        if marker is None or marker.evaluate({"extra": ""}):
+            text = f"{found or 'not installed'} (wanted: {requirement.specifier or 'any'})"
+            remedy = "" if fits else f"pip install '{name}{requirement.specifier}'"
+            yield Finding("versions", name, "ok" if fits else "broken", text, remedy)
+        elif extra is not None and not fits:
             text = f"not installed or not {requirement.specifier}: only the extra {extra!r} needs it"
-            yield Finding("versions", requirement.name, "note", text, remedy)
-
-
-def _asks(requirement: Any, extra: str) -> bool:
-    marker = requirement.marker
-    return marker is not None and not marker.evaluate({"extra": ""}) and marker.evaluate({"extra": extra})
+            yield Finding("versions", name, "note", text, f"pip install '{DISTRIBUTION}[{extra}]'")
 
 
 def _version(name: str) -> str | None:
@@ -78,20 +79,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _has(requirement: Any) -> bool:
-    found = _version(requirement.name)
-    return found is not None and requirement.specifier.contains(found, prereleases=True)
-
-
-def _package(requirement: Any) -> Finding:
-    """A dependency that every run needs."""
-    name, found = requirement.name, _version(requirement.name)
-    text = f"{found or 'not installed'} (wanted: {requirement.specifier or 'any'})"
-    if _has(requirement):
-        return Finding("versions", name, "ok", text)
-    return Finding("versions", name, "broken", text, f"pip install '{name}{requirement.specifier}'")
 
 
 def devices() -> Iterator[Finding]:
@@ -135,8 +122,11 @@ def _gpus(torch: Any) -> Iterator[Finding]:
 
 
 def _cpu(torch: Any) -> Finding:
-    import psutil
-
+    try:
+        import psutil
+    except ImportError as error:
+        text = f"{os.cpu_count()} cores; its memory could not be looked at"
+        return Finding("device", "CPU", "note", text, what_to_install(error) or "")
     memory = psutil.virtual_memory()
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     text = (
@@ -162,14 +152,13 @@ def bitsandbytes() -> Iterator[Finding]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         values = torch.linspace(-1, 1, 256, device=device)
         error = float((dequantize_4bit(*quantize_4bit(values, quant_type="nf4")) - values).abs().max())
+        trouble = "" if error < 0.2 else f"it quantises wrongly here (NF4 is off by {error:.2f} of the range)"
     except Exception as problem:
-        text = f"{found}, but it does not quantise here ({type(problem).__name__}): no 4-bit and 8-bit settings"
+        trouble = f"it does not quantise here ({type(problem).__name__})"
+    if trouble:
+        text = f"{found}, but {trouble}: no 4-bit and 8-bit settings"
         remedy = "python -m bitsandbytes says more; or leave `load_in_4bit` and 8-bit optimizers out"
         yield Finding("libraries", "bitsandbytes", "warning", text, remedy)
-        return
-    if not error < 0.2:
-        text = f"{found} quantises wrongly here: NF4 is off by {error:.2f} of the range"
-        yield Finding("libraries", "bitsandbytes", "warning", text, "Install another version; do not load in 4 bits")
         return
     text = f"{found}: 4-bit works on {device}"
     if device == "cpu":
@@ -231,14 +220,12 @@ def hub(timeout: float) -> Iterator[Finding]:
     if flags:
         text = f"offline ({', '.join(flags)}): only what is in the cache, and local folders and files"
         yield Finding("hub", "hub", "note", text, f"unset {' '.join(flags)}")
+    elif why := unreachable(constants.ENDPOINT, timeout):
+        text = f"{host} cannot be reached ({why}): hub names only work from the cache"
+        remedy = "Give folders and files; check proxy and HF_ENDPOINT; HF_HUB_OFFLINE=1 saves the waiting"
+        yield Finding("hub", "hub", "warning", text, f"{remedy}. `trl-bilevel demo` needs no hub")
     else:
-        reached, why = reachable(constants.ENDPOINT, timeout)
-        if reached:
-            yield Finding("hub", "hub", "ok", f"{host} answers")
-        else:
-            text = f"{host} cannot be reached ({why}): hub names only work from the cache"
-            remedy = "Give folders and files; check proxy and HF_ENDPOINT; HF_HUB_OFFLINE=1 saves the waiting"
-            yield Finding("hub", "hub", "warning", text, f"{remedy}. `trl-bilevel demo` needs no hub")
+        yield Finding("hub", "hub", "ok", f"{host} answers")
     is_set = get_token() is not None
     remedy = "" if is_set else "hf auth login, for gated models (Llama) and uploads"
     yield Finding("hub", "token", "ok" if is_set else "note", "set" if is_set else "unset", remedy)
@@ -248,25 +235,25 @@ def _is_on(name: str) -> bool:
     return os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE")
 
 
-def reachable(address: str, timeout: float) -> tuple[bool, str]:
-    """Whether a server answers at all, and why not. A name server that hangs does not hold it up."""
-    outcome: list[tuple[bool, str]] = []
+def unreachable(address: str, timeout: float) -> str:
+    """Why a server does not answer; empty if it does. A name server that hangs does not hold it up."""
+    outcome: list[str] = []
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=timeout).close()
-            outcome.append((True, ""))
+            outcome.append("")
         except urllib.error.HTTPError:
             # It answers, if only to say no.
-            outcome.append((True, ""))
+            outcome.append("")
         except Exception as error:
             # The message may hold the address of a proxy, with its password.
-            outcome.append((False, type(getattr(error, "reason", error)).__name__))
+            outcome.append(type(getattr(error, "reason", error)).__name__)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
-    return outcome[0] if outcome else (False, f"no answer in {timeout:g} s")
+    return outcome[0] if outcome else f"no answer in {timeout:g} s"
 
 
 def disk() -> Iterator[Finding]:
@@ -283,12 +270,10 @@ def disk() -> Iterator[Finding]:
     for name, folder, remedy in folders:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free / GIB
-        if not os.access(there, os.W_OK):
-            yield Finding("disk", name, "warning", f"{folder} cannot be written to", remedy)
-        else:
-            short = free < LITTLE_DISK
-            text = f"{folder}: {free:.0f} GiB free"
-            yield Finding("disk", name, "warning" if short else "ok", text, remedy if short else "")
+        writable = os.access(there, os.W_OK)
+        text = f"{folder}: {free:.0f} GiB free" if writable else f"{folder} cannot be written to"
+        fine = writable and free >= LITTLE_DISK
+        yield Finding("disk", name, "ok" if fine else "warning", text, "" if fine else remedy)
 
 
 def processes() -> Iterator[Finding]:
@@ -322,15 +307,14 @@ def accelerate_config(gpus: int) -> Iterator[Finding]:
     kind, wanted = str(config.get("distributed_type") or "NO").upper(), int(config.get("num_processes") or 1)
     cpu = bool(config.get("use_cpu"))
     text = f"{path}: {kind}, {wanted} process(es)"
-    trainer = "is refused where weights are learned; fixed ones were not tried with it (docs/scale.md)"
+    remedy = ""
     if kind == "MULTI_CPU":
         text += " - which silently runs one process"
         remedy = f"{on_cpu}; or `distributed_type: MULTI_GPU` with `use_cpu: true`"
-        yield Finding("processes", "accelerate", "warning", text, remedy)
     elif kind not in ("NO", "MULTI_GPU"):
-        yield Finding("processes", "accelerate", "warning", f"{text} - {kind} {trainer}", "Use MULTI_GPU (DDP)")
+        text += f" - {kind} is refused where weights are learned; fixed ones were not tried with it (docs/scale.md)"
+        remedy = "Use MULTI_GPU (DDP)"
     elif not cpu and wanted > max(1, gpus):
         text += f", but there are {gpus} GPU(s)"
-        yield Finding("processes", "accelerate", "warning", text, "accelerate config, or --num_processes")
-    else:
-        yield Finding("processes", "accelerate", "ok", text)
+        remedy = "accelerate config, or --num_processes"
+    yield Finding("processes", "accelerate", "warning" if remedy else "ok", text, remedy)

@@ -11,113 +11,93 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shlex
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .arguments import parse
-from .options import show_help
+from .arguments import option, parse
 
 if TYPE_CHECKING:
     from ..evaluation.models import Settings
 
 EXAMPLE = "example: trl-bilevel evaluate out --baseline BASE --dataset test.jsonl --output result.json"
 
+# Options of TRL's ModelConfig that make a new adapter.
+OF_ADAPTERS = re.compile(r"use_peft|lora_.*|use_dora|use_rslora")
+
 T = TypeVar("T")
 
 
 @dataclass
 class EvaluateArguments:
-    """What to measure, and how.
+    """What to measure, and how. The help of each field says what it is."""
 
-    Parameters:
-        baseline (`str`, *optional*): model to compare with.
-        dataset (`str`, *optional*), dataset_config (`str`, *optional*), dataset_split (`str`): held-out rows.
-        harmful (`str`, *optional*), harmful_split (`str`): harmful requests.
-        benign (`str`, *optional*), benign_split (`str`): benign requests that look harmful.
-        judge (`str`, *optional*): of the preference between the models' responses to the held-out rows.
-        refusal_judge (`str`): of refusals.
-        max_rows (`int`, *optional*): draw so many of each set.
-        max_length (`int`), max_new_tokens (`int`), batch_size (`int`), temperature (`float`): of reading and
-            answering.
-        chat_template_kwargs (`str`, *optional*): JSON object.
-        seed (`int`), confidence (`float`), resamples (`int`): of draws and intervals.
-        lm_eval_tasks (`str`, *optional*), lm_eval_limit (`int`, *optional*), lm_eval_folder (`str`, *optional*):
-            tasks of lm-evaluation-harness to run, too.
-        output (`str`, *optional*): JSON file for the result.
-        responses (`str`, *optional*): JSON-lines file for prompts and responses.
-        json (`bool`): print the result as JSON.
-    """
-
-    baseline: str | None = field(default=None, metadata={"help": "Model to compare with, named as MODEL."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "Held-out rows: hub name, .json/.jsonl/.csv/.parquet file, or saved folder."}
+    baseline: str | None = option(None, "Model to compare with, named as MODEL.")
+    dataset: str | None = option(None, "Held-out rows: hub name, .json/.jsonl/.csv/.parquet file, or saved folder.")
+    dataset_config: str | None = option(None, "Configuration of the hub data set.")
+    dataset_split: str = option("test", "Split of the held-out rows.")
+    harmful: str | None = option(None, "Harmful requests: harmbench, advbench, a file, or a hub name.")
+    harmful_split: str = option("train", "Split of the harmful requests.")
+    benign: str | None = option(
+        None, "Benign requests that look harmful: lookalikes (ours), xstest, a file, or a hub name."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
-    dataset_split: str = field(default="test", metadata={"help": "Split of the held-out rows."})
-    harmful: str | None = field(
-        default=None, metadata={"help": "Harmful requests: harmbench, advbench, a file, or a hub name."}
+    benign_split: str = option("train", "Split of the benign requests.")
+    judge: str | None = option(
+        None,
+        "Compares the models' responses: reward:NAME, PACKAGE.MODULE:OBJECT; as stand-ins embedding (to the "
+        "reference) or loss:NAME.",
     )
-    harmful_split: str = field(default="train", metadata={"help": "Split of the harmful requests."})
-    benign: str | None = field(
-        default=None,
-        metadata={"help": "Benign requests that look harmful: lookalikes (ours), xstest, a file, or a hub name."},
+    refusal_judge: str = option("keywords", "Tells refusals: keywords, or PACKAGE.MODULE:OBJECT.")
+    max_rows: int | None = option(None, "Draw so many rows of each set. Default: all.")
+    max_length: int = option(2048, "Tokens of a row that are read.")
+    max_new_tokens: int = option(64, "Tokens of a response.")
+    batch_size: int = option(8, "Rows at a time.")
+    temperature: float = option(0.0, "Of responses; 0: greedy.")
+    chat_template_kwargs: str | None = option(
+        None, "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
     )
-    benign_split: str = field(default="train", metadata={"help": "Split of the benign requests."})
-    judge: str | None = field(
-        default=None,
-        metadata={
-            "help": "Compares the models' responses: reward:NAME, PACKAGE.MODULE:OBJECT; as stand-ins embedding (to "
-            "the reference) or loss:NAME."
-        },
+    seed: int = option(0, "Of draws, sampled responses and intervals.")
+    confidence: float = option(0.95, "Of the intervals.")
+    resamples: int = option(9_999, "Of bootstrap and permutation test.")
+    lm_eval_tasks: str | None = option(None, "Tasks of lm-evaluation-harness, separated by commas (needs lm-eval).")
+    lm_eval_limit: int | None = option(None, "Rows per such task. Default: all.")
+    lm_eval_folder: str | None = option(None, "Folder with task files of your own.")
+    output: str | None = option(None, "JSON file for the result.")
+    responses: str | None = option(
+        None, "JSON-lines file for prompts and responses (of harmful requests, refusals and stubs only)."
     )
-    refusal_judge: str = field(
-        default="keywords", metadata={"help": "Tells refusals: keywords, or PACKAGE.MODULE:OBJECT."}
-    )
-    max_rows: int | None = field(default=None, metadata={"help": "Draw so many rows of each set. Default: all."})
-    max_length: int = field(default=2048, metadata={"help": "Tokens of a row that are read."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a response."})
-    batch_size: int = field(default=8, metadata={"help": "Rows at a time."})
-    temperature: float = field(default=0.0, metadata={"help": "Of responses; 0: greedy."})
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of draws, sampled responses and intervals."})
-    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
-    resamples: int = field(default=9_999, metadata={"help": "Of bootstrap and permutation test."})
-    lm_eval_tasks: str | None = field(
-        default=None, metadata={"help": "Tasks of lm-evaluation-harness, separated by commas (needs lm-eval)."}
-    )
-    lm_eval_limit: int | None = field(default=None, metadata={"help": "Rows per such task. Default: all."})
-    lm_eval_folder: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the result."})
-    responses: str | None = field(
-        default=None,
-        metadata={"help": "JSON-lines file for prompts and responses (of harmful requests, refusals and stubs only)."},
-    )
-    json: bool = field(default=False, metadata={"help": "Print the result as JSON in place of tables."})
+    json: bool = option(False, "Print the result as JSON in place of tables.")
 
 
-def make_parser(prog: str = "trl-bilevel evaluate") -> Any:
+def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
     from trl import ModelConfig, TrlParser
 
     parser = TrlParser(
         (EvaluateArguments, ModelConfig),
-        prog=prog,
-        usage=f"{prog} MODEL [OPTIONS]",
+        prog="trl-bilevel evaluate",
+        usage="trl-bilevel evaluate MODEL [--config FILE.yaml] [OPTIONS]",
         epilog=EXAMPLE,
     )
     # As the weights were saved: nothing is trained here.
     parser.set_defaults(dtype="auto")
+    for action in parser._actions:
+        if action.dest == "dtype":
+            action.help = "Data type to load the model in; 'auto' is the one it was saved in."
+        elif OF_ADAPTERS.fullmatch(action.dest):
+            action.help = SUPPRESS
     return parser
 
 
 def check(args: EvaluateArguments, model_args: Any) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
+    from ..data.files import check_folder
+
     if model_args.model_name_or_path is None:
         raise ValueError("Give the model: `trl-bilevel evaluate MODEL ...` (hub name, folder, or adapter's folder).")
     if model_args.use_peft:
@@ -143,9 +123,8 @@ def check(args: EvaluateArguments, model_args: Any) -> None:
     if args.temperature < 0:
         raise ValueError(f"`temperature` must be at least 0, got {args.temperature}.")
     for name in ("output", "responses"):
-        value = getattr(args, name)
-        if value and not Path(value).resolve().parent.is_dir():
-            raise ValueError(f"The folder of `{name}` does not exist: {value!r}. Make it first.")
+        if getattr(args, name):
+            check_folder(getattr(args, name), name)
 
 
 def settings_of(args: EvaluateArguments, model_args: Any) -> Settings:
@@ -156,10 +135,8 @@ def settings_of(args: EvaluateArguments, model_args: Any) -> Settings:
 
     try:
         template = json.loads(args.chat_template_kwargs or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"`chat_template_kwargs` must be a JSON object, got {args.chat_template_kwargs!r}."
-        ) from error
+    except json.JSONDecodeError:
+        template = None
     if not isinstance(template, dict):
         raise ValueError(f"`chat_template_kwargs` must be a JSON object, got {args.chat_template_kwargs!r}.")
     if model_args.load_in_4bit and model_args.dtype == "auto":
@@ -193,6 +170,8 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
     """Measure, and return the result as plain data."""
     import torch
 
+    from ..data.files import atomically
+    from ..data.loading import load_rows
     from ..evaluation.figures import Intervals
     from ..evaluation.harness import harness
     from ..evaluation.judges import SCORERS, check_judge, load_judge, verdicts
@@ -202,7 +181,6 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
     from ..evaluation.refusal import KeywordRefusals, load_object
     from ..evaluation.report import result_of, versions
     from ..evaluation.rows import digest, read_rows
-    from .data import load_rows
 
     settings = settings_of(args, model_args)
     intervals = Intervals(args.confidence, args.seed, args.resamples)
@@ -210,15 +188,13 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         KeywordRefusals() if args.refusal_judge == "keywords" else load_object(args.refusal_judge, "refusal_judge")
     )
     tasks = args.lm_eval_tasks.split(",") if args.lm_eval_tasks else []
-    sets: dict[str, list[Any]] = {
-        "dataset": drawn(
-            read_rows(load_rows(args.dataset, split=args.dataset_split, config=args.dataset_config)), args
-        )
-        if args.dataset
-        else [],
-        "harmful": drawn(harmful_prompts(args.harmful, args.harmful_split), args) if args.harmful else [],
-        "benign": drawn(benign_prompts(args.benign, args.benign_split), args) if args.benign else [],
-    }
+    sets: dict[str, list[Any]] = {"dataset": [], "harmful": [], "benign": []}
+    if args.dataset:
+        rows = load_rows(args.dataset, split=args.dataset_split, config=args.dataset_config)
+        sets["dataset"] = drawn(read_rows(rows), args)
+    if args.harmful and args.benign:
+        sets["harmful"] = drawn(harmful_prompts(args.harmful, args.harmful_split), args)
+        sets["benign"] = drawn(benign_prompts(args.benign, args.benign_split), args)
     work = Work(
         rows=sets["dataset"],
         harmful=sets["harmful"],
@@ -240,12 +216,10 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         asked = [work.rows[number] for number in work.asked]
         both = verdicts(judge, asked, measured[0].responses, measured[1].responses)
         preference = win_rate_with_swap(*both, **intervals.bootstrap)
-        about |= {"preference": getattr(judge, "note", args.judge)}
-        about |= {"preference_stand_in": bool(getattr(judge, "stand_in", False))}
-        about |= {"order_blind": isinstance(judge, SCORERS)}
+        about["preference"] = getattr(judge, "note", args.judge)
+        about["preference_stand_in"] = bool(getattr(judge, "stand_in", False))
+        about["order_blind"] = isinstance(judge, SCORERS)
     if args.responses:
-        from ..data.files import atomically
-
         lines = [json.dumps(row) + "\n" for row in shown_responses(work, measured)]
         atomically(Path(args.responses), lambda path: path.write_text("".join(lines)))
     head = {
@@ -254,9 +228,9 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": versions(),
         "data": {
-            name: {"name": getattr(args, name), "rows": len(rows), "sha256": digest([_plain(row) for row in rows])}
-            for name, rows in sets.items()
-            if rows
+            name: {"name": getattr(args, name), "rows": len(items), "sha256": digest([_plain(item) for item in items])}
+            for name, items in sets.items()
+            if items
         },
     }
     return head | result_of(measured, work, preference, about, intervals)
@@ -269,15 +243,13 @@ def _plain(row: Any) -> Any:
 def run(arguments: list[str]) -> None:
     """Parse, measure, show, save."""
     words = list(arguments)
-    show_help("evaluate", words, EXAMPLE, dtype="'auto'")
     if words and not words[0].startswith("-"):
         words = ["--model_name_or_path", *words]
     args, model_args = parse(make_parser(), words)
     check(args, model_args)
-    from rich.console import Console
-
     from ..data.files import finite, write_json
     from ..evaluation.report import show
+    from . import show as drawing
 
     # Judges of the user's own lie where the command is given, as with `python -m`.
     sys.path.insert(0, "")
@@ -287,10 +259,6 @@ def run(arguments: list[str]) -> None:
     if args.json:
         print(json.dumps(finite(result), indent=1))
         return
-    show(Console(), result)
+    show(drawing, result)
     if args.output:
         print(f"Result saved to {args.output}.")
-
-
-if __name__ == "__main__":
-    run(sys.argv[1:])

@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.private import RECORD, ROWS, WEIGHTED, find_private
+
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 FORMATS = ("rows", "data-juicer", "llama-factory", "axolotl", "seal")
 EXAMPLES = """examples:
@@ -77,18 +80,11 @@ def run(arguments: list[str], api: Any = None) -> None:
     path = _rows_path(options.weighted)
     if path != options.weighted and options.selector is None:
         _check_run(options.weighted, path)
-    rows = _ranked(_weighted(path, options))
-    kept = _kept(rows, options)
-    if not kept and options.format != "seal":
-        raise ValueError(_nothing_left(rows, options))
-    chosen = rows if options.format == "seal" else rows.select(_drawn(rows, kept, options))
-    if options.resample is not None:
-        # The weights have done their work: they must not count a second time.
-        chosen = chosen.remove_columns(["data_weight", "data_rank"])
+    rows = _weighted(path, options)
+    # A selector has a logit for every row.
+    chosen = rows if options.format == "seal" else _chosen(rows, options)
     written = [] if options.output is None else _write(chosen, options)
-    address = None
-    if options.push_to_hub:
-        address = _push(chosen, rows, path.parent, options, api)
+    address = _push(chosen, rows, options, api) if options.push_to_hub else None
     if options.json:
         facts = {"rows": len(chosen), "of": len(rows), "files": [str(file) for file in written], "hub": address}
         print(json.dumps(facts))
@@ -102,7 +98,8 @@ def run(arguments: list[str], api: Any = None) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from .data import check_writable
+    from ..data.files import check_folder
+    from ..data.loading import check_writable
 
     if options.min_weight is not None and options.min_weight != options.min_weight:
         raise ValueError("`--min-weight` must be a number, got nan: no weight is at least that.")
@@ -118,8 +115,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("data-juicer chooses rows by their weights: leave out `--resample`.")
     if options.format == "rows" and options.output is not None:
         check_writable(options.output)
-    if options.output is not None and not options.output.resolve().parent.is_dir():
-        raise ValueError(f"The folder of `--output` does not exist: {str(options.output)!r}. Make it first.")
+    if options.output is not None:
+        check_folder(options.output, "--output")
     if options.push_to_hub and options.format != "rows":
         raise ValueError(f"The hub takes rows as they are: leave out `--format {options.format}`.")
     if options.push_to_hub and options.push_to_hub.count("/") != 1:
@@ -127,7 +124,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _rows_path(given: Path) -> Path:
-    path = given / "weighted.parquet" if given.is_dir() else given
+    path = find_private(given, WEIGHTED) if given.is_dir() else given
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
@@ -135,9 +132,15 @@ def _rows_path(given: Path) -> Path:
     return path
 
 
+def _run_folder(given: Path) -> Path:
+    """The folder of the run that wrote the rows."""
+    folder = given if given.is_dir() else given.parent
+    return folder.parent if folder.name == ROWS else folder
+
+
 def _check_run(folder: Path, path: Path) -> None:
     """Of a folder, the rows of its run are meant: a file that an earlier run left there is refused."""
-    if not (folder / "_record" / "run.json").is_file():
+    if not (folder / RECORD / "run.json").is_file():
         return
     from ..report.run import load_run, mismatch
 
@@ -155,26 +158,26 @@ def _check_run(folder: Path, path: Path) -> None:
         )
 
 
-def _nothing_left(rows: Dataset, options: argparse.Namespace) -> str:
-    weights = _weights(rows)
+def _nothing_left(weights: Tensor, options: argparse.Namespace) -> str:
     known = weights[~weights.isnan()]
     if not len(known):
-        return f"No row has a weight: {options.weighted} has {len(rows)} rows, and all lack their data_weight."
+        return f"No row has a weight: {options.weighted} has {len(weights)} rows, and all lack their data_weight."
     if options.min_weight is None:
         return f"No row is left to write: none of the rows has a data_rank below `--top-k {options.top_k}`."
-    text = f"No row is left to write: lower `--min-weight`, which is {options.min_weight:g}; "
+    best = f"the highest weight is {known.max():.4g}."
     if options.top_k is not None:
-        return text + f"none of the {options.top_k} best rows (`--top-k`) weighs as much."
-    return text + f"the highest weight is {known.max():.4g}."
+        best = f"none of the {options.top_k} best rows (`--top-k`) weighs as much."
+    return f"No row is left to write: lower `--min-weight`, which is {options.min_weight:g}; {best}"
 
 
 def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
-    """The rows with `data_weight`: of the file, or from a selector."""
-    from .data import load_rows
+    """The rows with `data_weight` and `data_rank`: of the file, or from a selector."""
+    from ..core.statistics import data_ranks
+    from ..data.export import weighted_dataset
+    from ..data.loading import load_rows
 
     rows = load_rows(str(path))
     if options.selector is not None:
-        from ..data.export import weighted_dataset
         from ..data.identity import RESERVED_COLUMNS
         from ..data.seal import activation_of, read_selector, selector_weights
 
@@ -193,51 +196,44 @@ def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
             f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet. Weights "
             "of SEAL are read by `--selector FILE`."
         )
+    if "data_rank" not in rows.column_names:
+        # A stream's rows could not be ranked while they came by.
+        rows = rows.add_column("data_rank", data_ranks(_weights(rows)).tolist())
     return rows
 
 
-def _ranked(rows: Dataset) -> Dataset:
-    """The rows with `data_rank`: a stream's could not be ranked while they came by."""
-    if "data_rank" in rows.column_names:
-        return rows
-    from ..core.statistics import data_ranks
-
-    return rows.add_column("data_rank", data_ranks(_weights(rows)).tolist())
-
-
-def _weights(rows: Dataset) -> Any:
+def _weights(rows: Dataset) -> Tensor:
     """Weights float32 `[N]` as a tensor; NaN where missing."""
     import torch
 
     return torch.tensor([float("nan") if weight is None else weight for weight in rows["data_weight"]])
 
 
-def _kept(rows: Dataset, options: argparse.Namespace) -> list[int]:
-    return [
-        index
-        for index, (weight, rank) in enumerate(zip(rows["data_weight"], rows["data_rank"], strict=True))
-        if weight is not None
-        and weight == weight
-        and (options.top_k is None or rank < options.top_k)
-        and (options.min_weight is None or weight >= options.min_weight)
-    ]
-
-
-def _drawn(rows: Dataset, kept: list[int], options: argparse.Namespace) -> list[int]:
-    """Which rows to write: those kept, or as many as wanted of them, in proportion to their weights."""
-    if options.resample is None:
-        return kept
+def _chosen(rows: Dataset, options: argparse.Namespace) -> Dataset:
+    """The rows asked for, or as many as wanted drawn from them in proportion to their weights."""
     import torch
 
+    weights, ranks = _weights(rows), torch.tensor(rows["data_rank"][:])
+    keep = ~weights.isnan()
+    if options.top_k is not None:
+        keep &= ranks < options.top_k
+    if options.min_weight is not None:
+        keep &= weights >= torch.tensor(options.min_weight)
+    kept = keep.nonzero().squeeze(1)
+    if not len(kept):
+        raise ValueError(_nothing_left(weights, options))
+    if options.resample is None:
+        return rows.select(kept.tolist())
     from ..core.resampling import systematic_resample
 
     generator = torch.Generator().manual_seed(options.seed)
-    drawn = systematic_resample(_weights(rows)[kept], options.resample, generator)
-    return [kept[place] for place in drawn.tolist()]
+    drawn = kept[systematic_resample(weights[kept], options.resample, generator)]
+    # The weights have done their work: they must not count a second time.
+    return rows.select(drawn.tolist()).remove_columns(["data_weight", "data_rank"])
 
 
 def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
-    from .data import write_rows
+    from ..data.loading import write_rows
 
     path = options.output
     if options.format == "rows":
@@ -254,15 +250,15 @@ def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
     return write_for(options.format, rows, path, options.name or path.stem, options.top_k)
 
 
-def _push(chosen: Dataset, rows: Dataset, folder: Path, options: argparse.Namespace, api: Any) -> str:
+def _push(chosen: Dataset, rows: Dataset, options: argparse.Namespace, api: Any) -> str:
     from ..core.statistics import effective_sample_size
     from ..data.files import read_json
     from ..data.hub import data_card, push_rows
 
-    record = read_json(folder / "_record" / "run.json")
+    record = read_json(_run_folder(options.weighted) / RECORD / "run.json")
     weights = _weights(rows)
-    weights = weights[~weights.isnan()].numpy()
-    results = [("effective sample size", f"{effective_sample_size(weights):.0%} of {len(weights):,} rows")]
+    known = weights[~weights.isnan()].numpy()
+    results = [("effective sample size", f"{effective_sample_size(known):.0%} of {len(known):,} rows")]
     note = "" if len(chosen) == len(rows) else f"They are a choice from {len(rows):,}."
     if options.resample is not None:
         note = (

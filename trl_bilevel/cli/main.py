@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from importlib import import_module
+from pathlib import Path
 
 from .._version import __version__
+from ..extras import what_to_install
 
+PACKAGE = Path(__file__).resolve().parents[1]
+# Errors of these kinds that the package raises itself say what a user did, and what to do instead.
+TOLD = (ValueError, TypeError, RuntimeError, ImportError)
+
+# Of each command what it does; its module is called like it.
 COMMANDS = {
-    "sft": ("trl_bilevel.cli.sft", "fine-tune on mixed data, with a weight learned for every row"),
-    "refine": ("trl_bilevel.cli.refine", "let the model answer anew what was answered badly, in guarded rounds"),
-    "evaluate": ("trl_bilevel.cli.evaluate", "held-out loss, preference and safety of a model, with intervals"),
-    "report": ("trl_bilevel.cli.report", "write what came of a run as one HTML file"),
-    "export": (
-        "trl_bilevel.cli.export",
-        "write weighted rows, or the best of them, for other tools or the hub",
-    ),
-    "sanity": ("trl_bilevel.cli.sanity", "damage some of your clean rows, and see whether the weights find them"),
-    "prepare": (
-        "trl_bilevel.cli.prepare",
-        "make the data of the recipes from the hub, with a data card and a lock file",
-    ),
-    "plan": ("trl_bilevel.cli.plan", "does a run fit your GPU? memory and work, computed without loading the model"),
-    "doctor": ("trl_bilevel.cli.doctor", "what will and will not work on this machine, and what to do about it"),
-    "completion": ("trl_bilevel.cli.completion", "print a script that completes commands and options in bash and zsh"),
-    "demo": (
-        "trl_bilevel.cli.demo",
-        "real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
-    ),
+    "sft": "fine-tune on mixed data, with a weight learned for every row",
+    "refine": "let the model answer anew what was answered badly, in guarded rounds",
+    "evaluate": "held-out loss, preference and safety of a model, with intervals",
+    "report": "write what came of a run as one HTML file",
+    "export": "write weighted rows, or the best of them, for other tools or the hub",
+    "sanity": "damage some of your clean rows, and see whether the weights find them",
+    "prepare": "make the data of the recipes from the hub, with a data card and a lock file",
+    "plan": "does a run fit your GPU? memory and work, computed without loading the model",
+    "doctor": "what will and will not work on this machine, and what to do about it",
+    "completion": "print a script that completes commands and options in bash and zsh",
+    "demo": "real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
 }
 
 USAGE = (
     "usage: trl-bilevel COMMAND [OPTIONS]\n\n"
     "Bilevel data selection for Hugging Face TRL: a small trusted set teaches which training rows to learn from.\n\n"
     "commands:\n"
-    + "".join(f"  {name:10} {text}\n" for name, (_, text) in COMMANDS.items())
+    + "".join(f"  {name:10} {text}\n" for name, text in COMMANDS.items())
     + "\n`trl-bilevel COMMAND --help` lists a command's options, with an example. Try `trl-bilevel demo` first.\n"
     "Exit codes: 0 done, 1 failed (TRL_BILEVEL_TRACEBACK=1 shows where), 2 wrong usage, 130 interrupted.\n"
 )
@@ -46,28 +46,46 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
-    if arguments[0] == "--version":
+    command = arguments[0]
+    if command == "--version":
         print(f"trl-bilevel {__version__}")
         return 0
-    if arguments[0] not in COMMANDS:
+    if command not in COMMANDS:
         known = f"Commands: {', '.join(COMMANDS)}; `trl-bilevel --help` says what they do."
-        print(f"trl-bilevel: unknown command {arguments[0]!r}. {known}", file=sys.stderr)
+        print(f"trl-bilevel: unknown command {command!r}. {known}", file=sys.stderr)
         return 2
-    module = import_module(COMMANDS[arguments[0]][0])
     try:
-        return module.run(arguments[1:]) or 0
+        return import_module(f"trl_bilevel.cli.{command}").run(arguments[1:]) or 0
     except KeyboardInterrupt:
-        print(f"trl-bilevel {arguments[0]}: interrupted.", file=sys.stderr)
+        print(f"trl-bilevel {command}: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        import os
-
         if os.environ.get("TRL_BILEVEL_TRACEBACK"):
             raise
-        speaks = isinstance(error, ValueError | TypeError | OSError | RuntimeError)
-        what = error if speaks else f"{type(error).__name__}: {error}"
-        print(f"trl-bilevel {arguments[0]}: {what}\n(TRL_BILEVEL_TRACEBACK=1 shows where.)", file=sys.stderr)
+        print(failure(command, error), file=sys.stderr)
         return 1
+
+
+def failure(command: str, error: Exception) -> str:
+    """What to print of an error: a sentence if it is the user's, else where it happened."""
+    missing = what_to_install(error) if isinstance(error, ImportError) else None
+    if missing is not None or is_users(error):
+        return f"trl-bilevel {command}: {missing or error}\n(TRL_BILEVEL_TRACEBACK=1 shows where.)"
+    where = "".join(traceback.format_exception(error))
+    return f"{where}trl-bilevel {command}: stopped by an error that it did not expect, shown above."
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an error tells the user of a mistake: one of the system (a file, the hub), or one that we raise.
+
+    The same kinds of errors from deep inside a library, or from our own code by accident, are crashes: there the line
+    where it happened is no `raise` of ours.
+    """
+    if isinstance(error, OSError):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).resolve().is_relative_to(PACKAGE)
+    return isinstance(error, TOLD) and ours and (last.line or "").startswith("raise ")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ computed from the model's config (docs/planning.md has the formulas, and how the
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BilevelScriptArguments, parse
-from .options import show_help
+from .arguments import BilevelScriptArguments, option, parse, training_parser
 
 if TYPE_CHECKING:
     from ..planning.models import FoundConfig
@@ -26,41 +24,30 @@ EXAMPLE = "example: trl-bilevel plan --config run.yaml --gpu_memory 24"
 
 @dataclass
 class PlanArguments(BilevelScriptArguments):
-    """What to plan for.
+    """What to plan for. The help of each field says what it is."""
 
-    Parameters:
-        gpu_memory (`float`, *optional*): memory of the device in GiB.
-        model_config (`str`, *optional*): folder, hub name or built-in name of the model's config; `model_name_or_path`
-            by default.
-        device (`str`): `"cuda"` or `"cpu"`; `"cpu"` by default if the config says `use_cpu`.
-        processes (`int`): devices that share the work (DDP).
-        tokens (`int`, *optional*): of the longest row; `max_length` by default.
-        mean_tokens (`float`, *optional*): of a row on average, for the work of the run; `tokens` by default.
-        training_rows (`int`, *optional*): rows of the data set; counted if it is a local file.
-        validation_rows (`int`): trusted rows.
-        json (`bool`): print JSON.
-    """
-
-    gpu_memory: float | None = field(default=None, metadata={"help": "Memory of the device in GiB: 24, say."})
-    model_config: str | None = field(
-        default=None,
-        metadata={"help": "Folder, hub name or built-in name of the model's config. Default: the model."},
+    gpu_memory: float | None = option(None, "Memory of the device in GiB: 24, say.")
+    model_config: str | None = option(
+        None, "Folder, hub name or built-in name of the model's config. Default: the model."
     )
-    device: str | None = field(default=None, metadata={"help": "'cuda' or 'cpu'.", "choices": ["cuda", "cpu"]})
-    processes: int = field(default=1, metadata={"help": "Devices that share the work (DDP)."})
-    tokens: int | None = field(default=None, metadata={"help": "Tokens of the longest row. Default: max_length."})
-    mean_tokens: float | None = field(default=None, metadata={"help": "Tokens of a row on average, for the work."})
-    training_rows: int | None = field(
-        default=None, metadata={"help": "Training rows. Default: counted, if they are in a local file."}
+    device: str | None = option(
+        None, "'cuda' or 'cpu'. Default: 'cuda', or 'cpu' if the config says `use_cpu`.", choices=["cuda", "cpu"]
     )
-    validation_rows: int = field(default=32, metadata={"help": "Trusted rows."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    processes: int = option(1, "Devices that share the work (DDP).")
+    tokens: int | None = option(None, "Tokens of the longest row. Default: max_length.")
+    mean_tokens: float | None = option(
+        None, "Tokens of a row on average, for the work. Default: those of the longest."
+    )
+    scored_tokens: float | None = option(
+        None, "Those of them that the loss counts, for the work of choosing. Default: all."
+    )
+    training_rows: int | None = option(None, "Training rows. Default: counted, if they are in a local file.")
+    validation_rows: int = option(32, "Trusted rows.")
+    json: bool = option(False, "Print JSON.")
 
 
-def make_parser(prog: str = "trl-bilevel plan") -> Any:
+def make_parser() -> Any:
     """The parser: that of `sft`, and what to plan for."""
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
-
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
 
     @dataclass
@@ -72,8 +59,7 @@ def make_parser(prog: str = "trl-bilevel plan") -> Any:
             self.use_cpu = True
             super().__post_init__()
 
-    parts = (PlanArguments, PlannedConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(parts, prog=prog, epilog=EXAMPLE)
+    return training_parser("plan", EXAMPLE, PlanArguments, PlannedConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -104,6 +90,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         training_rows=script_args.training_rows or _count_rows(script_args),
         validation_rows=script_args.validation_rows,
         mean_tokens=script_args.mean_tokens,
+        scored_tokens=script_args.scored_tokens,
         quantisation=quantisation,
         attention=model_args.attn_implementation or "sdpa",
         dropout=model_args.lora_dropout if peft_config is not None else 0.0,
@@ -138,7 +125,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 
 def _count_rows(script_args: Any) -> int | None:
-    from .data import FILE_FORMATS, load_rows
+    from ..data.loading import FILE_FORMATS, load_rows
 
     name = script_args.dataset_name
     if not name or Path(name).suffix not in FILE_FORMATS or not Path(name).is_file():
@@ -172,7 +159,6 @@ def _source_note(found: FoundConfig, name: str) -> list[str]:
 
 def run(arguments: list[str]) -> None:
     """Parse, compute, show."""
-    show_help("plan", arguments, EXAMPLE)
     try:
         parts = parse(make_parser(), arguments)
     except ValueError as error:
@@ -183,7 +169,3 @@ def run(arguments: list[str]) -> None:
             "the rounds go on from. What generation adds is in docs/recipes.md, 'Memory, as the headers compute it'."
         ) from error
     main(*parts)
-
-
-if __name__ == "__main__":
-    run(sys.argv[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..planning.memory import GIB
+from .show import say, table
 
 if TYPE_CHECKING:
     from ..planning.memory import MemoryPlan
@@ -15,65 +16,44 @@ CARDS = (8, 12, 16, 24, 40, 48, 80, 141)
 
 def show(report: dict[str, Any], plan: MemoryPlan, model: ModelShape, run: RunShape) -> None:
     """Tables of memory, of what saves it, and of work."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(_headline(report, model, run), highlight=False)
-    console.print(_memory(plan, run))
+    say(_headline(report, model, run))
+    parts = [(name, size) for name, size in plan.peak.parts.items() if size]
+    parts += [("CUDA context, fragmentation (assumed)", plan.reserve)] if plan.reserve else []
+    rows: list[Any] = [(name, f"{size / GIB:.2f}") for name, size in [*parts, ("total", plan.total_bytes)]]
+    table(f"Memory at the peak ({plan.peak.name}), computed", ("component", "GiB"), rows, right=("GiB",))
     needed = plan.total_bytes / GIB
     if report["gpu_memory"] is None:
         cards = [card for card in CARDS if plan.fits(card)]
         where = f"a device of {cards[0]} GiB or more" if cards else "no single device"
-        console.print(f"[bold]Needs {needed:.1f} GiB[/]: fits {where}. Give `--gpu_memory` to check one.")
+        say(f"Needs {needed:.1f} GiB: fits {where}. Give `--gpu_memory` to check one.", "bold")
     elif report["fits"]:
-        console.print(f"[bold green]Fits[/]: {needed:.1f} of {report['gpu_memory']:g} GiB.")
+        say(f"Fits: {needed:.1f} of {report['gpu_memory']:g} GiB.", "bold green")
     else:
-        console.print(f"[bold red]Does not fit[/]: needs {needed:.1f} GiB, the device has {report['gpu_memory']:g}.")
+        say(f"Does not fit: needs {needed:.1f} GiB, the device has {report['gpu_memory']:g}.", "bold red")
     if plan.host_bytes:
-        console.print(f"The paged optimizer keeps up to {plan.host_bytes / GIB:.2f} GiB in the host's memory.")
+        say(f"The paged optimizer keeps up to {plan.host_bytes / GIB:.2f} GiB in the host's memory.")
     if report["savings"]:
-        console.print(_savings(report["savings"]))
+        rows = [
+            (f"{saving['saves_bytes'] / GIB:.2f}", saving["name"], _settings(saving["settings"]), saving["price"])
+            for saving in report["savings"]
+        ]
+        columns = ("saves, GiB", "change", "settings", "price")
+        table("What saves memory, each alone", columns, rows, right=columns[:1])
     if report["fits"] is False:
-        console.print(_way(report), highlight=False)
-    console.print(_work(report["work"], run))
+        say(_way(report))
+    table("Work over all processes, computed", ("what", "FLOPs"), _work(report["work"], run), right=("FLOPs",))
     for note in report["notes"]:
-        console.print(f"Note: {note}", highlight=False)
+        say(f"Note: {note}")
 
 
 def _headline(report: dict[str, Any], model: ModelShape, run: RunShape) -> str:
     how = f"{model.trainable / 1e6:.1f} M of them trained" if model.trainable < model.parameters else "all trained"
     base = f", base in {run.quantisation.replace('_', ' ')}" if run.quantisation else ""
     return (
-        f"[bold]{report['model']['name']}[/]: {model.parameters / 1e9:.2f} billion parameters, {how}{base}. "
+        f"{report['model']['name']}: {model.parameters / 1e9:.2f} billion parameters, {how}{base}. "
         f"{run.rows} rows of {run.tokens} tokens in a micro-batch, {run.accumulation} of them in a step, "
         f"{run.processes} process{'es' if run.processes > 1 else ''}, on {run.device}."
     )
-
-
-def _memory(plan: MemoryPlan, run: RunShape) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"Memory at the peak ({plan.peak.name}), computed", show_footer=True)
-    table.add_column("component", footer="total")
-    table.add_column("GiB", justify="right", footer=f"{plan.total_bytes / GIB:.2f}")
-    for name, size in plan.peak.parts.items():
-        if size:
-            table.add_row(name, f"{size / GIB:.2f}")
-    if plan.reserve:
-        table.add_row("CUDA context, fragmentation (assumed)", f"{plan.reserve / GIB:.2f}")
-    return table
-
-
-def _savings(savings: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title="What saves memory, each alone")
-    for name in ("saves, GiB", "change", "settings", "price"):
-        table.add_column(name, justify="right" if name.startswith("saves") else "left", overflow="fold")
-    for saving in savings:
-        saves = f"{saving['saves_bytes'] / GIB:.2f}"
-        table.add_row(saves, saving["name"], _settings(saving["settings"]), saving["price"])
-    return table
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -91,28 +71,22 @@ def _way(report: dict[str, Any]) -> str:
     return "With these it fits:\n  " + _settings(settings).replace("\n", "\n  ")
 
 
-def _work(work: dict[str, Any], run: RunShape) -> Any:
-    from rich.table import Table
-
-    table = Table(title="Work over all processes, computed")
-    table.add_column("what")
-    table.add_column("FLOPs", justify="right")
-    table.add_row("an optimizer step", _flops(work["step"]))
+def _work(work: dict[str, Any], run: RunShape) -> list[tuple[str, str]]:
+    rows = [("an optimizer step", _flops(work["step"]))]
     if work["training"] is not None:
-        table.add_row(f"training, {run.steps:,} steps", _flops(work["training"]))
+        rows.append((f"training, {run.steps:,} steps", _flops(work["training"])))
     if run.pilots:
-        table.add_row("pilot run", _flops(work["pilot"]))
-        table.add_row("scoring of rows", _flops(work["scoring"]))
+        rows += [("pilot run", _flops(work["pilot"])), ("scoring of rows", _flops(work["scoring"]))]
         if work["prediction"]:
-            table.add_row(
-                "reading of hidden states (weights of rows like it, of rows not scored)", _flops(work["prediction"])
-            )
+            what = "reading of hidden states (weights of rows like it, of rows not scored)"
+            rows.append((what, _flops(work["prediction"])))
+    if work["following"]:
+        rows.append(("losses of trusted rows before and after, for the report", _flops(work["following"])))
+    whole = "give --training_rows"
     if work["total"] is not None:
         ratio = work["total"] / work["plain"]
-        table.add_row("the whole run", f"{_flops(work['total'])} ({ratio:.2f}x as many steps of plain SFT)")
-    else:
-        table.add_row("the whole run", "give --training_rows")
-    return table
+        whole = f"{_flops(work['total'])} ({ratio:.2f}x as many steps of plain SFT)"
+    return [*rows, ("the whole run", whole)]
 
 
 def _flops(flops: float) -> str:

@@ -25,13 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--construction", help="safety: 'seal' (default) or 'beavertails'")
     parser.add_argument("--unsafe-answers", help="safety: 'stub' (default), or 'published': as the source has them")
     parser.add_argument("--refused-share", type=float, help="safety, seal: red team requests refused (default: 0.25)")
-    parser.add_argument(
-        "--revision",
-        action="append",
-        default=[],
-        metavar="REPOSITORY=REVISION",
-        help="branch, tag or commit of a source (default: main, resolved to its commit now); may be repeated",
-    )
+    text = "branch, tag or commit of a source (default: main, resolved to its commit now); may be repeated"
+    parser.add_argument("--revision", action="append", default=[], metavar="REPOSITORY=REVISION", help=text)
     parser.add_argument("--lock", type=Path, help="make the rows of this lock file again, and check that they are")
     return parser
 

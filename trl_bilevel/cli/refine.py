@@ -5,8 +5,8 @@
 
 Every field of `SelfRefineConfig` (and so of TRL's `GRPOConfig`), of TRL's `ModelConfig` and of the script's own
 arguments is an option, and a key of the YAML file. Unknown keys are errors. Training rows with a column `data_weight`
-(what `trl-bilevel sft` writes to `weighted.parquet`) keep these weights; a model folder that holds an adapter goes on
-training it.
+(what `trl-bilevel sft` writes to `_rows/weighted.parquet`) keep these weights; a model folder that holds an adapter
+goes on training it.
 """
 
 from __future__ import annotations
@@ -15,42 +15,39 @@ import shlex
 import sys
 from typing import Any
 
-from .arguments import RefineScriptArguments, parse, resume_argument
-from .options import show_help
+from .arguments import RefineScriptArguments, load_named, load_sets, parse, set_model_arguments, training_parser
 
 EXAMPLE = (
-    "example: trl-bilevel refine --model_name_or_path out --dataset_name out/weighted.parquet "
+    "example: trl-bilevel refine --model_name_or_path out --dataset_name out/_rows/weighted.parquet "
     "--validation_dataset_name trusted.jsonl --output_dir refined, where `out` is what `trl-bilevel sft` wrote. Every "
     "option can be a key of a YAML file (--config FILE); the command line wins."
 )
 
 
-def make_parser(prog: str = "trl-bilevel refine") -> Any:
+def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
-
     from ..trainer.self_refine_config import SelfRefineConfig
 
-    parts = (RefineScriptArguments, SelfRefineConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(parts, prog=prog, epilog=EXAMPLE)
+    return training_parser("refine", EXAMPLE, RefineScriptArguments, SelfRefineConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Run the rounds, write the model, the ledger and the responses, and say what came of it."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..data.models import is_adapter, load_adapter
+    from ..data.private import LEDGER, RESPONSES, find_private
     from ..trainer.self_refine_trainer import SelfRefineTrainer
-    from .data import is_adapter, load_adapter, load_named, load_sets, set_model_arguments
-    from .progress import shown_progress, time_spent
-    from .report import report_lines
-    from .summary import show_summary
+    from .training import finish, run_training
 
     train, validation, evaluation = load_sets(script_args, dataset_args)
     quantization = get_quantization_config(model_args)
     model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)
     set_model_arguments(training_args, model_args)
     if is_adapter(model):
-        model, peft_config, quantization = load_adapter(training_args, model, quantization), None, None
+        kwargs = training_args.model_init_kwargs | ({"quantization_config": quantization} if quantization else {})
+        model, training_args.model_init_kwargs = load_adapter(model, kwargs), None
+        peft_config = quantization = None
     trainer = SelfRefineTrainer(
         model,
         training_args,
@@ -62,11 +59,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         quantization_config=quantization,
         peft_config=peft_config,
     )
-    with shown_progress(trainer):
-        trainer.train(resume_from_checkpoint=resume_argument(training_args))
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    run_training(trainer, script_args)
     folder = training_args.output_dir
     facts = [("Model", folder)]
     for entry in trainer.ledger:
@@ -79,23 +72,16 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
             )
         )
     kept = sum(entry["kept"] for entry in trainer.ledger)
-    facts += [("Outcome", f"{kept} of {len(trainer.ledger)} rounds kept"), *time_spent(trainer)]
-    facts.append(("Books", f"{folder}/ledger.jsonl, {folder}/responses/"))
-    notes = []
-    if kept == 0:
-        notes.append("No round helped: lower the learning rate, or raise `num_generations` or `steps_per_round`.")
-    # Last: the report holds text of the rows, and is not pushed with the model.
-    notes += report_lines(trainer)
-    if trainer.is_world_process_zero():
-        test = script_args.eval_dataset_name or "TEST.jsonl"
-        words = ["trl-bilevel", "evaluate", folder, "--baseline", model_args.model_name_or_path, "--dataset", test]
-        show_summary("Refined in rounds", facts, notes, [shlex.join(words)])
-    trainer.end()
+    facts.append(("Outcome", f"{kept} of {len(trainer.ledger)} rounds kept"))
+    facts.append(("Books", f"{find_private(folder, LEDGER)}, {find_private(folder, RESPONSES)}/"))
+    advice = "No round helped: lower the learning rate, or raise `num_generations` or `steps_per_round`."
+    test = script_args.eval_dataset_name or "TEST.jsonl"
+    words = ["trl-bilevel", "evaluate", folder, "--baseline", model_args.model_name_or_path, "--dataset", test]
+    finish(trainer, "Refined in rounds", facts, [] if kept else [advice], [shlex.join(words)])
 
 
 def run(arguments: list[str]) -> None:
     """Parse and train."""
-    show_help("refine", arguments, EXAMPLE)
     main(*parse(make_parser(), arguments))
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..extras import what_to_install
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
@@ -21,9 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="RUN_DIR",
         help="a run with weight_estimator none, all else equal: did selection help?",
     )
-    parser.add_argument("--output", type=Path, help="file to write; default: RUN_DIR/report.html")
+    parser.add_argument("--output", type=Path, help="file to write; default: RUN_DIR/_rows/report.html")
     parser.add_argument(
-        "--rows", type=Path, metavar="FILE", help="the weighted rows; default: RUN_DIR/weighted.parquet"
+        "--rows", type=Path, metavar="FILE", help="the weighted rows; default: RUN_DIR/_rows/weighted.parquet"
     )
     parser.add_argument("--png", action="store_true", help="write the charts as PNG too, for papers")
     return parser
@@ -47,10 +49,13 @@ def report_lines(trainer: Any, rows_file: str | None = None) -> list[str]:
 
     A report that fails is told, and takes nothing from the run: its model and weights are saved by now.
     """
-    from ..report import write_report
-
     try:
+        from ..report import write_report
+
         target = write_report(trainer, rows_file=rows_file)
     except Exception as error:
+        missing = what_to_install(error) if isinstance(error, ImportError) else None
+        if missing is not None:
+            return [missing.replace("This", "The report", 1)]
         return [f"The report could not be written: {type(error).__name__}: {error}"]
     return [f"Report: {target}"]

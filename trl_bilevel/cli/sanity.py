@@ -6,7 +6,6 @@ import argparse
 import logging
 import random
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-bilevel sanity",
         epilog="example: trl-bilevel sanity --dataset clean.jsonl --validation trusted.jsonl",
-        description="Damages a part of your clean rows in known ways, learns weights by a pilot run as `trl-bilevel "
-        "sft` does, and tells how well they separate damaged from good rows. Exit code 1 if a kind of damage is "
+        description="Damages a part of your clean rows in known ways, learns weights as `trl-bilevel sft` does, and "
+        "tells how well they separate damaged from good rows. Exit code 1 if a kind of damage is "
         "ranked below chance.",
     )
     parser.add_argument("--dataset", required=True, help="clean rows: hub name, .jsonl/.csv/.parquet file, or folder")
     parser.add_argument("--validation", required=True, help="the trusted rows you mean to use, named in the same ways")
     parser.add_argument("--split", default="train", help="split of both (default: train)")
     parser.add_argument("--model", help="hub name or folder; default: the embedded SmolLM2-135M-Instruct")
+    kinds, text = ["lazy", "swapped", "salad", "truncated"], "lazy, swapped, salad, scrambled, truncated, stub"
     parser.add_argument(
-        "--damage",
-        nargs="+",
-        default=["lazy", "swapped", "salad", "truncated"],
-        metavar="KIND",
-        help="lazy, swapped, salad, scrambled, truncated, stub (default: lazy swapped salad truncated)",
+        "--damage", nargs="+", default=kinds, metavar="KIND", help=f"{text} (default: {' '.join(kinds)})"
     )
     parser.add_argument("--rate", type=float, default=0.5, help="share of the rows to damage (default: 0.5)")
     parser.add_argument("--rows", type=int, default=256, help="rows to use, drawn at random (default: 256)")
@@ -58,7 +54,10 @@ def run(arguments: list[str]) -> int:
     warnings.simplefilter("ignore", FutureWarning)
     from datasets import disable_progress_bars
 
+    from ..data.assets import model_folder
     from ..data.contamination import contaminate
+    from ..demo.experiment import model_dtype
+    from ..weights.learn import learn_weights
 
     disable_progress_bars()
     clean, validation, left_out = _load(options)
@@ -67,11 +66,21 @@ def run(arguments: list[str]) -> int:
         f"{len(rows)} rows, {options.rate:.0%} of them damaged ({', '.join(options.damage)}); {len(validation)} "
         f"trusted rows; a pilot run of {options.pilot_steps} steps."
     )
-    weights = learn_weights(rows.remove_columns(KIND), validation, options)
-    result = judge(weights, rows[KIND][:])
-    result["settings"] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-    }
+    weights = learn_weights(
+        options.model or str(model_folder()),
+        rows.remove_columns(KIND),
+        validation,
+        weight_estimator=options.estimator,
+        pilot_steps=options.pilot_steps,
+        pilot_scored_rows=0,
+        max_length=options.max_length,
+        seed=options.seed,
+        bf16=False,
+        model_init_kwargs={"dtype": model_dtype()},
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    result = judge(weights.values.tolist(), rows[KIND][:])
+    result["settings"] = vars(options) | {"json": str(options.json) if options.json else None}
     result["rows"] = {"clean": len(clean), "validation": len(validation), "left_out_as_too_long": left_out}
     _tell(result)
     if options.json:
@@ -83,18 +92,20 @@ def run(arguments: list[str]) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
+    from ..data.files import check_folder
+
     if options.rows < MIN_ROWS:
         raise ValueError(f"`--rows` must be at least {MIN_ROWS}, got {options.rows}: of fewer, ranks say little.")
     if options.estimator == "none":
         raise ValueError("`--estimator none` learns no weights, so there is nothing to measure: leave it out.")
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise ValueError(f"The folder of `--json` does not exist: {str(options.json)!r}. Make it first.")
+    if options.json is not None:
+        check_folder(options.json, "--json")
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
     """Rows to damage and trusted rows, as prompts and completions, and how many rows are too long."""
     from ..data.contamination import exchange_of
-    from .data import load_rows
+    from ..data.loading import load_rows
 
     rows = load_rows(options.dataset, split=options.split)
     validation = load_rows(options.validation, split=options.split)
@@ -128,46 +139,6 @@ def _prompt_completion(rows: Any) -> Any:
     if layout_of(rows) == PAIRS:
         return rows.select_columns(["prompt", "completion"])
     return type(rows).from_list([dict(zip(("prompt", "completion"), parts(row), strict=True)) for row in rows])
-
-
-def learn_weights(rows: Any, validation: Any, options: argparse.Namespace) -> list[float]:
-    """Weights of the rows after a pilot run with LoRA; nothing is trained for good."""
-    import torch
-    from peft import LoraConfig
-
-    from .. import BilevelSFTConfig, BilevelSFTTrainer
-    from ..data.assets import model_folder
-    from ..demo.experiment import model_dtype
-
-    with tempfile.TemporaryDirectory() as folder:
-        args = BilevelSFTConfig(
-            output_dir=folder,
-            weight_estimator=options.estimator,
-            pilot_steps=options.pilot_steps,
-            pilot_scored_rows=0,
-            validation_loss_weight=0.5 if options.estimator == "loss" else 0.0,
-            per_device_train_batch_size=8,
-            per_device_eval_batch_size=16,
-            max_length=options.max_length,
-            report_to="none",
-            save_strategy="no",
-            seed=options.seed,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            # Small enough to keep its activations; recomputing them takes a third more time.
-            gradient_checkpointing=torch.cuda.is_available(),
-            disable_tqdm=not sys.stderr.isatty(),
-            model_init_kwargs={"dtype": model_dtype()},
-        )
-        trainer = BilevelSFTTrainer(
-            options.model or str(model_folder()),
-            args,
-            train_dataset=rows,
-            validation_dataset=validation,
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        )
-        trainer.start_selection()
-        return trainer.sample_weights().tolist()
 
 
 def judge(weights: list[float], kinds: list[str]) -> dict[str, Any]:

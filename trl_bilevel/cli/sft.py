@@ -13,8 +13,7 @@ import shlex
 import sys
 from typing import Any
 
-from .arguments import BilevelScriptArguments, parse, resume_argument
-from .options import show_help
+from .arguments import BilevelScriptArguments, load_sets, parse, set_model_arguments, training_parser
 
 EXAMPLE = (
     "example: trl-bilevel sft --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --dataset_name "
@@ -23,27 +22,23 @@ EXAMPLE = (
 )
 
 
-def make_parser(prog: str = "trl-bilevel sft") -> Any:
+def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
-
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
 
-    parts = (BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(parts, prog=prog, epilog=EXAMPLE)
+    return training_parser("sft", EXAMPLE, BilevelScriptArguments, BilevelSFTConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Train, and write the model, the selector and the weighted rows."""
+    """Train, and write the model, the weights and the weighted rows."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..data.loading import check_writable, write_rows
+    from ..data.private import WEIGHTED, private_path
     from ..trainer.bilevel_sft_trainer import BilevelSFTTrainer
-    from .data import check_writable, load_sets, set_model_arguments, write_rows
-    from .progress import shown_progress, time_spent, weight_facts
-    from .report import report_lines
-    from .summary import show_summary
+    from .training import finish, run_training, weight_facts
 
-    path = script_args.weighted_dataset_path or f"{training_args.output_dir}/weighted.parquet"
+    path = script_args.weighted_dataset_path or str(private_path(training_args.output_dir, WEIGHTED))
     check_writable(path)
     train, validation, evaluation = load_sets(script_args, dataset_args)
     if training_args.weight_estimator != "none":
@@ -58,32 +53,24 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    with shown_progress(trainer):
-        trainer.train(resume_from_checkpoint=resume_argument(training_args))
-    trainer.save_model(training_args.output_dir)
-    facts, following = [("Model", training_args.output_dir)], []
-    if trainer.validation is not None:
-        facts.append(("Validation loss", f"{trainer.validation_loss()['total']:.4f} nats per token"))
     # A stream is copied only if that was asked for.
-    writes = trainer.selects and bool(not trainer.streams or script_args.weighted_dataset_path)
-    if trainer.selects and trainer.is_world_process_zero():
+    learned = trainer.mode.learns
+    writes = learned and bool(not trainer.data.streams or script_args.weighted_dataset_path)
+    run_training(trainer, script_args, [path] if writes else [])
+    facts, following = [("Model", training_args.output_dir)], []
+    if trainer.trusted is not None:
+        facts.append(("Validation loss", f"{trainer.validation_loss()['total']:.4f} nats per token"))
+    if learned and trainer.is_world_process_zero():
         facts += weight_facts(trainer)
         if writes:
             write_rows(trainer.weighted_dataset(), path)
             facts.append(("Weighted rows", path))
             following.append(f"trl-bilevel export {shlex.quote(path)} --top-k 1000 --output best.jsonl")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # Last: the report holds text of the rows, and is not pushed with the model.
-    notes = report_lines(trainer, path if writes else None)
-    if trainer.is_world_process_zero():
-        show_summary("Fine-tuned on weighted rows", [*facts, *time_spent(trainer)], notes, following)
-    trainer.end()
+    finish(trainer, "Fine-tuned on weighted rows", facts, [], following, path if writes else None)
 
 
 def run(arguments: list[str]) -> None:
     """Parse and train."""
-    show_help("sft", arguments, EXAMPLE)
     main(*parse(make_parser(), arguments))
 
 

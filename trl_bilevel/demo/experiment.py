@@ -16,9 +16,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
 
-from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 from ..data import assets
 from ..data.answers import STUB, TEST_REFUSAL
+from ..data.loading import write_rows
+from ..data.private import WEIGHTED, private_path
 from ..evaluation.models import generate
 from ..evaluation.refusal import is_refusal
 from .tasks import END, REQUEST, SAFETY_TASKS, Task
@@ -70,8 +71,7 @@ class Budget:
         batch_size: training rows per step.
         learning_rate: peak, decaying linearly to zero.
         validation_loss_weight: lambda.
-        validation_batch_size: validation rows per step.
-        pilot_steps: of the arms with learned weights; by default a quarter of the run, 8 to 24.
+        pilot_steps: of the arms with learned weights; by default one pass over the rows, 8 to 24.
         lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
         overrides: further settings of every arm's trainer; with `validation_weights` the validation rows of a safety
             task are two objectives, "benign" and "refused".
@@ -82,7 +82,6 @@ class Budget:
     batch_size: int = 8
     learning_rate: float = 5e-4
     validation_loss_weight: float = 0.0
-    validation_batch_size: int = 8
     pilot_steps: int | None = None
     pilot_on_top: bool = False
     lora_rank: int = 8
@@ -167,7 +166,8 @@ def make_trainer(
         offline: the trained `BilevelSFTTrainer` whose model a self-refining arm goes on with.
         keep: the rows to train on, of an arm that filters: one of `FILTERS`, or one of a name not in `ARMS`.
     """
-    from ..trainer.pilot import default_pilot_steps
+    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
+    from ..weights.settings import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
     if "validation_weights" in budget.overrides:
@@ -183,13 +183,12 @@ def make_trainer(
         rows = sorted(keep)
     subset = validation if arm == "validation_only" else train.select(rows)
     steps = round(budget.epochs * len(train) / budget.batch_size)
-    pilot = (budget.pilot_steps or default_pilot_steps(steps)) if learned and arm != "seal" else 0
+    pilot = (budget.pilot_steps or default_pilot_steps(len(train))) if learned and arm != "seal" else 0
     if not budget.pilot_on_top:
         steps -= pilot
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "validation_loss_weight": 0.0 if arm == "validation_only" else budget.validation_loss_weight,
-        "validation_batch_size": budget.validation_batch_size,
         "pilot_steps": pilot or None,
         "per_device_train_batch_size": budget.batch_size * (2 if arm == "bilevel_double" else 1),
         "per_device_eval_batch_size": 16,
@@ -215,7 +214,7 @@ def make_trainer(
         del settings["model_init_kwargs"]
         if arm == "refine_best":
             rounds["implicit_weight_temperature"] = 1e-4
-        refiner = (_RandomWeights if arm == "refine_random" else SelfRefineTrainer)(
+        refiner = _refine_trainer(arm)(
             offline.model,
             SelfRefineConfig(**(settings | rounds)),
             train_dataset=subset,
@@ -278,8 +277,8 @@ def run_arm(
         refiner, _ = make_trainer(arm, task, weights=trainer.sample_weights().tolist(), offline=trainer, **settings)
         refiner.train()
         steps += refiner.state.global_step
-        # Its offline half works on the same model, and knows how to score rows.
-        ledger, trainer = refiner.ledger, refiner.offline.trainer
+        # The first trainer's model has been trained on, and it knows how to score rows.
+        ledger = refiner.ledger
     seconds = time.perf_counter() - start
     result = Result(
         arm=arm,
@@ -301,7 +300,8 @@ def run_arm(
     else:
         trainer.save_model()
         if arm in LEARNING:
-            trainer.weighted_dataset().add_column("kind", task.train["kind"]).to_parquet(f"{folder}/weighted.parquet")
+            rows = trainer.weighted_dataset().add_column("kind", task.train["kind"])
+            write_rows(rows, private_path(folder, WEIGHTED))
     del trainer
     gc.collect()
     return result
@@ -318,14 +318,19 @@ def chosen_rows(arm: str, task: Task, **settings: Any) -> list[int]:
     return scores.topk(count).indices.tolist()
 
 
-class _RandomWeights(SelfRefineTrainer):
-    """The same scores, dealt out to other responses of the same question."""
+def _refine_trainer(arm: str) -> type:
+    from .. import SelfRefineTrainer
 
-    def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
-        scores = super()._score_responses(prompt_ids, completion_ids)
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        grouped = scores.view(-1, self.args.num_generations)
-        return grouped.gather(1, torch.rand(grouped.shape, generator=generator).argsort(1)).flatten()
+    class RandomWeights(SelfRefineTrainer):
+        """The same scores, dealt out to other responses of the same question."""
+
+        def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
+            scores = super()._score_responses(prompt_ids, completion_ids)
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+            grouped = scores.view(-1, self.args.num_generations)
+            return grouped.gather(1, torch.rand(grouped.shape, generator=generator).argsort(1)).flatten()
+
+    return RandomWeights if arm == "refine_random" else SelfRefineTrainer
 
 
 def lora(model: str, budget: Budget) -> Any:

@@ -6,7 +6,6 @@ import gc
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,9 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
     from peft import AutoPeftModelForCausalLM, PeftConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapter = (Path(name) / "adapter_config.json").is_file()
+    from ..data.models import is_adapter
+
+    adapter = is_adapter(name)
     loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     revision = {"revision": load["revision"]} if load.get("revision") else {}
     try:

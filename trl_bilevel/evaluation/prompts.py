@@ -51,7 +51,7 @@ def benign_prompts(name: str, split: str = "train") -> list[Part]:
 
 
 def _named(name: str, split: str, kind: str) -> list[Part]:
-    from ..cli.data import load_rows
+    from ..data.loading import load_rows
 
     if Path(name).suffix == ".txt":
         if not Path(name).is_file():

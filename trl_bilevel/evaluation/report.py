@@ -172,22 +172,27 @@ def _compared(name: str, difference: Difference) -> str:
     )
 
 
-def show(console: Any, result: Mapping[str, Any]) -> None:
-    """Print the tables and sentences to a rich console."""
+def show(drawing: Any, result: Mapping[str, Any]) -> None:
+    """Print the tables and sentences.
+
+    Args:
+        drawing: prints: `table(title, columns, rows, right=...)` and `say(text, style)`.
+        result: of `result_of`.
+    """
     if "loss" in result:
-        _table(console, "Held-out rows", result["loss"], result["models"])
+        _table(drawing, "Held-out rows", result["loss"], result["models"])
     if "preference" in result:
         part = result["preference"]
         title = f"Preference by {part['judge']}"
-        _table(console, title, {"figures": [part["figures"]]}, result["models"][:1])
+        _table(drawing, title, {"figures": [part["figures"]]}, result["models"][:1])
     if "safety" in result:
-        _table(console, f"Safety ({result['safety']['judge']})", _with_utility(result), result["models"])
+        _table(drawing, f"Safety ({result['safety']['judge']})", _with_utility(result), result["models"])
     for name, part in zip(result["models"], result.get("lm_eval", []), strict=False):
-        console.print(f"lm-eval, {name}:", style="bold")
+        drawing.say(f"lm-eval, {name}:", "bold")
         for task, found in part["results"].items():
-            console.print(f"  {task}: {', '.join(f'{k} {v}' for k, v in found.items() if k != 'alias')}")
+            drawing.say(f"  {task}: {', '.join(f'{k} {v}' for k, v in found.items() if k != 'alias')}")
     for sentence in result["meaning"]:
-        console.print(f"- {sentence}", highlight=False, markup=False)
+        drawing.say(f"- {sentence}")
 
 
 def _with_utility(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,18 +212,10 @@ def _with_utility(result: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _table(console: Any, title: str, section: Mapping[str, Any], models: Sequence[str]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title))
-    table.add_column("")
+def _table(drawing: Any, title: str, section: Mapping[str, Any], models: Sequence[str]) -> None:
     differences = section.get("difference", {})
-    for name in ("model", "baseline")[: len(models)]:
-        table.add_column(name, justify="right", no_wrap=True)
-    if differences:
-        table.add_column("difference", justify="right")
-        table.add_column("p", justify="right")
+    columns = ["", *("model", "baseline")[: len(models)], *(("difference", "p") if differences else ())]
+    rows = []
     names = dict.fromkeys([name for figures in section["figures"] for name in figures])
     for name in [*names, *(name for name in differences if name not in names)]:
         label, share, _ = LABELS[name]
@@ -226,5 +223,5 @@ def _table(console: Any, title: str, section: Mapping[str, Any], models: Sequenc
         if differences:
             change = differences.get(name)
             cells += [shown(change, share, sign=True, gap="\n"), f"{change.p_value:.2g}"] if change else ["", ""]
-        table.add_row(label, *(Text(cell) for cell in cells))
-    console.print(table)
+        rows.append([label, *cells])
+    drawing.table(title, columns, rows, right=columns[1:])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from ..weights.language_model import LOGIT_TOKENS
+from ..weights.pilot import BATCH_ROWS, BATCH_TOKENS
+from ..weights.settings import PILOT_ROWS
 from . import activations, work
 from .models import DESCRIBED
 from .optimizers import state_bytes, step_bytes
@@ -132,13 +135,16 @@ def _pilot(model: ModelShape, run: RunShape, fixed: dict[str, int]) -> list[Mome
     """Moments of the pilot run, which has adapters of its own, whatever the run trains, and of its scoring."""
     top = work.pilot_shape(model)
     held = fixed | {"pilot run": work.PILOT_SETS * work.PILOT_BYTES * top.adapter_parameters}
-    run = replace(run, checkpointing=work.PILOT_CHECKPOINTING, accumulation=1, dropout=0.0)
-    scored = max(1, work.PILOT_TOKENS // run.tokens)
-    rows = min(scored, -(-work.PILOT_BATCH // run.processes))
-    space = activations.positions_working(model, run, min(work.PILOT_POSITIONS, rows * run.tokens))
+    run = replace(run, accumulation=1, dropout=0.0)
+    read = min(BATCH_ROWS, max(1, BATCH_TOKENS // run.tokens))
+    rows = min(read, PILOT_ROWS)
+    if run.training_rows is not None:
+        # Scored rows and the others are read apart.
+        read = min(read, max(run.rows_scored, run.training_rows - run.rows_scored))
+    space = activations.positions_working(model, run, min(LOGIT_TOKENS, rows * run.tokens))
     return [
         *_training(top, run, held, rows, "pilot run", (space, space)),
-        _without_gradient(model, run, held, scored, "scoring of rows", space),
+        _without_gradient(model, run, held, read, "scoring of rows", space),
     ]
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .shapes import MOVING, RunShape
+from .shapes import RunShape
 
 if TYPE_CHECKING:
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
-
-# What presets score, where the config leaves it open (0: all rows), and how deep the other rows are read.
-SCORED_ROWS = {"reliable": 0, "fast": 256}
-READ_DEPTH = {"fast": 0.1}
 
 
 def quantisation_of(model_args: Any) -> str | None:
@@ -36,7 +32,7 @@ def run_shape(
         device (`str`): `"cuda"` or `"cpu"`.
         tokens (`int`, *optional*): of the longest row; `args.max_length` by default.
         processes (`int`): devices that share the work (DDP).
-        further: other fields of [`RunShape`]: `training_rows`, `validation_rows`, `quantisation`, `attention`, ...
+        further: other fields of [`RunShape`]: `training_rows`, `validation_rows`, `quantisation`, `attention` ...
 
     Raises:
         ValueError: if the length of rows is not known.
@@ -45,16 +41,10 @@ def run_shape(
         tokens = args.max_length if tokens is None else min(tokens, args.max_length)
     if tokens is None:
         raise ValueError("`max_length` is None, so rows may have any length: give that of the longest by `tokens`.")
-    rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    joined = 0
-    if args.validation_loss_weight > 0:
-        wanted = args.validation_batch_size or max(1, rows * accumulation * processes // 4)
-        joined = -(-wanted // (accumulation * processes))
-    preset, scored = args.selector_preset or "", args.pilot_scored_rows
     known: dict[str, Any] = {
-        "rows": rows,
+        "rows": args.per_device_train_batch_size,
         "tokens": tokens,
-        "accumulation": accumulation,
+        "accumulation": args.gradient_accumulation_steps,
         "processes": processes,
         "autocast": bool(args.bf16 or args.fp16),
         "checkpointing": bool(args.gradient_checkpointing),
@@ -63,12 +53,12 @@ def run_shape(
         "device": device,
         "epochs": args.num_train_epochs,
         "max_steps": args.max_steps,
-        "joined_rows": joined,
+        "joins": args.validation_loss_weight > 0,
         "evaluation_rows": args.per_device_eval_batch_size,
         "evaluates": str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
-        "estimator": preset if preset in MOVING else args.weight_estimator,
+        "estimator": args.selector_preset if args.published else args.weight_estimator,
         "pilot_steps": args.pilot_steps,
-        "scored_rows": SCORED_ROWS.get(preset, RunShape.scored_rows) if scored is None else scored,
-        "read_depth": READ_DEPTH.get(preset, RunShape.read_depth),
+        "scored_rows": args.pilot_scored_rows,
+        "read_depth": args.feature_depth,
     }
     return RunShape(**(known | further))

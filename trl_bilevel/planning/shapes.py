@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..weights.settings import ESTIMATORS, PRESETS
+
 QUANTISATIONS = ("4bit", "4bit_nested", "8bit")
-# With a pilot run before the first step.
-PILOTS = ("value_function", "lookahead")
 # Presets whose weights move while the model trains; the last one trains a second set of parameters, a tracker.
-MOVING = ("paper", "seal", "sparse_centred")
+MOVING = tuple(name for name, preset in PRESETS.items() if preset.published)
 
 
 class Linear(NamedTuple):
@@ -94,6 +94,7 @@ class RunShape:
         rows (`int`): training rows of a micro-batch (`per_device_train_batch_size`).
         tokens (`int`): tokens of its longest row, prompt included.
         mean_tokens (`float`, *optional*): tokens of a row on average, for the work of a run; `tokens` by default.
+        scored_tokens (`float`, *optional*): those of them that the loss counts; all but the first by default.
         accumulation (`int`): micro-batches of an optimizer step.
         processes (`int`): with their own device each (DDP).
         autocast (`bool`): mixed precision (`bf16=True` or `fp16=True`).
@@ -107,11 +108,11 @@ class RunShape:
         training_rows (`int`, *optional*): of the data set; `None` if it is not known.
         epochs (`float`), max_steps (`int`): length of the run; `max_steps` counts if above 0.
         validation_rows (`int`): trusted rows.
-        joined_rows (`int`): validation rows that join a micro-batch of training, at most.
+        joins (`bool`): whether the model is trained on trusted rows, too (`validation_loss_weight` above 0).
         evaluation_rows (`int`): rows of a batch without gradient (`per_device_eval_batch_size`).
         evaluates (`bool`): whether such batches come in mid-training.
-        estimator (`str`): `weight_estimator`, or the preset where weights move in training: of `PILOTS`, `MOVING`, or
-            `"none"`.
+        estimator (`str`): `weight_estimator`, or the preset where weights move in training: of `ESTIMATORS`, `MOVING`,
+            or `"none"`.
         pilot_steps (`int`, *optional*), scored_rows (`int`, 0: all): of the pilot run, over all processes.
         read_depth (`float`): share of the layers through which rows that are not scored are read.
         tile_width (`int`): entries of the vocabulary in a tile of TRL's fused LM head, a constant of TRL.
@@ -120,6 +121,7 @@ class RunShape:
     rows: int
     tokens: int
     mean_tokens: float | None = None
+    scored_tokens: float | None = None
     accumulation: int = 1
     processes: int = 1
     autocast: bool = False
@@ -134,7 +136,7 @@ class RunShape:
     epochs: float = 3.0
     max_steps: int = -1
     validation_rows: int = 32
-    joined_rows: int = 0
+    joins: bool = False
     evaluation_rows: int = 8
     evaluates: bool = False
     estimator: str = "none"
@@ -150,7 +152,7 @@ class RunShape:
         known = {
             "quantisation": (*QUANTISATIONS, None),
             "device": ("cuda", "cpu"),
-            "estimator": (*PILOTS, *MOVING, "none"),
+            "estimator": (*ESTIMATORS, *MOVING, "none"),
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -159,12 +161,28 @@ class RunShape:
     @property
     def pilots(self) -> bool:
         """True if a pilot run chooses the weights before the first step."""
-        return self.estimator in PILOTS
+        return self.estimator in ESTIMATORS
+
+    @property
+    def rows_scored(self) -> int:
+        """Training rows that the pilot scores; 0 for all of an unknown number."""
+        known = self.training_rows
+        return min(self.scored_rows or known or 0, known or self.scored_rows)
 
     @property
     def rows_per_step(self) -> int:
         """Training rows of an optimizer step, over all processes."""
         return self.rows * self.accumulation * self.processes
+
+    @property
+    def joined_per_step(self) -> int:
+        """Trusted rows of an optimizer step, over all processes."""
+        return max(1, self.rows_per_step // 4) if self.joins else 0
+
+    @property
+    def joined_rows(self) -> int:
+        """Trusted rows that join a micro-batch, at most."""
+        return -(-self.joined_per_step // (self.accumulation * self.processes))
 
     @property
     def steps(self) -> int | None:

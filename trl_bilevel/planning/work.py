@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from ..data.trusted import HELD_BACK_SHARE
+from ..trainer.record import FOLLOWED_ROWS
+from ..weights.adapters import RANK, upper_layers
+from ..weights.prediction import SMOOTHING_DEPTH
+from ..weights.settings import MOST_PILOT_STEPS, PILOT_ROWS, default_pilot_steps, lookahead_steps
 from .activations import ATTENTION_INPUTS, head_is_trained
 from .shapes import Linear, ModelShape, RunShape
 
-# The pilot run's own settings, as `trl_bilevel/weights` has them. Sets of adapters, each with two AdamW states and a
-# gradient, all of it in fp32:
-PILOT_SETS, PILOT_RANK, PILOT_BYTES = 2, 8, 16
-# Share of the layers that have adapters, from the top, and how many have them at least.
-PILOT_DEPTH, PILOT_LAYERS = 1 / 3, 2
-# Rows of a batch, over all processes; steps at least and at most; those of the look-ahead that ends them, at least.
-PILOT_BATCH, PILOT_STEPS, LOOKAHEAD_STEPS = 8, (8, 24), 4
-# Tokens of a micro-batch, training and scoring alike, and positions whose logits are there at a time.
-PILOT_TOKENS, PILOT_POSITIONS = 4096, 512
-# Whether the layers above compute their activations again in the backward, in place of keeping them.
-PILOT_CHECKPOINTING = False
-# Products of the LM head's size for a row's loss and its gradient: logits, logits again in the backward, gradient.
-PILOT_HEAD = 3
-# Share of the trusted rows that only get scored.
-HELD_BACK_SHARE = 0.25
-# Share of the layers through which scored and trusted rows are read, to weigh a row by what rows like it score.
-SMOOTHING_DEPTH = 2 / 3
+# Sets of the pilot's adapters, each with two AdamW states and a gradient, all of it in fp32.
+PILOT_SETS, PILOT_BYTES = 2, 16
+# Products of the LM head's size for the losses of a row outside of TRL's trainer and their gradient: logits, logits
+# again in the backward, gradient.
+HEAD_PRODUCTS = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,7 @@ class WorkPlan:
         scoring (`float`): of scoring rows after it.
         prediction (`float`, *optional*): of reading hidden states, to smooth the weights of scored rows and to predict
             the others'; `None` if the number of rows is not known.
+        following (`float`): of the trusted rows' losses before and after training, for the report.
         plain (`float`, *optional*): of as many steps of plain SFT.
     """
 
@@ -46,6 +40,7 @@ class WorkPlan:
     pilot: float
     scoring: float
     prediction: float | None
+    following: float
     plain: float | None
 
     @property
@@ -53,7 +48,7 @@ class WorkPlan:
         """Of the whole run."""
         if self.training is None or self.prediction is None:
             return None
-        return self.training + self.pilot + self.scoring + self.prediction
+        return self.training + self.pilot + self.scoring + self.prediction + self.following
 
 
 def forward_parts(model: ModelShape, tokens: float, layers: int | None = None) -> dict[str, float]:
@@ -86,17 +81,36 @@ def _attention_backward(run: RunShape) -> float:
     return 2.0 if run.attention == "eager" else 2.5
 
 
+def scored_head(model: ModelShape, run: RunShape, tokens: float) -> float:
+    """FLOPs of the logits of a row's scored positions, which are all that choosing computes."""
+    scored = tokens - 1 if run.scored_tokens is None else min(run.scored_tokens, tokens - 1)
+    return 2 * scored * model.hidden * model.vocabulary
+
+
+def read_row(model: ModelShape, run: RunShape, tokens: float) -> float:
+    """FLOPs of a row's loss without gradient, as choosing computes it."""
+    # The model's own forward makes logits of one position, which nobody reads.
+    head = scored_head(model, run, tokens) + 2 * model.hidden * model.vocabulary
+    return sum((forward_parts(model, tokens) | {"LM head": head}).values())
+
+
+def tracker_row(model: ModelShape, run: RunShape, tokens: float) -> float:
+    """FLOPs of a row's forward and backward under the tracker of the published update."""
+    head = scored_head(model, run, tokens) * (HEAD_PRODUCTS + head_is_trained(model))
+    return sum((training_parts(model, run, tokens) | {"LM head": head}).values())
+
+
 def pilot_shape(model: ModelShape) -> ModelShape:
     """The layers that the pilot run's backward goes through, with its adapters; nothing else is trained there.
 
     Its gradients count with the adapters, which hold them all the time: `trainable_bytes` is 0. Adapters compute in
     the dtype of the layer that they are on.
     """
-    top = min(model.layers, max(PILOT_LAYERS, round(PILOT_DEPTH * model.layers)))
+    top = upper_layers(model.layers)
     numbers: Counter[tuple[str, int, int]] = Counter()
     for x in model.linears:
         numbers[x.name, x.inputs, x.outputs] += x.number
-    linears = tuple(Linear(*key, round(number * top / model.layers), PILOT_RANK) for key, number in numbers.items())
+    linears = tuple(Linear(*key, round(number * top / model.layers), RANK) for key, number in numbers.items())
     return replace(
         model,
         layers=top,
@@ -112,16 +126,17 @@ def pilot_shape(model: ModelShape) -> ModelShape:
 
 def pilot_row(model: ModelShape, run: RunShape, tokens: float) -> tuple[float, float]:
     """FLOPs of one row's forward, and of its forward and backward, under the pilot run's adapters."""
-    whole, top = forward_parts(model, tokens), pilot_shape(model)
+    top = pilot_shape(model)
     back = forward_parts(top, tokens)
     # What the lowest of these layers reads needs no gradient.
     lowest = sum(x.inputs * x.outputs for x in top.linears if x.name in ATTENTION_INPUTS)
-    forward = sum(whole.values()) + back["adapters"]
+    forward = read_row(model, run, tokens) + back["adapters"]
     # The model's own adapters are frozen here, as its layers are.
-    frozen, again = whole["adapters"] * top.layers / model.layers, 1 if PILOT_CHECKPOINTING else 0
+    frozen = forward_parts(model, tokens)["adapters"] * top.layers / model.layers
+    again = 1 if run.checkpointing else 0
     backward = (back["linear layers"] + frozen) * (1 + again) - 2 * tokens * lowest
     backward += back["adapters"] * (2 + again) + back["attention"] * (_attention_backward(run) + again)
-    backward += back["LM head"] * (PILOT_HEAD - 1)
+    backward += scored_head(model, run, tokens) * (HEAD_PRODUCTS - 1)
     return forward, forward + backward
 
 
@@ -134,40 +149,45 @@ def estimate_work(model: ModelShape, run: RunShape) -> WorkPlan:
     tokens = run.mean_tokens or run.tokens
     trained = sum(training_parts(model, run, tokens).values())
     plain = run.rows_per_step * trained
-    step = plain + run.joined_rows * run.accumulation * run.processes * trained
+    step = plain + run.joined_per_step * trained
     if run.estimator == "sparse_centred":
-        # Its tracker trains on the same rows.
-        step += plain
+        step += run.rows_per_step * tracker_row(model, run, tokens)
     steps, known = run.steps, run.training_rows
     pilot, scoring, prediction = 0.0, 0.0, None if run.pilots and known is None else 0.0
+    # Of what every process does for itself.
+    trusted = run.processes * run.validation_rows
     if run.pilots:
-        scored = min(run.scored_rows or known or 0, known or run.scored_rows)
+        scored = run.rows_scored
         passed, pilot_trained = pilot_row(model, run, tokens)
-        pilot = pilot_rows(run) * pilot_trained
-        scoring = 2 * (scored + HELD_BACK_SHARE * run.validation_rows) * passed
+        pilot = run.processes * pilot_rows(run) * pilot_trained
+        scoring = 2 * (scored + HELD_BACK_SHARE * trusted) * passed
         if known is not None:
-            read = (scored + run.validation_rows) * _lower(model, tokens, SMOOTHING_DEPTH)
-            prediction = read + (known - scored) * _lower(model, tokens, run.read_depth)
+            others = known - scored
+            prediction = (scored + trusted) * _lower(model, tokens, SMOOTHING_DEPTH)
+            prediction += (others + trusted) * _lower(model, tokens, run.read_depth) if others else 0.0
+    following = 0.0
+    if run.estimator != "none" or run.joins:
+        following = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * read_row(model, run, tokens)
     return WorkPlan(
         step=step,
         training=None if steps is None else steps * step,
         pilot=pilot,
         scoring=scoring,
         prediction=prediction,
+        following=following,
         plain=None if steps is None else steps * plain,
     )
 
 
 def pilot_rows(run: RunShape) -> int:
     """Rows that the pilot run takes forward and backward, each pass counted."""
-    least, most = PILOT_STEPS
-    # One pass over the rows, within limits; a long run has the most steps that there are.
-    wanted = most if run.training_rows is None else -(-run.training_rows // PILOT_BATCH)
-    steps = run.pilot_steps or min(most, max(least, wanted))
+    # A long run has the most steps that there are.
+    usual = MOST_PILOT_STEPS if run.training_rows is None else default_pilot_steps(run.training_rows)
+    steps = run.pilot_steps or usual
     if run.estimator == "lookahead":
-        return PILOT_BATCH * (steps + max(LOOKAHEAD_STEPS, steps // 2))
+        return PILOT_ROWS * (steps + lookahead_steps(steps))
     # Training rows under both sets of adapters, trusted rows under the second.
-    return 3 * PILOT_BATCH * steps
+    return 3 * PILOT_ROWS * steps
 
 
 def _lower(model: ModelShape, tokens: float, depth: float) -> float:

@@ -11,17 +11,16 @@ from markupsafe import Markup
 
 from .._version import __version__
 from ..data.files import atomically
+from ..data.private import PICTURES, REPORT, WEIGHTED, private_path
 from .charts import charts
 from .compare import compare
 from .findings import cards, findings, verdict
 from .rounds import rounds_of
 from .rows import SAMPLE, categories_of, row_table
-from .run import WEIGHTED_FILE, Run, load_run
+from .run import Run, load_run
 from .text import clean, duration, script_json
 
 TEMPLATES = Path(__file__).parent / "templates"
-REPORT_FILE = "report.html"
-PNG_FOLDER = "report_png"
 # Trusted rows whose text explains scores, and its length.
 TRUSTED, TRUSTED_TEXT = 200, 300
 
@@ -39,15 +38,16 @@ def write_report(
     Args:
         run (`str`, `Path`, [`BilevelSFTTrainer`] or [`SelfRefineTrainer`]):
             The run's `output_dir`, or its trainer; of a trainer, the record and (if it weights rows, and no
-            `rows_file` is given) `weighted.parquet` are written to its `output_dir` first. In a distributed run, call
-            it on all processes: the first one writes.
+            `rows_file` is given) `_rows/weighted.parquet` are written to its `output_dir` first. In a distributed run,
+            call it on all processes: the first one writes.
         baseline (`str` or `Path`, *optional*):
             Folder of a run with uniform weights (`weight_estimator="none"`), all else equal, to compare with.
-        output (`str` or `Path`, *optional*): file to write; default `report.html` in the run's folder.
+        output (`str` or `Path`, *optional*): file to write; default `_rows/report.html` in the run's folder,
+            which `push_to_hub` leaves out.
         png (`bool`, defaults to `False`): also write the charts as PNG into `report_png` beside the report.
         rows_file (`str` or `Path`, *optional*):
-            Parquet file of the weighted rows, if not `weighted.parquet`. Of a trainer, its record only notes a file of
-            another format.
+            Parquet file of the weighted rows, if not `_rows/weighted.parquet`. Of a trainer, its record only notes a
+            file of another format.
 
     Returns:
         `Path`: of the report.
@@ -55,11 +55,11 @@ def write_report(
     Raises:
         FileNotFoundError: if a folder or file is not there.
         ValueError: if a folder holds no run, or one that this version cannot read, or a file has the wrong ending.
-        ImportError: if matplotlib is not installed.
+        ImportError: if the extra `report` is not installed.
     """
     trained = not isinstance(run, str | Path)
     folder = _save(run, rows_file) if trained else Path(run)
-    target = Path(output) if output is not None else folder / REPORT_FILE
+    target = Path(output) if output is not None else private_path(folder, REPORT)
     if trained and not run.args.should_save:
         return target
     if trained and rows_file is not None and Path(rows_file).suffix != ".parquet":
@@ -72,7 +72,7 @@ def write_report(
     page, drawn = render_page(found, other)
     atomically(target, lambda path: path.write_text(page, encoding="utf-8"))
     if png:
-        pictures = target.parent / PNG_FOLDER
+        pictures = target.parent / PICTURES
         pictures.mkdir(exist_ok=True)
         for chart in drawn:
             chart.png(pictures)
@@ -118,17 +118,22 @@ def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
 
 def _save(trainer: Any, rows_file: str | Path | None) -> Path:
     """Have the trainer's record and weighted rows on disk; returns its folder."""
-    from ..trainer.record import callback_of
+    from datasets import Dataset
 
     if not hasattr(trainer, "callback_handler"):
         raise TypeError(
             f"`run` must be a run's folder or one of our trainers, got `{type(trainer).__name__}`: give `output_dir`."
         )
     folder = Path(trainer.args.output_dir)
-    callback_of(trainer).save(None if rows_file is None else str(Path(rows_file).resolve()))
-    side = trainer.offline.trainer if hasattr(trainer, "offline") else trainer
-    if side.weighs and not side.streams and rows_file is None and trainer.args.should_save:
-        atomically(folder / WEIGHTED_FILE, lambda path: side.weighted_dataset().to_parquet(path))
+    trainer.record.save(None if rows_file is None else str(Path(rows_file).resolve()))
+    if trainer.weights is None or rows_file is not None or not trainer.args.should_save:
+        return folder
+    rows = trainer.weighted_dataset()
+    # A stream is copied only if that is asked for.
+    if isinstance(rows, Dataset):
+        file = private_path(folder, WEIGHTED)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomically(file, lambda path: rows.to_parquet(path))
     return folder
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ..data.formats import question_and_answer
+from ..data.private import RESPONSES, find_private
 from .rows import read_rows
 from .run import Run
 from .text import clean
@@ -37,7 +38,8 @@ def rounds_of(run: Run) -> list[dict[str, Any]]:
     share = min(PER_ROUND, max(1, IN_ALL // max(1, len(run.ledger))))
     for entry in run.ledger:
         number = entry.get("round", len(out))
-        path = run.folder / "responses" / f"round-{number:04d}.parquet" if isinstance(number, int) else run.folder
+        folder = find_private(run.folder, RESPONSES)
+        path = folder / f"round-{number:04d}.parquet" if isinstance(number, int) else folder
         questions, count = _questions(run, path, share)
         facts = {"number": clean(number), "facts": _facts(entry), "questions": questions, "all_questions": count}
         out.append({"entry": entry} | facts)

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from ..core.statistics import data_ranks
 from ..data.files import read_json
+from ..data.private import LEDGER, RECORD, find_private
+from ..data.private import WEIGHTED as WEIGHTED_FILE
 
-RECORD = "_record"
 FORMAT = 1
-WEIGHTED_FILE = "weighted.parquet"
 WEIGHT = "data_weight"
 TRAINER_STATE = "trainer_state.json"
 
@@ -142,7 +142,7 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
             )
     files = _rows_files(run, rows_file)
     run.history = _history(run)
-    run.ledger = _ledger(folder / "ledger.jsonl")
+    run.ledger = _ledger(find_private(folder, LEDGER))
     run.weights = _weights(run, files)
     run.rows_file = next((path for path in files if mismatch(run, path) is None), None)
     run.scores = _scores(run)
@@ -202,7 +202,7 @@ def _rows_files(run: Run, given: str | Path | None) -> list[Path]:
             )
         return [path]
     noted = run.told("rows_file")
-    paths = [run.folder / WEIGHTED_FILE, *([run.folder / noted] if noted else [])]
+    paths = [find_private(run.folder, WEIGHTED_FILE), *([run.folder / noted] if noted else [])]
     return [path for path in paths if path.suffix == ".parquet" and path.is_file()]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 from ..data.files import finite
 
@@ -35,6 +36,8 @@ def script_json(value: Any) -> Markup:
 
     NaN and infinity become null; texts are cleaned.
     """
+    from markupsafe import Markup
+
     plain = json.dumps(finite(value, clean), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(plain.translate(_SCRIPT))
 

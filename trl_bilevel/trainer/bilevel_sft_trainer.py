@@ -21,7 +21,7 @@ from ..data.sampling import WeightedSampler
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets
 from ..weights.choose import check_sizes
-from ..weights.errors import NonFiniteScoreError, row_list
+from ..weights.errors import not_finite
 from ..weights.language_model import LanguageModel
 from ..weights.quantization import keep_4bit_weights
 from ..weights.settings import WeightSettings
@@ -38,16 +38,13 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
     """
     Trainer for supervised fine-tuning on data of mixed quality, guided by a small trusted validation set.
 
-    Before the first step it learns a weight per training row (or per group of rows), as `learn_weights` does, such
-    that the model trained on the weighted rows has the least validation loss (bilevel data selection,
-    https://huggingface.co/papers/2511.21056). Then it is `SFTTrainer` with a sampler that draws rows by their weights,
-    or with weighted losses (`selector_weighting`).
+    Before the first step it learns a weight per training row, as `learn_weights` does, such that the model trained on
+    the weighted rows has the least validation loss (bilevel data selection, https://huggingface.co/papers/2511.21056).
+    Then it is `SFTTrainer` with a sampler that draws rows by their weights, or with weighted losses.
 
     Example:
 
     ```python
-    from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
-
     trainer = BilevelSFTTrainer(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         args=BilevelSFTConfig(output_dir="out"),
@@ -60,26 +57,23 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
 
     Args:
         model, data_collator, eval_dataset, processing_class, ...:
-            As for [`~trl.SFTTrainer`]; all of its arguments are taken. `eval_dataset` only reports: it never touches
-            the weights.
-        args ([`BilevelSFTConfig`], *optional*):
-            Configuration. A plain [`~trl.SFTConfig`] is taken too, with the defaults for choosing.
+            As for [`~trl.SFTTrainer`]; all of its arguments are taken. `eval_dataset` only reports.
+        args ([`BilevelSFTConfig`] or [`~trl.SFTConfig`], *optional*): configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows of mixed quality, in any text format that [`~trl.SFTTrainer`] takes. With `weight_estimator="none"` a
-            column `data_weight` (as `learn_weights` and `weighted_dataset` write it) gives the weights. Weights of a
-            stream are chosen on its first rows, and predicted as further ones come (docs/scale.md).
+            column `data_weight` gives the weights. Weights of a stream are chosen on its first rows, and predicted as
+            further ones come (docs/scale.md).
         validation_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
             Trusted rows that say what good means, in the same formats; several sets make several objectives
-            (`args.validation_weights`). Needed unless `weight_estimator="none"` and `validation_loss_weight=0`.
+            (`validation_weights`). Needed unless `weight_estimator="none"` and `validation_loss_weight=0`.
 
     Raises:
         ValueError, TypeError: for input that cannot work; the message names the argument, the value and the remedy.
         ImportError: if the installed TRL lacks what the settings need.
 
-    Differs from [`~trl.SFTTrainer`] in that rows keep their numbers, weights are chosen before the first step and
-    saved with every checkpoint, and rows are drawn by them. Where weights multiply losses or the model is trained on
-    trusted rows, every row's log-probabilities are multiplied before TRL sums them. With `weight_estimator="none"`,
-    `validation_loss_weight=0` and no weights given it *is* `SFTTrainer`.
+    Differs from [`~trl.SFTTrainer`] in the sampler and in the files of the weights. Where weights multiply losses, or
+    the model is trained on trusted rows, each row's log-probabilities are multiplied before TRL sums them. Without
+    weights and trusted rows it *is* `SFTTrainer`.
     """
 
     _tag_names = ["trl", "sft", "trl-bilevel", "bilevel-sft"]
@@ -178,13 +172,8 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
         if self.weights is None or self.rows is None:
             return self.data.rows
         args, formatting = self.args, self._formatting_func
-        read = Tokeniser(
-            self._tokenizer,
-            args.max_length,
-            args.dataset_text_field,
-            self.completion_only_loss,
-            args.assistant_only_loss,
-        )
+        settings = (args.max_length, args.dataset_text_field, self.completion_only_loss, args.assistant_only_loss)
+        read = Tokeniser(self._tokenizer, *settings)
         return self.weights.weighted(self.data.rows, lambda row: read.row(row, formatting), self.rows.collate)
 
     def validation_loss(self) -> dict[str, float]:
@@ -257,14 +246,7 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             )
             return rows
         prepared = self.train_dataset if self._unpacked is None else self._unpacked
-        checks.check_rows(
-            args,
-            prepared,
-            self.model,
-            merges=self.merges_rows,
-            trained_on=len(self.train_dataset),
-            processes=processes,
-        )
+        checks.check_rows(args, prepared, self.model, self.merges_rows, len(self.train_dataset), processes)
         return preparation.told_of_dropped(
             preparation.readable_rows(args, prepared, self._padded(), len(self.data.rows))
         )
@@ -349,25 +331,23 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
 
     def _make_objective(self) -> WeightedObjective | None:
         """What makes a step's loss the weighted one; None where TRL's own is right."""
-        args, rows = self.args, self.rows
+        args, rows, trusted = self.args, self.rows, None
         if not self.mode.weighs_losses or rows is None:
             return None
-        weights, scale = (None, 1.0) if self.mode.resamples else (self.weights, 1.0)
-        if weights is not None and not self.data.streams:
-            packed = self.train_dataset if args.packing else None
-            scale = weights.loss_scale(preparation.scored_tokens(rows.dataset, packed, rows.count))
-        trusted = None
+        share = len(rows) / len(self.train_dataset) if args.packing else 1.0
         if self.trusted is not None and args.validation_loss_weight > 0:
-            per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-            if args.packing:
-                per_step = round(per_step * len(rows) / len(self.train_dataset))
-            pad = next(i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0) if i is not None)
-            trusted = TrustedPart.of(
-                self.trusted, self.data_collator, args.validation_loss_weight, per_step, args.seed, pad
-            )
+            processes = self.accelerator.num_processes
+            per_step = round(share * args.train_batch_size * args.gradient_accumulation_steps * processes)
+            pad = self._tokenizer.pad_token_id or self._tokenizer.eos_token_id or 0
+            weight = args.validation_loss_weight
+            trusted = TrustedPart.of(self.trusted, self.data_collator, weight, per_step, args.seed, pad)
+        weights = None if self.mode.resamples else self.weights
+        counted = weights is not None and not self.data.streams
+        packed = self.train_dataset if args.packing else None
+        tokens = preparation.scored_tokens(rows.dataset, packed, rows.count) if counted else torch.zeros(0)
         return WeightedObjective(
             weights=weights,
-            scale=scale,
+            scale=weights.loss_scale(tokens) if weights is not None and counted else 1.0,
             trusted=trusted,
             moving=self.weights if args.published else None,
             model=self._reader(),
@@ -407,19 +387,11 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
         if step.trusted_losses:
             self._metrics["train"]["validation_loss"].append(torch.cat(step.trusted_losses).mean().item())
         bad = objective.finish(step, self._step_facts())
-        if len(bad) == 0:
-            return
-        self._save_checkpoint(self.model, trial=None)
-        # The first process may still be writing.
-        self.accelerator.wait_for_everyone()
-        known = bad[bad >= 0]
-        rows = f"Training rows (sample_id) {row_list(known)}" if len(known) else "Trusted rows, or a stream's,"
-        step_number = self.state.global_step
-        raise NonFiniteScoreError(
-            f"{rows} have a NaN or infinite loss at step {step_number}. The state before this step is saved in "
-            f"{self.args.output_dir}/checkpoint-{step_number}. Look at these rows; or lower the learning rate, or use "
-            "bf16 instead of fp16."
-        )
+        if len(bad):
+            self._save_checkpoint(self.model, trial=None)
+            # The first process may still be writing.
+            self.accelerator.wait_for_everyone()
+            raise not_finite(bad, self.state.global_step, self.args.output_dir)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -150,7 +150,7 @@ def check_stream_model(model: Any, grouped: bool) -> None:
 
 
 def check_rows(
-    args: BilevelSFTConfig, prepared: Dataset, model: Any, *, merges: bool, trained_on: int, processes: int
+    args: BilevelSFTConfig, prepared: Dataset, model: Any, merges: bool, trained_on: int, processes: int
 ) -> None:
     """Refuse prepared rows that cannot be told apart, or are too few.
 

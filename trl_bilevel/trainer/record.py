@@ -26,10 +26,11 @@ from ..core.statistics import evenly_spaced
 from ..data.cards import selection_section
 from ..data.files import atomically, read_json, write_json
 from ..data.identity import fingerprint
+from ..data.private import RECORD, check_upload
 from ..data.rows import Rows
 from ..data.trusted import TrustedSets
 from ..weights.choose import Choice
-from ..weights.record import FOLDER, PILOT_FILE, RUN_FILE, SCORES_FILE, WEIGHTS_FILE, write_pilot, write_weights
+from ..weights.record import PILOT_FILE, RUN_FILE, SCORES_FILE, WEIGHTS_FILE, write_pilot, write_weights
 from ..weights.state import TrainingWeights
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class RecordCallback(TrainerCallback):
     @property
     def folder(self) -> Path:
         """Where the record is."""
-        return Path(self._tell().args.output_dir) / FOLDER
+        return Path(self._tell().args.output_dir) / RECORD
 
     def begin(self, resumed: bool) -> None:
         """A run begins: forget the record of an earlier one in the same folder, or go on with the resumed one."""
@@ -178,6 +179,14 @@ class RecordCallback(TrainerCallback):
         """Where the eval loss is reported, the trusted rows' is too."""
         if self._began is not None:
             self._follow(state)
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No text of rows is uploaded with the model.
+
+        Raises:
+            ValueError: if some lies where it would be taken along.
+        """
+        check_upload(args.output_dir)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An interrupted run leaves a record as well."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -141,14 +142,17 @@ def _to_trackio(callbacks: Any, step: int, weights: np.ndarray, rows: Table) -> 
 
 def _to_mlflow(callbacks: Any, step: int, weights: np.ndarray, rows: Table) -> None:
     import mlflow
-    from matplotlib.figure import Figure
 
     if mlflow.active_run() is None:
         return
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="weight (1 is the average)", ylabel="rows", title=f"Weights at step {step}")
-    axes.hist(weights, bins=BINS)
-    mlflow.log_figure(figure, f"selector/weights-{step:06d}.png")
+    # A part of the extra for reports: without it there is no figure.
+    with suppress(ImportError):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="weight (1 is the average)", ylabel="rows", title=f"Weights at step {step}")
+        axes.hist(weights, bins=BINS)
+        mlflow.log_figure(figure, f"selector/weights-{step:06d}.png")
     if rows:
         columns = {name: [line[place] for line in rows] for place, name in enumerate(COLUMNS)}
         mlflow.log_table(columns, f"selector/rows-{step:06d}.json")

@@ -13,6 +13,16 @@ class NonFiniteScoreError(RuntimeError):
     """
 
 
+def not_finite(ids: Tensor, step: int, folder: str) -> NonFiniteScoreError:
+    """The error for rows whose loss is NaN or infinite in training; -1 among the `ids` stands for other rows."""
+    known = ids[ids >= 0]
+    rows = f"Training rows (sample_id) {row_list(known)}" if len(known) else "Trusted rows, or a stream's,"
+    return NonFiniteScoreError(
+        f"{rows} have a NaN or infinite loss at step {step}. The state before this step is saved in "
+        f"{folder}/checkpoint-{step}. Look at these rows; or lower the learning rate, or use bf16 instead of fp16."
+    )
+
+
 def row_list(ids: Tensor, limit: int = 20) -> str:
     """The given row numbers, sorted, at most `limit` of them."""
     rows = sorted(set(ids.tolist()))

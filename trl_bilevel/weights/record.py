@@ -15,7 +15,6 @@ from ..data.files import atomically, write_json
 from ..data.identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID
 from .choose import Choice
 
-FOLDER = "_record"
 RUN_FILE, PILOT_FILE = "run.json", "pilot.json"
 SCORES_FILE, WEIGHTS_FILE = "scores.parquet", "weights.parquet"
 # Of `pilot.json`; raised when older code could not read it any more.

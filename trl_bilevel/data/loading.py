@@ -1,9 +1,11 @@
-"""Loading of data sets named on the command line: hub names, local files, mixtures."""
+"""Rows by name: hub data sets, local files and folders, mixtures of them; and rows written to files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .files import atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +66,7 @@ def _csv_settings(path: Path) -> dict[str, Any]:
     """
     import pandas as pd
 
-    from ..data.identity import DATA_WEIGHT
+    from .identity import DATA_WEIGHT
 
     first = pd.read_csv(path, nrows=FIRST_ROWS, keep_default_na=False, na_values=[""])
     numbers = [name for name in first if pd.api.types.is_numeric_dtype(first[name]) and first[name].notna().any()]
@@ -124,58 +126,14 @@ def _add_source(row: dict[str, Any], label: str) -> dict[str, str]:
     return {SOURCE: label}
 
 
-def load_sets(script_args: Any, dataset_args: Any) -> tuple[Any, Dataset | None, Dataset | None]:
-    """Training, validation and evaluation rows that the command line names; the first with `streaming` as a stream."""
-    streaming = bool(dataset_args.streaming)
-    if dataset_args.datasets and script_args.dataset_name:
-        raise ValueError("Give either `dataset_name` or `datasets`, not both.")
-    if dataset_args.test_split_size is not None:
-        raise ValueError("`test_split_size` is not supported: give rows for reporting by `eval_dataset_name`.")
-    if not dataset_args.datasets and not script_args.dataset_name:
-        raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
-    if dataset_args.datasets:
-        train = load_mixture(dataset_args.datasets, streaming)
-    else:
-        train = load_rows(
-            script_args.dataset_name,
-            split=script_args.dataset_train_split,
-            config=script_args.dataset_config,
-            **({"streaming": True} if streaming else {}),
-        )
-    validation = load_named(script_args, "validation")
-    return train, validation, load_named(script_args, "eval")
-
-
-def load_named(script_args: Any, kind: str) -> Dataset | None:
-    """Rows of `{kind}_dataset_name`; None if it is not given."""
-    name = getattr(script_args, f"{kind}_dataset_name")
-    if not name:
-        return None
-    config = getattr(script_args, f"{kind}_dataset_config", None)
-    return load_rows(name, split=getattr(script_args, f"{kind}_dataset_split"), config=config)
-
-
-def set_model_arguments(training_args: Any, model_args: Any) -> None:
-    """Hand TRL's model options to the trainer, which loads the model."""
-    if model_args.model_name_or_path is None:
-        raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
-    kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})
-
-
 def write_rows(rows: Dataset, path: str | Path) -> None:
-    """Write rows to a file in the format that its name says, whole or not at all.
+    """Write rows to a file in the format that its name says, whole or not at all; its folder is made.
 
     Raises:
         ValueError: if the name ends in none of `WRITERS`, or a CSV file cannot hold the rows.
     """
-    from ..data.files import atomically
-
     suffix = check_writable(path, rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomically(Path(path), lambda file: getattr(rows, WRITERS[suffix])(str(file)))
 
 
@@ -194,19 +152,3 @@ def check_writable(path: str | Path, rows: Any = None) -> str:
     if suffix == ".csv" and nested:
         raise ValueError(f"A CSV file cannot hold the columns {nested}, which are lists: use .jsonl or .parquet.")
     return suffix
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a folder holds a PEFT adapter in place of a model."""
-    return (Path(name) / "adapter_config.json").is_file()
-
-
-def load_adapter(training_args: Any, folder: str, quantization_config: Any) -> Any:
-    """The base model with the adapter of a folder, ready to train on; takes over `model_init_kwargs`."""
-    from peft import AutoPeftModelForCausalLM
-
-    kwargs = training_args.model_init_kwargs
-    training_args.model_init_kwargs = None
-    if quantization_config is not None:
-        kwargs = kwargs | {"quantization_config": quantization_config}
-    return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, **kwargs)

@@ -1,14 +1,56 @@
-"""Progress of a run on a terminal, with the numbers that matter; nothing elsewhere."""
+"""What `sft` and `refine` share: progress on a terminal, saving and uploading, and what is said at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import ProgressCallback, TrainerCallback
+
+from .arguments import resume_argument
+from .show import show_summary, terminal
+
+
+def run_training(trainer: Any, script_args: Any, written: Sequence[str] = ()) -> None:
+    """Train with progress shown, save the model, and upload it if asked for.
+
+    Args:
+        trainer: a `BilevelSFTTrainer` or a `SelfRefineTrainer`.
+        script_args: of the command.
+        written: files with text of rows that the command writes afterwards.
+
+    Raises:
+        ValueError: before training, if text of rows would be uploaded with the model.
+    """
+    from ..data.private import check_upload
+
+    args = trainer.args
+    if args.push_to_hub:
+        check_upload(args.output_dir, written)
+    with shown_progress(trainer):
+        trainer.train(resume_from_checkpoint=resume_argument(args))
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def finish(
+    trainer: Any,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    following: Sequence[str],
+    rows_file: str | None = None,
+) -> None:
+    """Write the report, say what came of a run (see `show_summary`), and end it."""
+    from .report import report_lines
+
+    lines = report_lines(trainer, rows_file)
+    if trainer.is_world_process_zero():
+        show_summary(title, [*facts, *time_spent(trainer)], [*notes, *lines], following)
+    trainer.end()
 
 
 class RunProgress(TrainerCallback):
@@ -19,7 +61,9 @@ class RunProgress(TrainerCallback):
         console: to draw on.
     """
 
-    def __init__(self, trainer: Any, console: Console):
+    def __init__(self, trainer: Any, console: Any):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self.trainer = trainer
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -33,17 +77,11 @@ class RunProgress(TrainerCallback):
         self._task: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar; a pilot run comes first."""
+        """Show the bar. Choosing has come before, with a bar of its own."""
         if not state.is_world_process_zero:
             return
-        learns = self.trainer.args.weight_estimator != "none"
-        label = "Choosing weights" if learns else "Training"
-        self._task = self.progress.add_task(label, total=state.max_steps, completed=state.global_step, numbers="")
+        self._task = self.progress.add_task("Training", total=state.max_steps, completed=state.global_step, numbers="")
         self.progress.start()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Weights are chosen."""
-        self._show(description="Training")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step on."""
@@ -67,9 +105,7 @@ class RunProgress(TrainerCallback):
 
 def numbers_of(trainer: Any, logs: dict[str, Any]) -> dict[str, str]:
     """What a log entry, the record and the ledger say, ready to be shown, by name."""
-    from ..trainer.record import callback_of
-
-    record, out = callback_of(trainer), {}
+    record, out = trainer.record, {}
     if "loss" in logs:
         out["loss"] = f"{float(logs['loss']):.3f}"
     if "eval_loss" in logs:
@@ -90,8 +126,8 @@ def numbers_of(trainer: Any, logs: dict[str, Any]) -> dict[str, str]:
 
 
 def weight_facts(trainer: Any) -> list[tuple[str, str]]:
-    """For the summary: how unequal the weights of a `BilevelSFTTrainer` are; nothing if a stream was not scored."""
-    size = trainer.selection.metrics().get("selector/ess")
+    """For the summary: how unequal the weights are; nothing without any."""
+    size = None if trainer.weights is None else trainer.weights.metrics().get("selector/ess")
     if size is None:
         return []
     return [
@@ -103,9 +139,8 @@ def weight_facts(trainer: Any) -> list[tuple[str, str]]:
 def time_spent(trainer: Any) -> list[tuple[str, str]]:
     """For the summary: how long the run took, and how much of it went into the weights."""
     from ..report.text import duration
-    from ..trainer.record import callback_of
 
-    seconds = callback_of(trainer).seconds
+    seconds = trainer.record.seconds
     if not seconds.get("total"):
         return []
     spent = seconds["selection"] + seconds["validation"]
@@ -116,9 +151,8 @@ def time_spent(trainer: Any) -> list[tuple[str, str]]:
 def _carrying(trainer: Any) -> float:
     """Share of the rows that hold 80% of the weight."""
     from ..core.statistics import rows_carrying
-    from ..trainer.record import offline_part
 
-    weights = offline_part(trainer).selection.sampled_weights().cpu().numpy()
+    weights = trainer.weights.sampled().numpy()
     return rows_carrying(weights) / len(weights)
 
 
@@ -127,20 +161,26 @@ def shown_progress(trainer: Any) -> Iterator[None]:
     """Show a trainer's progress while it trains, in place of transformers' bar and its lines of logs.
 
     On the main process, and if standard error is a terminal; elsewhere nothing is drawn. With `disable_tqdm`, which
-    prints the logs line by line, all stays as it is.
+    prints the logs line by line, all stays as it is, and so does transformers' bar where rich is not installed.
     """
     callbacks = trainer.callback_handler.callbacks
     places = [place for place, callback in enumerate(callbacks) if type(callback) is ProgressCallback]
     if not places:
         yield
         return
-    console = Console(stderr=True)
-    if not (console.is_terminal and trainer.is_world_process_zero()):
+    console = terminal(stderr=True)
+    if console is None and sys.stderr.isatty():
+        # Without rich.
+        yield
+        return
+    if console is None or not trainer.is_world_process_zero():
         trainer.remove_callback(ProgressCallback)
+        # For the bar that is drawn while weights are chosen.
+        trainer.args.disable_tqdm = True
         yield
         return
     shown = RunProgress(trainer, console)
-    # In the place of the other: before the callback that runs the pilot, so that its time is seen to pass.
+    # In the place of the other: before the callback that follows losses, so that its time is seen to pass.
     callbacks[places[0]] = shown
     try:
         yield
