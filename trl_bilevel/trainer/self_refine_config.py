@@ -211,6 +211,11 @@ class SelfRefineConfig(PilotSettings, GRPOConfig):
             raise ValueError(
                 "`fp16=True` is not supported: the look-ahead takes steps of its own, without loss scaling. Use bf16."
             )
+        if self.push_to_hub and self.log_completions:
+            raise ValueError(
+                "`log_completions=True` with `push_to_hub=True` would upload the responses, which TRL writes beside "
+                "the model. Leave one of them out; `_rows/responses` has all of them."
+            )
         if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
             raise ValueError(
                 f"`hub_strategy={self.hub_strategy.value!r}` would upload checkpoints, which hold the responses "
