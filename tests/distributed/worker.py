@@ -92,7 +92,12 @@ def train(folder: str, overrides: dict[str, Any], exchanged: list[int]) -> Any:
     )
     assert trainer.accelerator.num_processes == world
     alone = None
-    if settings.get("packing") is None and trainer.mode.learns and not trainer.args.published and not trainer.data.streams:
+    if (
+        settings.get("packing") is None
+        and trainer.mode.learns
+        and not trainer.args.published
+        and not trainer.data.streams
+    ):
         # As a script of a user's that the processes run, without a trainer.
         alone = learn_weights(
             make_tiny_model(tokenizer).double(),
@@ -102,7 +107,11 @@ def train(folder: str, overrides: dict[str, Any], exchanged: list[int]) -> Any:
             bf16=False,
             max_length=settings["max_length"],
             disable_tqdm=True,
-            **{k: settings[k] for k in ("pilot_steps", "pilot_learning_rate", "pilot_scored_rows", "weight_estimator") if k in settings},
+            **{
+                k: settings[k]
+                for k in ("pilot_steps", "pilot_learning_rate", "pilot_scored_rows", "weight_estimator")
+                if k in settings
+            },
         ).values.tolist()
     if accident is not None and trainer.accelerator.process_index == 1:
         trainer.add_callback(Accident(trainer, accident))

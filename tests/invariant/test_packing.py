@@ -118,7 +118,10 @@ def train(config, tiny_model, validation_rows, tokenizer):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.compat if n == "default" else () if n in FAST else pytest.mark.slow) for n in METHODS],
+    [
+        pytest.param(n, marks=pytest.mark.compat if n == "default" else () if n in FAST else pytest.mark.slow)
+        for n in METHODS
+    ],
 )
 def test_packed_training_equals_unpacked_training(name, train, equal_rows):
     settings = {"selector_weighting": "loss", "train_sampling_strategy": "sequential", **METHODS[name]}

@@ -41,6 +41,8 @@ CONFIGS = bad_settings(
         ({"stream_sample_rows": 20}, "`stream_sample_rows` must be at least 32, got 20"),
     ],
 )
+
+
 @pytest.mark.parametrize(("arguments", "message"), CONFIGS)
 def test_config(arguments, message, refused, tmp_path):
     with refused(message):

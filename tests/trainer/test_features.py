@@ -59,8 +59,10 @@ def test_first_loss_is_the_objective_computed_by_hand(build, tiny_model, tokeniz
     train = token_losses(tiny_model(), tokenizer, trainer.data.rows)
     validation = token_losses(tiny_model(), tokenizer, trusted)
     weights = trainer.sample_weights().tolist()
-    expected = (1 - weight) * sum(w * s for w, (s, _) in zip(weights, train, strict=True)) / sum(
-        w * n for w, (_, n) in zip(weights, train, strict=True)
+    expected = (
+        (1 - weight)
+        * sum(w * s for w, (s, _) in zip(weights, train, strict=True))
+        / sum(w * n for w, (_, n) in zip(weights, train, strict=True))
     )
     expected += weight * sum(s for s, _ in validation) / sum(n for _, n in validation)
     assert losses(trainer)[0] == pytest.approx(expected, abs=2e-4)

@@ -40,7 +40,7 @@ def build(config, tiny_model, mixed, validation_rows, tokenizer):
             "pilot_steps": 12,
             "pilot_learning_rate": 1e-2,
             "stream_sample_rows": 64,
-                    }
+        }
         return BilevelSFTTrainer(
             tiny_model(),
             config(**(given | overrides)),
@@ -115,9 +115,11 @@ def test_predicted_weights_multiply_the_losses(build):
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 def test_a_bad_source_loses_its_weight(build, adapter, mixed):
-    trainer = build(stream_of([*mixed, mixed[0] | {"source": "news"}]), adapter=adapter, selector_group_column="source")
+    trainer = build(
+        stream_of([*mixed, mixed[0] | {"source": "news"}]), adapter=adapter, selector_group_column="source"
+    )
     trainer.train()
-    shares = {n: s for n, s in trainer.weights.groups.shares(trainer.weights.values).items()}
+    shares = trainer.weights.groups.shares(trainer.weights.values)
     assert shares["book"] > 0.8
     weights = {row["source"]: row["data_weight"] for row in trainer.weighted_dataset()}
     assert weights["book"] > 3 * weights["forum"]

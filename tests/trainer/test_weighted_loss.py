@@ -78,8 +78,9 @@ def test_accumulated_micro_batches_are_one_step(size, exact, weighted, train_row
     torch.testing.assert_close(moved(parts), moved(whole), atol=1e-9, rtol=1e-6)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"gradient_accumulation_steps": 2}, {"packing": True, "max_length": 64}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"gradient_accumulation_steps": 2}, {"packing": True, "max_length": 64}], ids=str
+)
 def test_equal_weights_are_sft_bit_for_bit(overrides, weighted, plain, train_rows):
     ours = weighted(train_rows, [3.0] * 40, max_steps=4, **overrides)
     theirs = plain(train_rows, max_steps=4, **overrides)

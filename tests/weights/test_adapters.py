@@ -29,7 +29,9 @@ def hooks(model):
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, {"lora_dropout": 0.1}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=lambda s: str(s)[:30]
+    "lora",
+    [{}, {"lora_dropout": 0.1}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}],
+    ids=lambda s: str(s)[:30],
 )
 def test_names_and_first_values_do_not_depend_on_an_adapter_of_the_callers(lora, tiny_model):
     plain = Adapter(layers_of(tiny_model()), 3)

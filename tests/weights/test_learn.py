@@ -40,7 +40,17 @@ def test_weights_scores_and_facts(learn, mixed):
         assert bool(torch.isfinite(values).all())
     assert float(found.values.mean()) == pytest.approx(1, abs=1e-5) and float(found.values.min()) >= 0
     assert roc_auc_score([n % 2 == 0 for n in range(80)], found.values) > 0.9
-    for name in ("model", "settings", "rows", "rows_kept", "fingerprint", "validation", "versions", "steps", "seconds"):
+    for name in (
+        "model",
+        "settings",
+        "rows",
+        "rows_kept",
+        "fingerprint",
+        "validation",
+        "versions",
+        "steps",
+        "seconds",
+    ):
         assert name in found.facts, name
     assert found.facts["steps"] == 8 and found.facts["rows_scored"] == 80
     json.dumps(found.facts)
@@ -109,7 +119,7 @@ def test_scored_rows_are_few_and_all_rows_weigh(learn):
 
 
 def test_dropped_rows_have_no_weight(learn, mixed):
-    """Rows whose prompts fill `max_length`: NaN, missing in the export, and no rank; all others are as without them."""
+    """Rows whose prompts fill `max_length`: NaN, missing in the export; all others are as without them."""
     long = {"prompt": "long " * 200, "completion": "x"}
     data = [long, *mixed[:40], long, *mixed[40:], long]
     found = learn(data)

@@ -84,7 +84,9 @@ def test_the_look_ahead_trains_one_end_and_goes_on_from_it(tiny_model, prepared,
     )
     for a, b in zip(value.mixture.values, ahead.mixture.values, strict=True):
         assert torch.equal(a, b)
-    losses = [mean_losses(merged(model, end), trusted.sets["validation"].dataset) for end in (ahead.mixture, ahead.pulled)]
+    losses = [
+        mean_losses(merged(model, end), trusted.sets["validation"].dataset) for end in (ahead.mixture, ahead.pulled)
+    ]
     assert losses[1].mean() < losses[0].mean()
     assert (lookahead_steps(24), lookahead_steps(2)) == (12, 4)
 

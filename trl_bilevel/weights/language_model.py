@@ -113,7 +113,9 @@ class LanguageModel:
                 own = self.base(**inputs, use_cache=False).logits.float()
         finally:
             handle.remove()
-        if found and not torch.allclose(own, self._final(found[0]).float(), rtol=0, atol=0.02 * float(own.abs().max())):
+        if found and not torch.allclose(
+            own, self._final(found[0]).float(), rtol=0, atol=0.02 * float(own.abs().max())
+        ):
             raise ValueError(
                 f"{type(self.base).__name__} changes the logits of its output embeddings in a way that is not known "
                 f"here, so its rows cannot be scored. {UNREADABLE}"
