@@ -119,7 +119,7 @@ def test_a_bad_source_loses_its_weight(build, adapter, mixed):
         stream_of([*mixed, mixed[0] | {"source": "news"}]), adapter=adapter, selector_group_column="source"
     )
     trainer.train()
-    shares = {n: s for n, s in trainer.weights.groups.shares(trainer.weights.values).items()}
+    shares = trainer.weights.groups.shares(trainer.weights.values)
     assert shares["book"] > 0.8
     weights = {row["source"]: row["data_weight"] for row in trainer.weighted_dataset()}
     assert weights["book"] > 3 * weights["forum"]

@@ -119,7 +119,7 @@ def test_scored_rows_are_few_and_all_rows_weigh(learn):
 
 
 def test_dropped_rows_have_no_weight(learn, mixed):
-    """Rows whose prompts fill `max_length`: NaN, missing in the export, and no rank; all others are as without them."""
+    """Rows whose prompts fill `max_length`: NaN, missing in the export; all others are as without them."""
     long = {"prompt": "long " * 200, "completion": "x"}
     data = [long, *mixed[:40], long, *mixed[40:], long]
     found = learn(data)
