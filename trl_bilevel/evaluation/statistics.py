@@ -39,23 +39,17 @@ class Estimate:
 class Difference(Estimate):
     """A mean difference between two measurements of the same rows.
 
-    Attributes:
-        p_value (`float`): two-sided, of the hypothesis that it makes no difference which of the two measured a row.
+    `p_value` is two-sided, of the hypothesis that it makes no difference which of the two measured a row.
     """
 
     p_value: float
 
 
 def rate(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
-    """A share with its Wilson interval.
-
-    Args:
-        successes (`int`): in `0..n`.
-        n (`int`): at least 1.
-        confidence (`float`): in (0, 1).
+    """A share of `n` rows, at least one, with its Wilson interval.
 
     Raises:
-        ValueError: if there is no row, or the counts make no share.
+        ValueError: if there is no row, `successes` is not in `0..n`, or `confidence` not in (0, 1).
     """
     if n < 1:
         raise ValueError("A rate needs at least one row, got n = 0.")
@@ -70,15 +64,14 @@ def mean(values: ArrayLike, *, bounds: Bounds | None = None, **resampling: Unpac
 
     Args:
         values (array `[n]`): one per row.
-        bounds (`tuple` of `float`, *optional*): least and largest possible value, e.g. `(0, 1)`. Rows that all have
-            the same value tell a bootstrap nothing about rows of other values; with bounds, the interval then allows
-            for as many of them as Wilson's interval of 0 in `n` does.
+        bounds (`tuple`, *optional*): least and largest possible value. Rows that are all equal tell a bootstrap
+            nothing of others; with bounds, the interval then allows for as many as Wilson's of 0 in `n` does.
         resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
 
     Raises:
         ValueError: if there is no value, or one is not finite.
     """
-    rows = _rows(values, "values")
+    (rows,) = _columns(values=values)
     found = ratio(rows, np.ones_like(rows), **resampling)
     if bounds is None or np.ptp(rows) > 0:
         return found
@@ -96,7 +89,7 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, **resampling: Unpack[R
     Raises:
         ValueError: if the lengths differ, there is no row, or a value is not finite.
     """
-    top, bottom = _paired(numerators, denominators, "numerators", "denominators")
+    top, bottom = _columns(numerators=numerators, denominators=denominators)
     confidence = _checked(resampling.get("confidence", 0.95))
     value = float(top.sum() / bottom.sum())
     if np.ptp(top / bottom) == 0:
@@ -123,15 +116,14 @@ def paired_difference(
 
     Args:
         first, second (array `[n]`): a value per row each, in the same order of rows.
-        bounds (`tuple` of `float`, *optional*): least and largest possible difference, `(-1, 1)` for rates, as
-            in `mean`.
+        bounds (`tuple`, *optional*): least and largest possible difference, `(-1, 1)` for rates, as in `mean`.
         resampling: `confidence`, `seed`, `resamples`, see `Resampling`; the test is exact where there are no more
             than `resamples` ways to swap.
 
     Raises:
         ValueError: if the lengths differ, there is no row, or a value is not finite.
     """
-    left, right = _paired(first, second, "first", "second")
+    left, right = _columns(first=first, second=second)
     found = mean(left - right, bounds=bounds, **resampling)
     # Rows without a difference are the same either way. Leaving them out keeps the test exact more often.
     changes = (left - right)[left != right]
@@ -151,22 +143,19 @@ def paired_difference(
     return Difference(**asdict(found), p_value=p_value)
 
 
-def _rows(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    rows = np.asarray(values, dtype=np.float64)
-    if rows.ndim != 1 or len(rows) == 0:
-        raise ValueError(f"`{name}` must be a list of at least one number, got shape {list(rows.shape)}.")
-    if not np.isfinite(rows).all():
-        raise ValueError(
-            f"`{name}` has {int((~np.isfinite(rows)).sum())} values that are not finite: leave those rows out."
-        )
-    return rows
-
-
-def _paired(first: ArrayLike, second: ArrayLike, *names: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    left, right = _rows(first, names[0]), _rows(second, names[1])
-    if len(left) != len(right):
-        raise ValueError(f"A paired comparison needs the same rows on both sides, got {len(left)} and {len(right)}.")
-    return left, right
+def _columns(**values: ArrayLike) -> list[NDArray[np.float64]]:
+    """The values as arrays `[n]`, checked, by the names of the arguments."""
+    columns = [np.asarray(column, dtype=np.float64) for column in values.values()]
+    for name, column in zip(values, columns, strict=True):
+        if column.ndim != 1 or len(column) == 0:
+            raise ValueError(f"`{name}` must be a list of at least one number, got shape {list(column.shape)}.")
+        strange = int((~np.isfinite(column)).sum())
+        if strange:
+            raise ValueError(f"`{name}` has {strange} values that are not finite: leave those rows out.")
+    lengths = [len(column) for column in columns]
+    if len({*lengths}) > 1:
+        raise ValueError(f"A paired comparison needs the same rows on both sides, got {lengths[0]} and {lengths[1]}.")
+    return columns
 
 
 def _checked(confidence: float) -> float:
