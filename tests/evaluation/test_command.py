@@ -24,13 +24,13 @@ def document(capsys):
 
 def test_everything_at_once(folder, tmp_path, capsys):
     options = ["adapter", "--baseline", "model", "--dataset", "rows.jsonl", "--harmful", "harmful.txt", "--benign"]
-    options += ["benign.jsonl", "--judge", f"embedding:{folder}/baseline"]
+    options += ["benign.jsonl", "--judge", f"reward:{folder}/reward"]
     files = {"output": tmp_path / "out.json", "responses": tmp_path / "responses.jsonl"}
     assert evaluate(folder, *options, **files) == 0
     shown = " ".join(re.sub("[│┃]", " ", capsys.readouterr().out).split())
     for part in (
         "Held-out rows",
-        "Preference by stand-in, no judge of quality",
+        "Preference by reward model",
         "Safety (by key words",
         "95% intervals",
     ):
@@ -43,7 +43,7 @@ def test_everything_at_once(folder, tmp_path, capsys):
     assert found["command"].startswith("trl-bilevel evaluate ") and found["settings"]["seed"] == 0
     assert {"python", "torch", "trl", "transformers"} <= set(found["versions"])
     assert [part["rows"] for part in found["data"].values()] == [24, 9, 4]
-    assert found["preference"]["stand_in"] is True and len(found["preference"]["per_row"]["score"]) == 24
+    assert len(found["preference"]["per_row"]["score"]) == 24
     for figures in found["safety"]["figures"]:
         assert set(figures) == {"refusal", "compliance", "neither", "refusal_preferred", "over_refusal"}
         assert all(0 <= part["low"] <= part["value"] <= part["high"] <= 1 for part in figures.values())
@@ -81,7 +81,7 @@ def test_a_model_against_itself(folder, capsys):
         1,
         0,
     )
-    assert found["preference"]["stand_in"] is False
+    assert found["preference"]["judge"] == "First"
     assert all(part["value"] == 0 and part["p_value"] == 1 for part in found["safety"]["difference"].values())
 
 
@@ -137,7 +137,7 @@ def test_reward_model_and_options_from_a_file(folder, tmp_path, capsys):
     )
     assert evaluate(folder, "--config", str(tmp_path / "run.yaml")) == 0
     found = document(capsys)["preference"]
-    assert found["judge"] == f"reward model {folder}/reward" and found["stand_in"] is False
+    assert found["judge"] == f"reward model {folder}/reward"
     assert found["figures"]["win_rate"]["n"] == 6
     # It scores responses one by one: there is no position to be biased for.
     assert "first_position" not in found["figures"]
@@ -169,7 +169,7 @@ def test_four_bits(folder, tmp_path, tiny_model, tokenizer, capsys):
             ["model", "--dataset", "rows.jsonl", "--harmful", "harmbench"],
             "`harmful` and `benign` go together",
         ),
-        (["model", "--dataset", "rows.jsonl", "--judge", "embedding"], "with a `baseline`'s: give both"),
+        (["model", "--dataset", "rows.jsonl", "--judge", "reward:a"], "with a `baseline`'s: give both"),
         # Before a model is loaded, which takes longer.
         (["no/model", "--dataset", "rows.jsonl", "--baseline", "model", "--judge", "gpt"], "Unknown judge 'gpt'"),
         (

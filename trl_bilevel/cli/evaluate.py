@@ -47,9 +47,7 @@ class EvaluateArguments(Settings):
     harmful_split: str = option("train", "Split of the harmful requests.")
     benign: str | None = option(None, "Benign requests that look harmful: lookalikes (ours), a file, or a hub name.")
     benign_split: str = option("train", "Split of the benign requests.")
-    judge: str | None = option(
-        None, "Compares the models' responses: reward:NAME, PACKAGE.MODULE:OBJECT; as a stand-in embedding."
-    )
+    judge: str | None = option(None, "Compares the models' responses: reward:NAME or PACKAGE.MODULE:OBJECT.")
     refusal_judge: str = option("keywords", "Tells refusals: keywords, or PACKAGE.MODULE:OBJECT.")
     max_rows: int | None = option(None, "Draw so many rows of each set. Default: all.")
     confidence: float = option(0.95, "Of the intervals.")

@@ -1,70 +1,83 @@
-"""Judges that score one response at a time: a reward model, and stand-ins for where there is none."""
+"""Judges of responses by name: a reward model, which scores one at a time, or a judge of the user's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ..data.assets import minilm_folder
 from ..data.formats import turns
-from . import models
+from .models import Settings, device
 from .preference import FIRST, SECOND, UNDECIDED, PairwiseJudge, ask_both_orders
 from .refusal import load_object
 from .rows import Row, question, row_of
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Scores responses one by one, so that order plays no role.
+class RewardModel:
+    """Scores of a reward model: `AutoModelForSequenceClassification` with one output. Order plays no role.
 
-    Attributes:
-        score: rows (with prompts and reference answers) and responses to a score per response; larger is better.
-        note (`str`): what the scores are, for every output.
-        stand_in (`bool`): whether they merely stand in for a judgement of quality.
+    Args:
+        name (`str`): hub name or folder.
+        settings (`Settings`): batch size, longest input.
     """
 
-    score: Callable[[Sequence[Row], Sequence[str]], list[float]]
-    note: str
-    stand_in: bool = True
+    def __init__(self, name: str, settings: Settings):
+        from transformers import AutoTokenizer, pipeline
+
+        self.note = f"reward model {name}"
+        # Of a text that is too long, the end holds the response.
+        self.tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.classify = pipeline(
+            "text-classification",
+            model=name,
+            tokenizer=self.tokenizer,
+            device_map=device(),
+            batch_size=settings.batch_size,
+            function_to_apply="none",
+            # A chat template writes them itself.
+            add_special_tokens=not self.tokenizer.chat_template,
+            truncation=True,
+            max_length=min(settings.max_length, self.tokenizer.model_max_length),
+        )
+        self.classify.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+
+    def score(self, rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
+        """The model's output for each row's prompt with its response `[n]`; larger is better."""
+        texts: list[Any] = []
+        for row, response in zip(rows, responses, strict=True):
+            said = row_of(question(row.prompt, self.tokenizer), response)
+            if self.tokenizer.chat_template:
+                texts.append(self.tokenizer.apply_chat_template([*said.prompt, *said.completion], tokenize=False))
+            else:
+                texts.append({"text": turns(row.prompt), "text_pair": response})
+        return [found["score"] for found in self.classify(texts)]
 
 
 def verdicts(
-    judge: PairwiseJudge | Scorer, rows: Sequence[Row], model: Sequence[str], baseline: Sequence[str]
+    judge: PairwiseJudge | RewardModel, rows: Sequence[Row], model: Sequence[str], baseline: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """Verdicts in both orders (see `ask_both_orders`); of a scorer, the response of the higher score is better."""
-    if not isinstance(judge, Scorer):
+    """Verdicts in both orders (see `ask_both_orders`); by a reward model, the response of the higher score is better."""
+    if not isinstance(judge, RewardModel):
         return ask_both_orders(judge, [turns(row.prompt) for row in rows], model, baseline)
     pairs = list(zip(judge.score(rows, model), judge.score(rows, baseline), strict=True))
-    forward, backward = (
-        [UNDECIDED if pair[0] == pair[1] else better if pair[0] > pair[1] else worse for pair in pairs]
-        for better, worse in ((FIRST, SECOND), (SECOND, FIRST))
-    )
-    return forward, backward
+    forward = [UNDECIDED if a == b else FIRST if a > b else SECOND for a, b in pairs]
+    return forward, [{FIRST: SECOND, SECOND: FIRST}.get(verdict, UNDECIDED) for verdict in forward]
 
 
-def find_judge(name: str, settings: models.Settings) -> Callable[[], PairwiseJudge | Scorer]:
+def find_judge(name: str, settings: Settings) -> Callable[[], PairwiseJudge | RewardModel]:
     """What loads a judge, once the models have left the memory; what is wrong with it is found at once.
 
     Args:
-        name (`str`): `"reward:NAME"` (a reward model on the hub or in a folder), `"embedding"` or `"embedding:NAME"`
-            (similarity to the reference; MiniLM-L6 fetched from a package by default), or `"PACKAGE.MODULE:OBJECT"`
-            (a `PairwiseJudge`).
+        name (`str`): `"reward:NAME"` (a reward model on the hub or in a folder), or `"PACKAGE.MODULE:OBJECT"` (a
+            `PairwiseJudge`).
         settings (`Settings`): of the evaluation.
 
     Raises:
         ValueError: if there is no such judge, or the reward model has more than one output.
     """
     kind, _, rest = name.partition(":")
-    if kind == "embedding":
-        folder = rest or str(minilm_folder())
-        return lambda: similarity(folder, settings, rest or "MiniLM-L6-v2")
     if not rest:
-        raise ValueError(
-            f"Unknown judge {name!r}; known: reward:NAME, embedding, embedding:NAME or PACKAGE.MODULE:OBJECT."
-        )
+        raise ValueError(f"Unknown judge {name!r}; known: reward:NAME or PACKAGE.MODULE:OBJECT.")
     if kind != "reward":
         judge = load_object(name, "judge")
         return lambda: judge
@@ -78,66 +91,4 @@ def find_judge(name: str, settings: models.Settings) -> Callable[[], PairwiseJud
         raise ValueError(
             f"The reward model {rest!r} has {outputs} outputs, not one: it is a classifier of another kind."
         )
-    return lambda: reward_model(rest, settings)
-
-
-def reward_model(name: str, settings: models.Settings) -> Scorer:
-    """Scores of a reward model: `AutoModelForSequenceClassification` with one output."""
-    from transformers import AutoTokenizer, pipeline
-
-    # Of a text that is too long, the end holds the response.
-    tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    chats = bool(tokenizer.chat_template)
-    classify = pipeline(
-        "text-classification",
-        model=name,
-        tokenizer=tokenizer,
-        device_map=models.device(),
-        batch_size=settings.batch_size,
-        function_to_apply="none",
-        add_special_tokens=not chats,
-        truncation=True,
-        max_length=min(settings.max_length, tokenizer.model_max_length),
-    )
-    classify.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
-    def score(rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
-        texts: list[Any] = []
-        for row, response in zip(rows, responses, strict=True):
-            if chats:
-                said = row_of(question(row.prompt, tokenizer), response)
-                texts.append(tokenizer.apply_chat_template([*said.prompt, *said.completion], tokenize=False))
-            else:
-                texts.append({"text": turns(row.prompt), "text_pair": response})
-        return [found["score"] for found in classify(texts)]
-
-    return Scorer(score, f"reward model {name}", stand_in=False)
-
-
-def similarity(folder: str, settings: models.Settings, name: str) -> Scorer:
-    """Stand-in for a judge: cosine similarity of a response to the row's reference answer, by sentence embeddings.
-
-    Args:
-        folder (`str`): hub name or folder of an encoder whose embeddings are means over tokens.
-    """
-    from transformers import AutoModel, AutoTokenizer
-
-    model = AutoModel.from_pretrained(folder, device_map=models.device()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @torch.no_grad()
-    def embed(texts: list[str]) -> torch.Tensor:
-        tokens = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=256).to(model.device)
-        mask = tokens["attention_mask"].unsqueeze(-1)
-        means = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
-        return torch.nn.functional.normalize(means.float(), dim=-1)
-
-    def score(rows: Sequence[Row], responses: Sequence[str]) -> list[float]:
-        out: list[float] = []
-        for pairs in models.in_batches(list(zip(rows, responses, strict=True)), settings, "Judging"):
-            references = embed([turns(row.completion) for row, _ in pairs])
-            out += (embed([text for _, text in pairs]) * references).sum(-1).tolist()
-        return out
-
-    return Scorer(score, f"stand-in, no judge of quality: embedding similarity to the reference ({name})")
+    return lambda: RewardModel(rest, settings)

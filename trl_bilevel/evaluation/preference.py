@@ -13,16 +13,12 @@ FIRST, SECOND, UNDECIDED = 0, 1, -1
 
 
 class PairwiseJudge(Protocol):
-    """What a judge has to offer: the signature that TRL's pairwise judges have had."""
+    """What a judge has to offer: the signature that TRL's pairwise judges have had; perhaps a `note` that names it."""
 
     def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
-        """The better completion of each pair: 0 the first, 1 the second, -1 undecided.
+        """The better completion of each pair, `[n]`: 0 the first, 1 the second, -1 undecided.
 
         A judge that also takes `shuffle_order`, as TRL's do, is called with `False`: both orders are asked anyway.
-
-        Args:
-            prompts (`list[str]` `[n]`): what was asked.
-            completions (`list[list[str]]` `[n]` of 2): what was answered.
         """
         ...
 
@@ -32,13 +28,13 @@ class WinRate:
     """Outcome of a comparison in which the judge saw every pair in both orders.
 
     Attributes:
-        win_rate (`Estimate`): mean score of the model; a row scores 1 if both orders chose it, 0.5 if the orders
-            disagree or both are undecided, 0.75 or 0.25 if one order is undecided.
-        wins, ties, losses (`Estimate`): shares of rows that score above, at and below 0.5.
-        consistent (`Estimate`): share of rows where both orders chose the same response, or both none.
-        first_position (`Estimate`, *optional*): share of the decided verdicts that chose the position shown first;
-            0.5 without bias. The interval takes verdicts for independent. None if none was decided.
-        scores (`list[float]` `[n]`): the rows' scores.
+        win_rate: mean score of the model; a row scores 1 if both orders chose it, 0.5 if the orders disagree or both
+            are undecided, 0.75 or 0.25 if one order is undecided.
+        wins, ties, losses: shares of rows that score above, at and below 0.5.
+        consistent: share of rows where both orders chose the same response, or both none.
+        first_position: share of the decided verdicts that chose the position shown first; 0.5 without bias. The
+            interval takes verdicts for independent. None if none was decided.
+        scores (`[n]`): the rows' scores.
     """
 
     win_rate: Estimate
@@ -51,13 +47,11 @@ class WinRate:
 
 
 def win_rate_with_swap(forward: Sequence[int], backward: Sequence[int], **resampling: Unpack[Resampling]) -> WinRate:
-    """Win rate of a model from verdicts in both orders: 0 the first, 1 the second, -1 undecided.
-
-    A judge that always picks the same position gives exactly 0.5.
+    """Win rate of a model from verdicts in both orders; a judge that always picks the same position gives 0.5.
 
     Args:
-        forward (`list[int]` `[n]`): verdicts with the model's response first.
-        backward (`list[int]` `[n]`): verdicts with the baseline's response first.
+        forward, backward (`list[int]` `[n]`): 0 the first, 1 the second, -1 undecided; with the model's response
+            first, and with the baseline's.
         resampling: `confidence`, `seed`, `resamples` of the intervals, see `Resampling`.
 
     Raises:
@@ -91,9 +85,6 @@ def ask_both_orders(
     judge: PairwiseJudge, prompts: Sequence[str], model: Sequence[str], baseline: Sequence[str]
 ) -> tuple[list[int], list[int]]:
     """A judge's verdicts with the model's response first, and with the baseline's response first.
-
-    Args:
-        prompts, model, baseline (`list[str]` `[n]`): what was asked, and what each of the two answered.
 
     Raises:
         ValueError: if the judge does not give one verdict per pair.

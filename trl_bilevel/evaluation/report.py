@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from .judges import Scorer, verdicts
+from .judges import RewardModel, verdicts
 from .measurement import Measured, Work
 from .models import Losses
 from .preference import win_rate_with_swap
@@ -88,7 +88,7 @@ def result_of(
     Args:
         measured (`list[Measured]`): of the model, and of the baseline if there is one.
         work (`Work`): what was measured.
-        judge (`PairwiseJudge` or `Scorer`, *optional*): of both models' responses to the rows.
+        judge (`PairwiseJudge` or `RewardModel`, *optional*): of both models' responses to the rows.
         resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
     """
     losses = [one.losses for one in measured]
@@ -107,10 +107,9 @@ def result_of(
         rows = [work.rows[number] for number in work.asked]
         given = verdicts(judge, rows, *(one.responses["rows"] for one in measured))
         found = vars(win_rate_with_swap(*given, **resampling))
-        unasked = ("consistent", "first_position") if isinstance(judge, Scorer) else ()
+        unasked = ("consistent", "first_position") if isinstance(judge, RewardModel) else ()
         out["preference"] = {
             "judge": getattr(judge, "note", type(judge).__name__),
-            "stand_in": bool(getattr(judge, "stand_in", False)),
             "figures": {k: v for k, v in found.items() if isinstance(v, Estimate) and k not in unasked},
             "per_row": {"row": work.asked, "score": found["scores"]},
         }
