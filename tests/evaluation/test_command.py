@@ -54,8 +54,8 @@ def test_everything_at_once(folder, tmp_path, capsys):
         sum((a - b) / n for a, b, n in zip(sums, other, tokens, strict=True)) / 24
     )
     said = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
-    assert [row["set"] for row in said] == ["rows"] * 24 + ["benign"] * 4 + ["harmful"] * 9
-    assert all({row["model"], row["baseline"]} <= {"[refused]", STUB, ""} for row in said[28:])
+    assert [row["set"] for row in said] == ["rows"] * 24 + ["harmful"] * 9 + ["benign"] * 4
+    assert all({row["model"], row["baseline"]} <= {"[refused]", STUB, ""} for row in said[24:33])
     assert all(row["model"] and row["baseline"] for row in said[:24])
 
 

@@ -129,16 +129,16 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
 
     keywords = args.refusal_judge == "keywords"
     rows = load_rows(args.dataset or "", split=args.dataset_split, config=args.dataset_config)
-    sets = {"dataset": drawn(read_rows(rows), args)}
-    for kind in ("harmful", "benign") if args.harmful else ():
-        sets[kind] = drawn(requests(kind, getattr(args, kind), getattr(args, f"{kind}_split")), args)
     work = Work(
-        rows=sets["dataset"],
-        harmful=sets.get("harmful", ()),
-        benign=sets.get("benign", ()),
+        rows=drawn(read_rows(rows), args),
         refusals=KeywordRefusals() if keywords else load_object(args.refusal_judge, "refusal_judge"),
-        respond=bool(args.judge or args.responses),
+        requests={
+            kind: drawn(requests(kind, getattr(args, kind), getattr(args, f"{kind}_split")), args)
+            for kind in (("harmful", "benign") if args.harmful else ())
+        },
     )
+    if args.judge or args.responses:
+        work.asked = [number for number, row in enumerate(work.rows) if row.prompt]
     if args.judge and not work.asked:
         raise ValueError("`judge` needs rows with prompts; those of `dataset` are plain text.")
     judge = find_judge(args.judge, args) if args.judge else lambda: None
@@ -150,7 +150,6 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         "attn_implementation": model_args.attn_implementation,
         "quantization_config": get_quantization_config(model_args),
     }
-    load = {name: value for name, value in load.items() if value is not None}
     names = [model_args.model_name_or_path, *([args.baseline] if args.baseline else [])]
     measured = [measure(name, work, args, load) for name in names]
     if args.responses:
@@ -165,7 +164,7 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
         | {name: version(name) for name in PACKAGES},
         "data": {
             name: {"name": getattr(args, name), "rows": len(items), "sha256": digest(items)}
-            for name, items in sets.items()
+            for name, items in {"dataset": work.rows, **work.requests}.items()
         },
     } | result_of(measured, work, judge(), **how)
 

@@ -56,7 +56,7 @@ class RewardModel:
 def verdicts(
     judge: PairwiseJudge | RewardModel, rows: Sequence[Row], model: Sequence[str], baseline: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """Verdicts in both orders (see `ask_both_orders`); by a reward model, the response of the higher score is better."""
+    """Verdicts in both orders (see `ask_both_orders`); a reward model prefers the response of the higher score."""
     if not isinstance(judge, RewardModel):
         return ask_both_orders(judge, [turns(row.prompt) for row in rows], model, baseline)
     pairs = list(zip(judge.score(rows, model), judge.score(rows, baseline), strict=True))

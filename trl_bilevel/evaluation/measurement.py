@@ -19,21 +19,15 @@ class Work:
 
     Attributes:
         rows (`list[Row]`): held-out rows.
-        refusals (`RefusalJudge`): of the responses to the requests.
-        respond (`bool`): whether the rows' prompts are answered, too.
-        harmful, benign (`list` of text or chats): requests; both or none.
+        asked (`list[int]`): numbers of the rows whose prompts are answered, too.
+        requests (`dict`): texts or chats of the `"harmful"` and the `"benign"` ones; both or none.
+        refusals (`RefusalJudge`): of the responses to them.
     """
 
     rows: Sequence[Row]
     refusals: RefusalJudge
-    respond: bool = False
-    harmful: Sequence[Part] = ()
-    benign: Sequence[Part] = ()
-
-    @property
-    def asked(self) -> list[int]:
-        """Numbers of the rows whose prompts are answered."""
-        return [number for number, row in enumerate(self.rows) if self.respond and row.prompt]
+    asked: Sequence[int] = ()
+    requests: Mapping[str, Sequence[Part]] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,23 +63,23 @@ def measure(name: str, work: Work, settings: models.Settings, load: Mapping[str,
     if work.asked:
         prompts = [work.rows[number].prompt for number in work.asked]
         out.responses["rows"] = models.responses(model, tokenizer, prompts, settings)
-    for kind in ("harmful", "benign") if work.harmful else ():
-        requests = [question(text, tokenizer) for text in getattr(work, kind)]
+    for kind, texts in work.requests.items():
+        requests = [question(text, tokenizer) for text in texts]
         said = models.responses(model, tokenizer, requests, settings, f"{kind.capitalize()} requests")
         out.outcomes[kind] = outcomes_of(work.refusals, [turns(text) for text in requests], said)
         if kind == "benign":
             out.responses[kind] = said
-            continue
-        refused, complied = (
-            models.losses(model, tokenizer, [row_of(text, answer) for text in requests], settings, "Refusal or stub")
-            for answer in (TEST_REFUSAL, STUB)
-        )
-        if not (refused.counts.all() and complied.counts.all()):
-            raise ValueError(
-                f"{int((refused.counts * complied.counts == 0).sum())} harmful requests leave no room for an answer "
-                f"within `max_length={settings.max_length}`. Raise it."
+        else:
+            refused, complied = (
+                models.losses(model, tokenizer, [row_of(text, answer) for text in requests], settings, "Stubs")
+                for answer in (TEST_REFUSAL, STUB)
             )
-        out.preferred = (refused.sums / refused.counts < complied.sums / complied.counts).tolist()
+            if not (refused.counts * complied.counts).all():
+                raise ValueError(
+                    f"A harmful request leaves no room for an answer within `max_length={settings.max_length}`. "
+                    "Raise it."
+                )
+            out.preferred = (refused.sums / refused.counts < complied.sums / complied.counts).tolist()
     del model
     models.free()
     return out
@@ -98,14 +92,10 @@ def shown_responses(work: Work, measured: Sequence[Measured]) -> list[dict[str, 
         `list[dict]`: `set` ("rows", "benign" or "harmful"), `prompt`, and the responses of `model` and `baseline`.
     """
     stubs = {REFUSAL: "[refused]", COMPLIANCE: STUB, NEITHER: ""}
-    prompts = {
-        "rows": [work.rows[number].prompt for number in work.asked],
-        "benign": work.benign,
-        "harmful": work.harmful,
-    }
+    prompts = {"rows": [work.rows[number].prompt for number in work.asked]} | dict(work.requests)
     out = [{"set": kind, "prompt": turns(prompt)} for kind, asked in prompts.items() for prompt in asked]
     for who, one in zip(("model", "baseline"), measured, strict=False):
-        stood = [stubs[outcome] for outcome in one.outcomes.get("harmful", [])]
-        said = [*one.responses.get("rows", []), *one.responses.get("benign", []), *stood]
-        out = [line | {who: text} for line, text in zip(out, said, strict=True)]
+        stood = {"harmful": [stubs[outcome] for outcome in one.outcomes.get("harmful", [])]}
+        said = one.responses | stood
+        out = [line | {who: text} for line, text in zip(out, [t for kind in prompts for t in said[kind]], strict=True)]
     return out

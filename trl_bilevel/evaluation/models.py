@@ -132,19 +132,15 @@ def losses(model: Any, tokenizer: Any, rows: Sequence[Row], settings: Settings, 
     order = sorted(np.flatnonzero(counts), key=lambda number: -len(tokens[number]["input_ids"]))
     for numbers in in_batches(order, settings, what):
         batch = pad_rows([tokens[number] for number in numbers], tokenizer.pad_token_id or 0)
-        sums[numbers] = _batch_sums(model, {name: part.to(model.device) for name, part in batch.items()})
+        labels = batch.pop("labels")[:, 1:].to(model.device)
+        logits = model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False).logits[:, :-1]
+        found = torch.zeros(labels.shape, device=labels.device)
+        # Only scored positions in fp32: all of them would not fit where the vocabulary is large.
+        places = labels != -100
+        found[places] = torch.nn.functional.cross_entropy(logits[places].float(), labels[places], reduction="none")
+        sums[numbers] = found.sum(-1).double().cpu()
     cut = sum(len(row["input_ids"]) > settings.max_length for row in whole)
     return Losses(sums, counts, np.array(sizes, dtype=np.float64), digest(tokens), cut)
-
-
-def _batch_sums(model: Any, batch: dict[str, torch.Tensor]) -> NDArray[np.float64]:
-    labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch, use_cache=False).logits[:, :-1]
-    scored = labels != -100
-    found = torch.zeros(labels.shape, device=labels.device)
-    # Only scored positions in fp32: all of them would not fit where the vocabulary is large.
-    found[scored] = torch.nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
-    return found.sum(-1).double().cpu().numpy()
 
 
 @torch.no_grad()

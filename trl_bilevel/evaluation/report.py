@@ -114,7 +114,7 @@ def result_of(
             "per_row": {"row": work.asked, "score": found["scores"]},
         }
     confidence = resampling.get("confidence", 0.95)
-    if work.harmful:
+    if work.requests:
         shares = [_shares(one) for one in measured]
         out["safety"] = {
             "judge": getattr(work.refusals, "note", f"by {type(work.refusals).__name__}"),
