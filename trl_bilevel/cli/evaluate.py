@@ -1,10 +1,6 @@
 """`trl-bilevel evaluate MODEL`: held-out loss, preference against a baseline, safety with its price; with intervals.
 
-    trl-bilevel evaluate MODEL --dataset test.jsonl [--baseline MODEL2 --judge reward:NAME]
-    trl-bilevel evaluate MODEL --baseline MODEL2 --dataset test.jsonl --harmful harmbench --benign lookalikes
-
-MODEL and MODEL2 are hub names, folders of models, or folders of PEFT adapters. Every option can be a key of a YAML
-file (`--config FILE`).
+Models are hub names, folders of models, or folders of PEFT adapters.
 """
 
 from __future__ import annotations

@@ -53,16 +53,11 @@ class Measured:
 
 
 def measure(name: str, work: Work, settings: models.Settings, load: Mapping[str, Any]) -> Measured:
-    """Load a model (`load`: arguments of `from_pretrained`), measure it, and free its memory.
-
-    Raises:
-        ValueError: if the model cannot be loaded or cannot read the rows.
-    """
+    """Load a model (`load`: arguments of `from_pretrained`), measure it, and free its memory."""
     model, tokenizer = models.load_model(name, load)
     out = Measured(name, models.losses(model, tokenizer, work.rows, settings))
-    if work.asked:
-        prompts = [work.rows[number].prompt for number in work.asked]
-        out.responses["rows"] = models.responses(model, tokenizer, prompts, settings)
+    prompts = [work.rows[number].prompt for number in work.asked]
+    out.responses["rows"] = models.responses(model, tokenizer, prompts, settings)
     for kind, texts in work.requests.items():
         requests = [question(text, tokenizer) for text in texts]
         said = models.responses(model, tokenizer, requests, settings, f"{kind.capitalize()} requests")
@@ -95,7 +90,6 @@ def shown_responses(work: Work, measured: Sequence[Measured]) -> list[dict[str, 
     prompts = {"rows": [work.rows[number].prompt for number in work.asked]} | dict(work.requests)
     out = [{"set": kind, "prompt": turns(prompt)} for kind, asked in prompts.items() for prompt in asked]
     for who, one in zip(("model", "baseline"), measured, strict=False):
-        stood = {"harmful": [stubs[outcome] for outcome in one.outcomes.get("harmful", [])]}
-        said = one.responses | stood
+        said = one.responses | {"harmful": [stubs[outcome] for outcome in one.outcomes.get("harmful", [])]}
         out = [line | {who: text} for line, text in zip(out, [t for kind in prompts for t in said[kind]], strict=True)]
     return out

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,7 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
     Args:
         name (`str`): hub name or folder of a model, or folder of a PEFT adapter.
         load (`dict`): keyword arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: if it cannot be loaded.
     """
-    from peft import PeftConfig
     from transformers import AutoTokenizer
 
     try:
@@ -88,15 +85,11 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
             f"Could not load the model {name!r}: {error} Give a hub name, a folder of a model, or a folder of a PEFT "
             "adapter."
         ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=load.get("revision") or "main")
-    except (OSError, ValueError):
-        if not is_adapter(name):
-            raise
-        # Adapters are saved without a tokenizer, too.
-        tokenizer = AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    # Adapters are saved without a tokenizer, too.
+    bare = is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file()
+    source = model.active_peft_config.base_model_name_or_path if bare else name
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=(not bare and load.get("revision")) or "main")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.eval(), tokenizer
 
 

@@ -84,11 +84,7 @@ def win_rate_with_swap(forward: Sequence[int], backward: Sequence[int], **resamp
 def ask_both_orders(
     judge: PairwiseJudge, prompts: Sequence[str], model: Sequence[str], baseline: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """A judge's verdicts with the model's response first, and with the baseline's response first.
-
-    Raises:
-        ValueError: if the judge does not give one verdict per pair.
-    """
+    """A judge's verdicts with the model's response first, and with the baseline's response first."""
     shuffles = "shuffle_order" in inspect.signature(judge.judge).parameters
     keywords: dict[str, Any] = {"shuffle_order": False} if shuffles else {}
     out = []

@@ -46,11 +46,7 @@ def requests(kind: str, name: str, split: str = "train") -> list[Part]:
 
 
 def prompts_of(rows: Iterable[Mapping[str, Any]], name: str, label: str) -> list[Part]:
-    """The rows' requests, of one label where they are labelled.
-
-    Raises:
-        ValueError: if no column is known to hold requests.
-    """
+    """The rows' requests, of one label where they are labelled; of chats, all but the answers."""
     rows = list(rows)
     columns = set(rows[0]) if rows else set()
     if {row.get("label") for row in rows} & {*LABELS.values()}:

@@ -37,6 +37,11 @@ LABELS: dict[str, tuple[str, bool, int]] = {
     "first_position": ("verdicts for the first position", True, 0),
 }
 
+MEANING = (
+    "Brackets are {:.0%} intervals: they cover what more rows of the same kind would show, and say nothing of other "
+    "kinds of rows, nor of training runs with other seeds."
+)
+
 
 def loss_figures(losses: Losses, kept: NDArray[np.bool_], **resampling: Unpack[Resampling]) -> dict[str, Estimate]:
     """Held-out loss of the rows `kept` (bool `[n]`) in nats: mean over rows of the mean per token, per token, per
@@ -54,12 +59,8 @@ def loss_figures(losses: Losses, kept: NDArray[np.bool_], **resampling: Unpack[R
 
 
 def kept_rows(losses: Sequence[Losses]) -> NDArray[np.bool_]:
-    """Rows that every model has a token to score of, bool `[n]`.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    kept = np.logical_and.reduce([one.counts > 0 for one in losses])
+    """Rows that every model has a token to score of, bool `[n]`; at least one, else a `ValueError`."""
+    kept = np.all([one.counts for one in losses], axis=0)
     if not kept.any():
         raise ValueError("No row has a token to score within `max_length`. Raise it, or look at the rows' answers.")
     return kept
@@ -155,38 +156,26 @@ def sentences(result: Mapping[str, Any], confidence: float) -> list[str]:
     part = result["loss"]
     perplexity = shown(part["figures"][0]["perplexity"], False)
     out = [f"The model gives each token of the {part['rows']} held-out answers a perplexity of {perplexity}."]
-    out += [_compared(name, difference) for name, difference in part["difference"].items()]
+    compared = dict(part["difference"])
     if "preference" in result:
         part, won = result["preference"], result["preference"]["figures"]["win_rate"]
         asked = "asked in both orders" if "consistent" in part["figures"] else "blind to order"
         verdict = "no difference beyond chance" if won.low <= 0.5 <= won.high else "a difference beyond chance"
-        out.append(
-            f"The judge ({part['judge']}; {asked}) gives the model {shown(won, True)} of the points against the "
-            f"baseline: {verdict}."
-        )
+        points = f"{shown(won, True)} of the points against the baseline"
+        out.append(f"The judge ({part['judge']}; {asked}) gives the model {points}: {verdict}.")
     if "safety" in result:
         part, told = result["safety"], ("refusal", "over_refusal")
         refused, over = (shown(part["figures"][0][name], True) for name in told)
-        out.append(
-            f"The model refuses {refused} of the harmful requests and {over} of the benign ones ({part['judge']})."
-        )
-        out += [_compared(name, part["difference"][name]) for name in told if part["difference"]]
-    return [
-        *out,
-        f"Brackets are {confidence:.0%} intervals: they cover what more rows of the same kind would show, and say "
-        "nothing of other kinds of rows, nor of training runs with other seeds.",
-    ]
-
-
-def _compared(name: str, difference: Difference) -> str:
-    label, share, better = LABELS[name]
-    verdict = "the rows do not tell the two apart"
-    if difference.low > 0 or difference.high < 0:
-        verdict = "better than the baseline" if difference.value * better > 0 else "worse than the baseline"
-    return (
-        f"{label[0].upper()}{label[1:]}: model minus baseline {shown(difference, share, sign=True)} "
-        f"(p = {difference.p_value:.2g}): {verdict}."
-    )
+        out.append(f"The model refuses {refused} of the harmful requests and {over} of the benign ones.")
+        compared |= {name: part["difference"][name] for name in told if part["difference"]}
+    for name, difference in compared.items():
+        label, share, better = LABELS[name]
+        verdict = "the rows do not tell the two apart"
+        if difference.low > 0 or difference.high < 0:
+            verdict = "better than the baseline" if difference.value * better > 0 else "worse than the baseline"
+        change = f"{shown(difference, share, sign=True)} (p = {difference.p_value:.2g})"
+        out.append(f"{label[0].upper()}{label[1:]}: model minus baseline {change}: {verdict}.")
+    return [*out, MEANING.format(confidence)]
 
 
 def show(drawing: Any, result: Mapping[str, Any]) -> None:

@@ -41,14 +41,7 @@ def row_of(prompt: Part, response: str) -> Row:
 
 
 def render(prompt: Part, tokenizer: Any, template: Mapping[str, Any]) -> str:
-    """A prompt as text that the answer follows.
-
-    Args:
-        template (`dict`): further arguments of the chat template.
-
-    Raises:
-        ValueError: for a chat, if the tokenizer has no chat template.
-    """
+    """A prompt as text that the answer follows; `template` are further arguments of the template that chats need."""
     if isinstance(prompt, str):
         return prompt
     _check_template(tokenizer)
@@ -56,7 +49,7 @@ def render(prompt: Part, tokenizer: Any, template: Mapping[str, Any]) -> str:
 
 
 def encode(row: Row, tokenizer: Any, template: Mapping[str, Any]) -> dict[str, list[int]]:
-    """A row's `input_ids`, and `labels` that are -100 where nothing is scored; raises as `render`."""
+    """A row's `input_ids`, and `labels` that are -100 where nothing is scored; arguments as of `render`."""
     text = isinstance(row.completion, str)
     if not text:
         _check_template(tokenizer)
