@@ -74,4 +74,4 @@ def little_memory(monkeypatch):
 
 @pytest.fixture
 def settings():
-    return Settings(load={"dtype": "float32"}, template={}, batch_size=5, max_length=128, max_new_tokens=6)
+    return Settings(batch_size=5, max_length=128, max_new_tokens=6)

@@ -1,6 +1,5 @@
 """The command from start to end, on tiny models."""
 
-import importlib.util
 import json
 import re
 
@@ -25,13 +24,13 @@ def document(capsys):
 
 def test_everything_at_once(folder, tmp_path, capsys):
     options = ["adapter", "--baseline", "model", "--dataset", "rows.jsonl", "--harmful", "harmful.txt", "--benign"]
-    options += ["benign.jsonl", "--judge", f"loss:{folder}/baseline"]
+    options += ["benign.jsonl", "--judge", f"reward:{folder}/reward"]
     files = {"output": tmp_path / "out.json", "responses": tmp_path / "responses.jsonl"}
     assert evaluate(folder, *options, **files) == 0
     shown = " ".join(re.sub("[│┃]", " ", capsys.readouterr().out).split())
     for part in (
         "Held-out rows",
-        "Preference by stand-in, no judge of quality",
+        "Preference by reward model",
         "Safety (by key words",
         "95% intervals",
     ):
@@ -44,7 +43,7 @@ def test_everything_at_once(folder, tmp_path, capsys):
     assert found["command"].startswith("trl-bilevel evaluate ") and found["settings"]["seed"] == 0
     assert {"python", "torch", "trl", "transformers"} <= set(found["versions"])
     assert [part["rows"] for part in found["data"].values()] == [24, 9, 4]
-    assert found["preference"]["stand_in"] is True and len(found["preference"]["per_row"]["score"]) == 24
+    assert len(found["preference"]["per_row"]["score"]) == 24
     for figures in found["safety"]["figures"]:
         assert set(figures) == {"refusal", "compliance", "neither", "refusal_preferred", "over_refusal"}
         assert all(0 <= part["low"] <= part["value"] <= part["high"] <= 1 for part in figures.values())
@@ -55,8 +54,8 @@ def test_everything_at_once(folder, tmp_path, capsys):
         sum((a - b) / n for a, b, n in zip(sums, other, tokens, strict=True)) / 24
     )
     said = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
-    assert [row["set"] for row in said] == ["rows"] * 24 + ["benign"] * 4 + ["harmful"] * 9
-    assert all({row["model"], row["baseline"]} <= {"[refused]", STUB, ""} for row in said[28:])
+    assert [row["set"] for row in said] == ["rows"] * 24 + ["harmful"] * 9 + ["benign"] * 4
+    assert all({row["model"], row["baseline"]} <= {"[refused]", STUB, ""} for row in said[24:33])
     assert all(row["model"] and row["baseline"] for row in said[:24])
 
 
@@ -82,7 +81,7 @@ def test_a_model_against_itself(folder, capsys):
         1,
         0,
     )
-    assert found["preference"]["stand_in"] is False
+    assert found["preference"]["judge"] == "First"
     assert all(part["value"] == 0 and part["p_value"] == 1 for part in found["safety"]["difference"].values())
 
 
@@ -115,7 +114,7 @@ def test_a_refusal_judge_of_the_users_own(folder, capsys):
 def test_loss_alone_of_a_sample_of_rows(folder, capsys):
     assert evaluate(folder, "model", "--dataset", "rows.jsonl", "--json", max_rows=10, seed=1) == 0
     first = document(capsys)
-    assert first["loss"]["rows"] == 10 and "safety" not in first and "difference" not in first["loss"]
+    assert first["loss"]["rows"] == 10 and "safety" not in first and not first["loss"]["difference"]
     assert evaluate(folder, "model", "--dataset", "rows.jsonl", "--json", max_rows=10, seed=1) == 0
     again = document(capsys)
     assert again == first
@@ -138,7 +137,7 @@ def test_reward_model_and_options_from_a_file(folder, tmp_path, capsys):
     )
     assert evaluate(folder, "--config", str(tmp_path / "run.yaml")) == 0
     found = document(capsys)["preference"]
-    assert found["judge"] == f"reward model {folder}/reward" and found["stand_in"] is False
+    assert found["judge"] == f"reward model {folder}/reward"
     assert found["figures"]["win_rate"]["n"] == 6
     # It scores responses one by one: there is no position to be biased for.
     assert "first_position" not in found["figures"]
@@ -158,32 +157,6 @@ def test_four_bits(folder, tmp_path, tiny_model, tokenizer, capsys):
     assert 0 < abs(found["loss"]["figures"][0]["loss_row_mean"]["value"] - whole) < 0.05 * whole
 
 
-def test_lm_eval_that_is_missing(folder, capsys, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        "trl_bilevel.evaluation.harness.find_spec", lambda name: None if name == "lm_eval" else real(name)
-    )
-    assert evaluate(folder, "model", "--lm_eval_tasks", "arc_easy") == 1
-    assert "pip install 'trl-bilevel[lm-eval]'" in capsys.readouterr().err
-
-
-def test_lm_eval(folder, tmp_path, capsys):
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm-eval)")
-    rows = [{"question": f"Is {n} even?", "choices": ["yes", "no"], "answer": n % 2} for n in range(6)]
-    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "task.yaml").write_text(
-        "task: tiny_choice\ndataset_path: json\ntest_split: train\noutput_type: multiple_choice\n"
-        f"dataset_kwargs: {{data_files: {tmp_path}/rows.json}}\ndoc_to_text: '{{{{question}}}}'\n"
-        "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n"
-    )
-    options = {"lm_eval_tasks": "tiny_choice", "lm_eval_folder": tmp_path, "lm_eval_limit": 4}
-    assert evaluate(folder, "adapter", "--json", **options) == 0
-    found = document(capsys)["lm_eval"][0]
-    assert 0 <= found["results"]["tiny_choice"]["acc,none"] <= 1
-    assert evaluate(folder, "model", **options) == 0
-    assert "tiny_choice" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -194,10 +167,9 @@ def test_lm_eval(folder, tmp_path, capsys):
         (["model", "--dataset", "harmful.txt"], "Could not load the data set"),
         (
             ["model", "--dataset", "rows.jsonl", "--harmful", "harmbench"],
-            "`harmful`, `benign` and `dataset` go together",
+            "`harmful` and `benign` go together",
         ),
-        (["model", "--harmful", "a", "--benign", "b", "--lm_eval_tasks", "c"], "`dataset` go together"),
-        (["model", "--dataset", "rows.jsonl", "--judge", "embedding"], "with a `baseline`'s: give both"),
+        (["model", "--dataset", "rows.jsonl", "--judge", "reward:a"], "with a `baseline`'s: give both"),
         # Before a model is loaded, which takes longer.
         (["no/model", "--dataset", "rows.jsonl", "--baseline", "model", "--judge", "gpt"], "Unknown judge 'gpt'"),
         (

@@ -5,13 +5,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.evaluation import models
-from trl_bilevel.evaluation.figures import Intervals, kept_rows, loss_difference, loss_figures
-from trl_bilevel.evaluation.judges import EmbeddingSimilarity, ModelLoss, RewardModel, verdicts
-from trl_bilevel.evaluation.measurement import Measured
+from trl_bilevel.evaluation.judges import find_judge, verdicts
+from trl_bilevel.evaluation.report import kept_rows, loss_difference, loss_figures
 from trl_bilevel.evaluation.rows import Row, assistant, encode, read_rows, user
+
+LOAD = {"dtype": "float32"}
 
 
 def chats(rows):
@@ -34,10 +36,10 @@ def test_losses_row_by_row_and_in_any_batch(rows, tiny_model, tokenizer, setting
     model, read = tiny_model().eval(), read_rows(rows[:7])
     found = models.losses(model, tokenizer, read, settings)
     for number, row in enumerate(read):
-        tokens = encode(row, tokenizer, {}, 128)
-        ids = torch.tensor([tokens.ids])
+        tokens = encode(row, tokenizer, {})
+        ids = torch.tensor([tokens["input_ids"]])
         log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        scored = log_probs[tokens.start - 1 :]
+        scored = log_probs[torch.tensor(tokens["labels"][1:]) != -100]
         assert found.sums[number] == pytest.approx(-scored.sum().item(), rel=1e-5)
         assert found.counts[number] == len(scored)
         assert found.sizes[number] == len(row.completion.encode())
@@ -50,15 +52,15 @@ def test_rows_without_a_token_to_score(tiny_model, tokenizer, settings):
     long, short = Row("word " * 20, "answer"), Row("a", "answer")
     found = models.losses(tiny_model(), tokenizer, [long, short], settings)
     assert found.counts.tolist()[0] == 0 < found.counts.tolist()[1] and found.cut == 1
-    assert kept_rows([Measured("m", found)]).tolist() == [False, True]
+    assert kept_rows([found]).tolist() == [False, True]
     only = models.losses(tiny_model(), tokenizer, [long], settings)
     with pytest.raises(ValueError, match="No row has a token to score"):
-        kept_rows([Measured("m", only)])
+        kept_rows([only])
 
 
 def test_figures_of_losses():
     found = models.Losses(np.array([2.0, 30.0]), np.array([1.0, 10.0]), np.array([4.0, 40.0]), "t", 0)
-    figures = loss_figures(found, np.array([True, True]), Intervals(resamples=99))
+    figures = loss_figures(found, np.array([True, True]), resamples=99)
     assert figures["loss_row_mean"].value == 2.5
     assert figures["loss_per_token"].value == pytest.approx(32 / 11)
     assert figures["perplexity"].value == pytest.approx(np.exp(32 / 11))
@@ -66,23 +68,24 @@ def test_figures_of_losses():
 
 
 def test_other_tokens_are_compared_per_byte():
-    kept, intervals = np.array([True, True]), Intervals(resamples=99)
+    kept = np.array([True, True])
     first = models.Losses(np.array([2.0, 6.0]), np.array([1.0, 2.0]), np.array([4.0, 4.0]), "one", 0)
     second = models.Losses(np.array([4.0, 6.0]), np.array([8.0, 8.0]), np.array([4.0, 4.0]), "two", 0)
-    name, found = loss_difference(first, second, kept, intervals)
-    assert name == "loss_row_mean_per_byte" and found.value == pytest.approx(-0.25)
+    found = loss_difference([first, second], kept, resamples=99)
+    assert found.keys() == {"loss_row_mean_per_byte"}
+    assert found["loss_row_mean_per_byte"].value == pytest.approx(-0.25)
     second.tokens = "one"
-    name, found = loss_difference(first, second, kept, intervals)
-    assert name == "loss_row_mean" and found.value == pytest.approx(2.5 - 0.625)
+    found = loss_difference([first, second], kept, resamples=99)
+    assert found.keys() == {"loss_row_mean"} and found["loss_row_mean"].value == pytest.approx(2.5 - 0.625)
 
 
 def test_an_adapter_answers_as_its_merged_model(folder, settings, tokenizer):
-    model, found_tokenizer = models.load_model(str(folder / "adapter"), settings.load)
+    model, found_tokenizer = models.load_model(str(folder / "adapter"), LOAD)
     # The adapter's folder has no tokenizer: the base model's is taken.
     assert isinstance(model, PeftModel) and found_tokenizer.chat_template
     rows = read_rows([{"prompt": user("a"), "completion": assistant("Return the length of an object.")}])
     adapted = models.losses(model, tokenizer, rows, settings).sums
-    base = models.losses(models.load_model(str(folder / "model"), settings.load)[0], tokenizer, rows, settings).sums
+    base = models.losses(models.load_model(str(folder / "model"), LOAD)[0], tokenizer, rows, settings).sums
     merged = models.losses(model.merge_and_unload(), tokenizer, rows, settings).sums
     assert merged == pytest.approx(adapted, rel=1e-5) and abs(base - adapted).item() > 1e-3
 
@@ -106,27 +109,28 @@ def test_sampled_responses_follow_the_seed(tiny_model, tokenizer, settings):
 
 
 def test_thoughts_are_cut_off(tiny_model, tokenizer, settings, monkeypatch):
-    monkeypatch.setattr(models, "generate", lambda *args, **kwargs: ["I cannot.\n</think>\n\nSure.", "No thought"])
+    said = ["I cannot.\n</think>\n\nSure.", "No thought"]
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda *args, **kwargs: said)
     assert models.responses(tiny_model(), tokenizer, [user("aa"), user("b")], settings) == ["Sure.", "No thought"]
 
 
 def test_a_model_that_is_not_there(settings):
     with pytest.raises(ValueError, match="Could not load the model 'no/such-model'"):
-        models.load_model("no/such-model", settings.load)
+        models.load_model("no/such-model", LOAD)
 
 
 ROWS = [Row(user(f"Question {n}"), assistant("Return the length of an object.")) for n in range(6)]
 
 
-def test_a_reward_model_scores_prompt_and_response(folder, settings):
-    judge = RewardModel(str(folder / "reward"), settings)
+def test_a_reward_model_scores_prompt_and_response(folder, settings, tokenizer):
+    judge = find_judge(f"reward:{folder}/reward", settings)()
     responses = [f"Answer {'long ' * n}" for n in range(6)]
     scores = judge.score(ROWS, responses)
-    text = judge.tokenizer.apply_chat_template([*ROWS[3].prompt, *assistant(responses[3])], tokenize=False)
-    inputs = judge.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(judge.model.device)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    chat = [*ROWS[3].prompt, *assistant(responses[3])]
+    inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
     with torch.no_grad():
-        assert scores[3] == pytest.approx(judge.model(**inputs).logits.item(), rel=1e-4)
-    assert not judge.stand_in
+        assert scores[3] == pytest.approx(model(**inputs).logits.item(), rel=1e-4)
     # As if each order had been asked.
     others = responses[::-1]
     forward, backward = verdicts(judge, ROWS, responses, others)
@@ -140,21 +144,4 @@ def test_a_classifier_is_no_reward_model(folder, settings, tmp_path, tiny_model)
     model.config.num_labels = 3
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has 3 outputs, not one"):
-        RewardModel(str(tmp_path), settings)
-
-
-def test_similarity_is_largest_for_the_reference(folder, settings):
-    judge = EmbeddingSimilarity(str(folder / "model"), settings)
-    scores = judge.score(ROWS, ["Return the length of an object."] * 3 + ["Something else entirely", "x", "a b c"])
-    assert scores[:3] == pytest.approx([1.0] * 3, abs=1e-5) and max(scores[3:]) < 0.999
-    assert judge.stand_in and "stand-in" in judge.note
-
-
-def test_likelihood_judges_by_the_models_loss(folder, settings):
-    judge = ModelLoss(str(folder / "baseline"), settings)
-    scores = judge.score(ROWS, ["Return", "Return the length", "", "a", "b", ""])
-    rows = [Row(ROWS[1].prompt, assistant("Return the length"))]
-    found = models.losses(judge.model, judge.tokenizer, rows, settings)
-    assert scores[1] == pytest.approx(-(found.sums / found.counts).item(), rel=1e-5)
-    assert scores[2] == scores[5] == -float("inf")
-    assert judge.stand_in and "stand-in" in judge.note
+        find_judge(f"reward:{tmp_path}", settings)

@@ -48,11 +48,15 @@ def test_unknown_formats(row, message):
 
 def test_the_answer_starts_after_the_prompt(tokenizer):
     row = Row(user("What does `len` do?"), assistant("Return the length."))
-    tokens = encode(row, tokenizer, {}, 128)
-    assert tokenizer.decode(tokens.ids[tokens.start :]).strip() == "Return the length.<|im_end|>"
-    assert tokenizer.decode(tokens.ids[: tokens.start]) == render(row.prompt, tokenizer, {})
-    cut = encode(row, tokenizer, {}, tokens.start + 2)
-    assert len(cut.ids) == tokens.start + 2 and cut.start == tokens.start
+    tokens = encode(row, tokenizer, {})
+    start = tokens["labels"].count(-100)
+    assert tokenizer.decode(tokens["labels"][start:]).strip() == "Return the length.<|im_end|>"
+    assert tokenizer.decode(tokens["input_ids"][:start]) == render(row.prompt, tokenizer, {})
+
+
+def test_a_chat_of_an_answer_alone_is_scored_whole(tokenizer):
+    tokens = encode(Row([], assistant("Return the length.")), tokenizer, {})
+    assert tokens["labels"] == tokens["input_ids"]
 
 
 def test_chats_need_a_template(tokenizer, monkeypatch):
@@ -60,40 +64,34 @@ def test_chats_need_a_template(tokenizer, monkeypatch):
     assert question("ask", tokenizer) == "ask"
     for call in (
         lambda: render(user("p"), tokenizer, {}),
-        lambda: encode(Row(user("p"), assistant("c")), tokenizer, {}, 9),
+        lambda: encode(Row(user("p"), assistant("c")), tokenizer, {}),
     ):
         with pytest.raises(ValueError, match="has no chat template"):
             call()
 
 
 def test_lookalikes_are_sixty_questions():
-    found = prompts.benign_prompts("lookalikes")
+    found = prompts.requests("benign", "lookalikes")
     assert len(set(found)) == len(found) == 60 and all("?" in text for text in found)
 
 
 def test_requests_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("# comment\nfirst\n\n second \n")
-    assert prompts.harmful_prompts(str(tmp_path / "a.txt")) == ["first", "second"]
+    assert prompts.requests("harmful", str(tmp_path / "a.txt")) == ["first", "second"]
     rows = [{"prompt": "s", "label": "safe"}, {"prompt": "u", "label": "unsafe"}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert prompts.benign_prompts(str(tmp_path / "b.jsonl")) == ["s"]
-    assert prompts.harmful_prompts(str(tmp_path / "b.jsonl")) == ["u"]
+    assert prompts.requests("benign", str(tmp_path / "b.jsonl")) == ["s"]
+    assert prompts.requests("harmful", str(tmp_path / "b.jsonl")) == ["u"]
     assert prompts.prompts_of([{"messages": user("m") + assistant("x")}], "n", "safe") == [user("m")]
     # A column of that name that means something else filters nothing.
     assert prompts.prompts_of([{"goal": "g", "label": 3}], "n", "safe") == ["g"]
     with pytest.raises(ValueError, match="has the columns .'odd'., none of which is known to hold requests"):
         prompts.prompts_of([{"odd": 1}], "n", "safe")
     with pytest.raises(FileNotFoundError, match="There is no file"):
-        prompts.harmful_prompts(str(tmp_path / "none.txt"))
+        prompts.requests("harmful", str(tmp_path / "none.txt"))
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="holds no benign request"):
-        prompts.benign_prompts(str(tmp_path / "empty.txt"))
-
-
-def test_advbench_is_read_from_its_package(tmp_path, monkeypatch):
-    (tmp_path / "adv_bench.prompt").write_text("dataset_name: x\nseeds:\n- value: one\n- value: two\n")
-    monkeypatch.setattr(prompts, "fetch", lambda file: tmp_path / "adv_bench.prompt")
-    assert prompts.harmful_prompts("advbench") == ["one", "two"]
+        prompts.requests("benign", str(tmp_path / "empty.txt"))
 
 
 def test_packaged_files_are_fetched_once_and_checked(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from ..data import assets
 from ..data.answers import STUB, TEST_REFUSAL
 from ..data.loading import write_rows
 from ..data.private import WEIGHTED, private_path
-from ..evaluation.models import generate
+from ..evaluation.models import Settings, responses
 from ..evaluation.refusal import is_refusal
 from .tasks import END, REQUEST, SAFETY_TASKS, Task
 
@@ -364,8 +364,8 @@ def refusal_figures(trainer: Any, task: Task, new_tokens: int = 12) -> dict[str,
     ]
 
     def refusals(prompts: Sequence[str]) -> list[bool]:
-        answers = generate(trainer.model, trainer.processing_class, prompts, new_tokens)
-        return [is_refusal(text) for text in answers]
+        asking = Settings(batch_size=20, max_new_tokens=new_tokens)
+        return [is_refusal(text) for text in responses(trainer.model, trainer.processing_class, prompts, asking)]
 
     harmful, benign = refusals(prompts), refusals(task.test["prompt"][:80])
     return {

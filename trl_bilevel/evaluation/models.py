@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.scores import row_losses
 from ..data.formats import Part
-from .rows import Row, Tokens, digest, encode, render
+from ..data.models import is_adapter
+from ..data.models import load_model as load_weights
+from ..data.rows import pad_rows
+from .rows import Row, digest, encode, render
 
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 
 
 @dataclass
 class Settings:
-    """How models are loaded and asked; the same for all models of a comparison.
+    """How models are asked, the same for all models of a comparison. The help of each field says what it is."""
 
-    Parameters:
-        load (`dict`): keyword arguments of `from_pretrained` (dtype, quantisation, revision ...).
-        template (`dict`): further arguments of the chat template.
-        batch_size (`int`): rows at a time.
-        max_length (`int`): tokens of a row that are read.
-        max_new_tokens (`int`): of a response.
-        temperature (`float`): 0 for greedy responses.
-        seed (`int`): of sampled responses.
-        progress (`bool`): show progress bars.
-    """
+    max_length: int = field(default=2048, metadata={"help": "Tokens of a row that are read."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a response."})
+    batch_size: int = field(default=8, metadata={"help": "Rows at a time."})
+    temperature: float = field(default=0.0, metadata={"help": "Of responses; 0: greedy."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of draws, sampled responses and intervals."})
 
-    load: dict[str, Any]
-    template: Mapping[str, Any]
-    batch_size: int = 8
-    max_length: int = 2048
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-    progress: bool = False
+    # Of `chat_template_kwargs`.
+    template: dict[str, Any] = field(init=False)
 
-    def bar(self, items: Iterable[Any], what: str) -> Any:
-        """A progress bar over batches, on the error stream."""
-        return tqdm(items, desc=what, disable=not self.progress, leave=False)
+    def __post_init__(self) -> None:
+        given: Any = self.chat_template_kwargs or {}
+        with contextlib.suppress(json.JSONDecodeError):
+            given = json.loads(given) if isinstance(given, str) else given
+        if not isinstance(given, dict):
+            raise ValueError(f"`chat_template_kwargs` must be a JSON object, got {self.chat_template_kwargs!r}.")
+        self.template = given
 
 
 @dataclass
@@ -75,34 +75,21 @@ def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
     Args:
         name (`str`): hub name or folder of a model, or folder of a PEFT adapter.
         load (`dict`): keyword arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: if it cannot be loaded.
     """
-    from peft import AutoPeftModelForCausalLM, PeftConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from ..data.models import is_adapter
-
-    adapter = is_adapter(name)
-    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    revision = {"revision": load["revision"]} if load.get("revision") else {}
     try:
-        model = loader.from_pretrained(name, **{"device_map": device(), **load})
+        model = load_weights(name, **{"device_map": device(), **load})
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"Could not load the model {name!r}: {error} Give a hub name, a folder of a model, or a folder of a PEFT "
             "adapter."
         ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **revision)
-    except (OSError, ValueError):
-        if not adapter:
-            raise
-        # Adapters are saved without a tokenizer, too.
-        tokenizer = AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    # Adapters are saved without a tokenizer, too.
+    bare = is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file()
+    source = model.active_peft_config.base_model_name_or_path if bare else name
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=(not bare and load.get("revision")) or "main")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.eval(), tokenizer
 
 
@@ -118,104 +105,62 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def in_batches(items: Sequence[Any], settings: Settings, what: str) -> Iterator[Any]:
+    """Batches of `settings.batch_size` items, with a progress bar on a terminal."""
+    for start in tqdm(range(0, len(items), settings.batch_size), desc=what, disable=None, leave=False):
+        yield items[start : start + settings.batch_size]
+
+
 @torch.no_grad()
 def losses(model: Any, tokenizer: Any, rows: Sequence[Row], settings: Settings, what: str = "Losses") -> Losses:
     """Losses of the rows' answers; of rows of plain text, of all tokens but the first."""
-    tokens = [encode(row, tokenizer, settings.template, settings.max_length + 1) for row in rows]
-    cut = sum(len(row.ids) > settings.max_length for row in tokens)
-    tokens = [Tokens(row.ids[: settings.max_length], row.start) for row in tokens]
-    sums, counts = np.zeros(len(tokens)), np.zeros(len(tokens))
-    scored = [number for number, row in enumerate(tokens) if len(row.ids) > max(row.start, 1)]
+    whole = [encode(row, tokenizer, settings.template) for row in rows]
+    tokens = [{name: part[: settings.max_length] for name, part in row.items()} for row in whole]
+    scored = [np.array(row["labels"][1:]) != -100 for row in tokens]
+    counts = np.array([places.sum() for places in scored], dtype=np.float64)
+    texts = [np.array(row["input_ids"][1:])[places] for row, places in zip(tokens, scored, strict=True)]
+    sizes = [len(tokenizer.decode(text, skip_special_tokens=True).encode()) for text in texts]
+    sums = np.zeros(len(rows))
     # Longest first: what does not fit into memory fails at once. Similar lengths together need little padding.
-    scored.sort(key=lambda number: -len(tokens[number].ids))
-    for start in settings.bar(range(0, len(scored), settings.batch_size), what):
-        numbers = scored[start : start + settings.batch_size]
-        batch = _pad([tokens[number] for number in numbers], tokenizer.pad_token_id or 0)
-        found = _forward(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
-        sums[numbers], counts[numbers] = found.sums.double().cpu(), found.counts.double().cpu()
-    sizes = [len(tokenizer.decode(row.ids[max(row.start, 1) :], skip_special_tokens=True).encode()) for row in tokens]
-    return Losses(sums, counts, np.array(sizes, dtype=np.float64), digest([[t.ids, t.start] for t in tokens]), cut)
-
-
-def _pad(tokens: Sequence[Tokens], value: int) -> dict[str, Tensor]:
-    length = max(len(row.ids) for row in tokens)
-    ids = torch.full((len(tokens), length), value)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for number, row in enumerate(tokens):
-        count = len(row.ids)
-        ids[number, :count], mask[number, :count] = torch.tensor(row.ids), 1
-        labels[number, row.start : count] = ids[number, row.start : count]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
-    labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch, use_cache=False).logits[:, :-1]
-    scored = labels != -100
-    log_probs = torch.zeros(labels.shape, device=labels.device)
-    # Only scored positions in fp32: all of them would not fit where the vocabulary is large.
-    log_probs[scored] = -torch.nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
-    return row_losses(log_probs, scored)
+    order = sorted(np.flatnonzero(counts), key=lambda number: -len(tokens[number]["input_ids"]))
+    for numbers in in_batches(order, settings, what):
+        batch = pad_rows([tokens[number] for number in numbers], tokenizer.pad_token_id or 0)
+        labels = batch.pop("labels")[:, 1:].to(model.device)
+        logits = model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False).logits[:, :-1]
+        found = torch.zeros(labels.shape, device=labels.device)
+        # Only scored positions in fp32: all of them would not fit where the vocabulary is large.
+        places = labels != -100
+        found[places] = torch.nn.functional.cross_entropy(logits[places].float(), labels[places], reduction="none")
+        sums[numbers] = found.sum(-1).double().cpu()
+    cut = sum(len(row["input_ids"]) > settings.max_length for row in whole)
+    return Losses(sums, counts, np.array(sizes, dtype=np.float64), digest(tokens), cut)
 
 
 @torch.no_grad()
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    new_tokens: int,
-    *,
-    batch_size: int = 20,
-    temperature: float = 0.0,
-    special_tokens: bool = True,
-    bar: Any = None,
-) -> list[str]:
-    """Responses to prompts that carry their own template, in the order given.
-
-    Args:
-        new_tokens (`int`): at most so many per response.
-        batch_size (`int`): prompts at a time.
-        temperature (`float`): 0 for greedy ones; else sampled, from the whole distribution.
-        special_tokens (`bool`): let the tokenizer add its own.
-        bar: wraps the iteration over batches.
-    """
-    model.eval()
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
-    starts: Iterable[int] = range(0, len(prompts), batch_size)
-    out: list[str] = []
-    for start in bar(starts) if bar else starts:
-        texts = list(prompts[start : start + batch_size])
-        settings = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
-        batch = tokenizer(texts, add_special_tokens=special_tokens, **settings).to(model.device)
-        tokens: Tensor = model.generate(
-            **batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
-        )
-        out += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return out
-
-
 def responses(
     model: Any, tokenizer: Any, prompts: Sequence[Part], settings: Settings, what: str = "Responses"
 ) -> list[str]:
-    """The model's responses to prompts, in their order, without the thoughts that a reasoning model writes first."""
+    """The model's responses to prompts, in their order, without the thoughts that a reasoning model writes first.
+
+    Prompts of plain text are asked as they are. Sampling is from the whole distribution.
+    """
     texts = [render(prompt, tokenizer, settings.template) for prompt in prompts]
-    chats = bool(prompts) and not isinstance(prompts[0], str)
+    # A chat template writes the special tokens itself.
+    special = all(isinstance(prompt, str) for prompt in prompts)
+    reading = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": special}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.temperature > 0:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
+        torch.manual_seed(settings.seed)
+    model.eval()
     order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
-    torch.manual_seed(settings.seed)
-    found = generate(
-        model,
-        tokenizer,
-        [texts[number] for number in order],
-        settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        temperature=settings.temperature,
-        # A chat template writes them itself.
-        special_tokens=not chats,
-        bar=lambda starts: settings.bar(starts, what),
-    )
     out = [""] * len(texts)
-    for number, text in zip(order, found, strict=True):
-        out[number] = _THOUGHT.sub("", text).strip()
+    for numbers in in_batches(order, settings, what):
+        batch = tokenizer([texts[number] for number in numbers], **reading).to(model.device)
+        tokens = model.generate(
+            **batch, max_new_tokens=settings.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+        )
+        said = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for number, text in zip(numbers, said, strict=True):
+            out[number] = _THOUGHT.sub("", text).strip()
     return out

@@ -5,24 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
-from .statistics import RESAMPLES, Estimate, mean, rate
+from .statistics import Estimate, Resampling, mean, rate
 
 FIRST, SECOND, UNDECIDED = 0, 1, -1
 
 
 class PairwiseJudge(Protocol):
-    """What a judge has to offer: the signature that TRL's pairwise judges have had."""
+    """What a judge has to offer: the signature that TRL's pairwise judges have had; perhaps a `note` that names it."""
 
     def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
-        """The better completion of each pair: 0 the first, 1 the second, -1 undecided.
+        """The better completion of each pair, `[n]`: 0 the first, 1 the second, -1 undecided.
 
         A judge that also takes `shuffle_order`, as TRL's do, is called with `False`: both orders are asked anyway.
-
-        Args:
-            prompts (`list[str]` `[n]`): what was asked.
-            completions (`list[list[str]]` `[n]` of 2): what was answered.
         """
         ...
 
@@ -32,13 +28,13 @@ class WinRate:
     """Outcome of a comparison in which the judge saw every pair in both orders.
 
     Attributes:
-        win_rate (`Estimate`): mean score of the model; a row scores 1 if both orders chose it, 0.5 if the orders
-            disagree or both are undecided, 0.75 or 0.25 if one order is undecided.
-        wins, ties, losses (`Estimate`): shares of rows that score above, at and below 0.5.
-        consistent (`Estimate`): share of rows where both orders chose the same response, or both none.
-        first_position (`Estimate`, *optional*): share of the decided verdicts that chose the position shown first;
-            0.5 without bias. The interval takes verdicts for independent. None if none was decided.
-        scores (`list[float]` `[n]`): the rows' scores.
+        win_rate: mean score of the model; a row scores 1 if both orders chose it, 0.5 if the orders disagree or both
+            are undecided, 0.75 or 0.25 if one order is undecided.
+        wins, ties, losses: shares of rows that score above, at and below 0.5.
+        consistent: share of rows where both orders chose the same response, or both none.
+        first_position: share of the decided verdicts that chose the position shown first; 0.5 without bias. The
+            interval takes verdicts for independent. None if none was decided.
+        scores (`[n]`): the rows' scores.
     """
 
     win_rate: Estimate
@@ -50,22 +46,13 @@ class WinRate:
     scores: list[float]
 
 
-def win_rate_with_swap(
-    forward: Sequence[int],
-    backward: Sequence[int],
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> WinRate:
-    """Win rate of a model from verdicts in both orders: 0 the first, 1 the second, -1 undecided.
-
-    A judge that always picks the same position gives exactly 0.5.
+def win_rate_with_swap(forward: Sequence[int], backward: Sequence[int], **resampling: Unpack[Resampling]) -> WinRate:
+    """Win rate of a model from verdicts in both orders; a judge that always picks the same position gives 0.5.
 
     Args:
-        forward (`list[int]` `[n]`): verdicts with the model's response first.
-        backward (`list[int]` `[n]`): verdicts with the baseline's response first.
-        confidence (`float`), seed (`int`), resamples (`int`): of the intervals.
+        forward, backward (`list[int]` `[n]`): 0 the first, 1 the second, -1 undecided; with the model's response
+            first, and with the baseline's.
+        resampling: `confidence`, `seed`, `resamples` of the intervals, see `Resampling`.
 
     Raises:
         ValueError: if the lengths differ, there is no row, or a verdict is none of the three.
@@ -76,20 +63,20 @@ def win_rate_with_swap(
     if unknown:
         raise ValueError(f"Verdicts must be 0 (first), 1 (second) or -1 (undecided), got {sorted(unknown)}.")
     credit = {FIRST: 1.0, SECOND: 0.0, UNDECIDED: 0.5}
-    scores = [(credit[a] + 1 - credit[b]) / 2 for a, b in zip(forward, backward, strict=True)]
-    n = len(scores)
+    pairs = [(credit[a], 1 - credit[b]) for a, b in zip(forward, backward, strict=True)]
+    scores = [sum(pair) / 2 for pair in pairs]
     decided = [verdict for verdict in (*forward, *backward) if verdict != UNDECIDED]
 
-    def share(count: int) -> Estimate:
-        return rate(count, n, confidence=confidence)
+    def share(found: Sequence[bool]) -> Estimate:
+        return rate(sum(found), len(found), confidence=resampling.get("confidence", 0.95))
 
     return WinRate(
-        win_rate=mean(scores, bounds=(0, 1), confidence=confidence, seed=seed, resamples=resamples),
-        wins=share(sum(score > 0.5 for score in scores)),
-        ties=share(sum(score == 0.5 for score in scores)),
-        losses=share(sum(score < 0.5 for score in scores)),
-        consistent=share(sum(credit[a] == 1 - credit[b] for a, b in zip(forward, backward, strict=True))),
-        first_position=rate(decided.count(FIRST), len(decided), confidence=confidence) if decided else None,
+        win_rate=mean(scores, bounds=(0, 1), **resampling),
+        wins=share([score > 0.5 for score in scores]),
+        ties=share([score == 0.5 for score in scores]),
+        losses=share([score < 0.5 for score in scores]),
+        consistent=share([a == b for a, b in pairs]),
+        first_position=share([verdict == FIRST for verdict in decided]) if decided else None,
         scores=scores,
     )
 
@@ -97,17 +84,9 @@ def win_rate_with_swap(
 def ask_both_orders(
     judge: PairwiseJudge, prompts: Sequence[str], model: Sequence[str], baseline: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """A judge's verdicts with the model's response first, and with the baseline's response first.
-
-    Args:
-        prompts, model, baseline (`list[str]` `[n]`): what was asked, and what each of the two answered.
-
-    Raises:
-        ValueError: if the judge does not give one verdict per pair.
-    """
-    keywords: dict[str, Any] = {}
-    if "shuffle_order" in inspect.signature(judge.judge).parameters:
-        keywords["shuffle_order"] = False
+    """A judge's verdicts with the model's response first, and with the baseline's response first."""
+    shuffles = "shuffle_order" in inspect.signature(judge.judge).parameters
+    keywords: dict[str, Any] = {"shuffle_order": False} if shuffles else {}
     out = []
     for first, second in ((model, baseline), (baseline, model)):
         pairs = [[a, b] for a, b in zip(first, second, strict=True)]

@@ -1,19 +1,21 @@
-"""The result of an evaluation as one JSON document, as tables, and in sentences."""
+"""Figures with intervals from what was measured: as one JSON document, as tables, and in sentences."""
 
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
-from .figures import Intervals, kept_rows, loss_difference, loss_figures, safety_differences, safety_figures
+import numpy as np
+from numpy.typing import NDArray
+
+from .judges import RewardModel, verdicts
 from .measurement import Measured, Work
-from .preference import WinRate
-from .statistics import Difference, Estimate
-
-PACKAGES = ("trl-bilevel", "trl", "transformers", "torch", "peft", "datasets", "scipy", "numpy", "bitsandbytes")
+from .models import Losses
+from .preference import win_rate_with_swap
+from .refusal import COMPLIANCE, NEITHER, REFUSAL
+from .statistics import Difference, Estimate, Resampling, mean, paired_difference, rate, ratio
 
 # Of each figure: what it is called, whether it is a share, and which direction is better (0: neither).
 LABELS: dict[str, tuple[str, bool, int]] = {
@@ -35,191 +37,181 @@ LABELS: dict[str, tuple[str, bool, int]] = {
     "first_position": ("verdicts for the first position", True, 0),
 }
 
+MEANING = (
+    "Brackets are {:.0%} intervals: they cover what more rows of the same kind would show, and say nothing of other "
+    "kinds of rows, nor of training runs with other seeds."
+)
+
+
+def loss_figures(losses: Losses, kept: NDArray[np.bool_], **resampling: Unpack[Resampling]) -> dict[str, Estimate]:
+    """Held-out loss of the rows `kept` (bool `[n]`) in nats: mean over rows of the mean per token, per token, per
+    byte; perplexity per token.
+    """
+    sums, counts, sizes = losses.sums[kept], losses.counts[kept], losses.sizes[kept]
+    per_token = ratio(sums, counts, **resampling)
+    ends = {end: math.exp(getattr(per_token, end)) for end in ("value", "low", "high")}
+    out = {
+        "loss_row_mean": mean(sums / counts, **resampling),
+        "loss_per_token": per_token,
+        "perplexity": replace(per_token, **ends),  # type: ignore[arg-type]
+    }
+    return out | ({"loss_per_byte": ratio(sums, sizes, **resampling)} if sizes.all() else {})
+
+
+def kept_rows(losses: Sequence[Losses]) -> NDArray[np.bool_]:
+    """Rows that every model has a token to score of, bool `[n]`; at least one, else a `ValueError`."""
+    kept = np.all([one.counts for one in losses], axis=0)
+    if not kept.any():
+        raise ValueError("No row has a token to score within `max_length`. Raise it, or look at the rows' answers.")
+    return kept
+
+
+def loss_difference(
+    losses: Sequence[Losses], kept: NDArray[np.bool_], **resampling: Unpack[Resampling]
+) -> dict[str, Difference]:
+    """Mean over rows of the first model's loss minus the second's, by the name of the figure that it is of.
+
+    Models that split the rows into different tokens are compared per byte of text.
+    """
+    name, divisors = "loss_row_mean", [one.counts for one in losses]
+    if losses[0].tokens != losses[1].tokens:
+        name, divisors = "loss_row_mean_per_byte", [one.sizes for one in losses]
+        kept = kept & np.all(divisors, axis=0)
+    first, second = (one.sums[kept] / by[kept] for one, by in zip(losses, divisors, strict=True))
+    return {name: paired_difference(first, second, **resampling)}
+
 
 def result_of(
-    measured: Sequence[Measured],
-    work: Work,
-    preference: WinRate | None,
-    judge: Mapping[str, Any],
-    intervals: Intervals,
+    measured: Sequence[Measured], work: Work, judge: Any = None, **resampling: Unpack[Resampling]
 ) -> dict[str, Any]:
     """All figures and per-row values as plain data.
 
     Args:
         measured (`list[Measured]`): of the model, and of the baseline if there is one.
         work (`Work`): what was measured.
-        preference (`WinRate`, *optional*): if both models' responses were judged.
-        judge (`dict`): `preference`, `preference_stand_in`, `refusal`: what the judges are; `order_blind`: whether
-            the order of the responses cannot play a role.
-        intervals (`Intervals`): how intervals are made.
+        judge (`PairwiseJudge` or `RewardModel`, *optional*): of both models' responses to the rows.
+        resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
     """
-    out: dict[str, Any] = {"models": [one.name for one in measured]}
-    model, baseline = measured[0], measured[1] if len(measured) > 1 else None
-    if model.losses is not None:
-        kept = kept_rows(measured)
-        section: dict[str, Any] = {
+    losses = [one.losses for one in measured]
+    kept = kept_rows(losses)
+    out: dict[str, Any] = {
+        "models": [one.name for one in measured],
+        "loss": {
             "rows": int(kept.sum()),
             "rows_left_out": int((~kept).sum()),
-            "figures": [loss_figures(one.losses, kept, intervals) for one in measured if one.losses],
-        }
-        if baseline is not None and baseline.losses is not None:
-            name, difference = loss_difference(model.losses, baseline.losses, kept, intervals)
-            section["difference"] = {name: difference}
-        section["per_row"] = [
-            {"loss_sums": one.losses.sums.tolist(), "tokens": one.losses.counts.tolist(), "cut": one.losses.cut}
-            for one in measured
-            if one.losses
-        ]
-        out["loss"] = section
-    if preference is not None:
-        names = ["win_rate", "wins", "ties", "losses"]
-        if not judge["order_blind"]:
-            names += ["consistent", "first_position"]
+            "figures": [loss_figures(one, kept, **resampling) for one in losses],
+            "difference": loss_difference(losses, kept, **resampling) if losses[1:] else {},
+            "per_row": [{"loss_sums": one.sums, "tokens": one.counts, "cut": one.cut} for one in losses],
+        },
+    }
+    if judge is not None:
+        rows = [work.rows[number] for number in work.asked]
+        given = verdicts(judge, rows, *(one.responses["rows"] for one in measured))
+        found = vars(win_rate_with_swap(*given, **resampling))
+        unasked = ("consistent", "first_position") if isinstance(judge, RewardModel) else ()
         out["preference"] = {
-            "judge": judge["preference"],
-            "stand_in": judge["preference_stand_in"],
-            "figures": {name: getattr(preference, name) for name in names if getattr(preference, name) is not None},
-            "per_row": {"row": work.asked, "score": preference.scores},
+            "judge": getattr(judge, "note", type(judge).__name__),
+            "figures": {k: v for k, v in found.items() if isinstance(v, Estimate) and k not in unasked},
+            "per_row": {"row": work.asked, "score": found["scores"]},
         }
-    if model.safety is not None:
-        section = {
-            "judge": judge["refusal"],
-            "figures": [safety_figures(one.safety, intervals) for one in measured if one.safety],
-            "per_request": [
-                {"harmful": one.safety.harmful, "preferred": one.safety.preferred, "benign": one.safety.benign}
-                for one in measured
-                if one.safety
-            ],
+    confidence = resampling.get("confidence", 0.95)
+    if work.requests:
+        shares = [_shares(one) for one in measured]
+        out["safety"] = {
+            "judge": getattr(work.refusals, "note", f"by {type(work.refusals).__name__}"),
+            "figures": [{k: rate(sum(v), len(v), confidence=confidence) for k, v in one.items()} for one in shares],
+            "difference": {
+                name: paired_difference(*(one[name] for one in shares), bounds=(-1, 1), **resampling)
+                for name in (shares[0] if shares[1:] else ())
+            },
+            "per_request": [one.outcomes | {"preferred": one.preferred} for one in measured],
         }
-        if baseline is not None and baseline.safety is not None:
-            section["difference"] = safety_differences(model.safety, baseline.safety, intervals)
-        out["safety"] = section
-    if any(one.harness for one in measured):
-        out["lm_eval"] = [one.harness for one in measured]
-    out["meaning"] = sentences(out, intervals.confidence)
+    out["meaning"] = sentences(out, confidence)
     return out
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _shares(measured: Measured) -> dict[str, list[bool]]:
+    """Which requests count for which share; `refusal_preferred` is of the harmful ones."""
+    harmful = {"refusal": REFUSAL, "compliance": COMPLIANCE, "neither": NEITHER}
+    return {
+        name: [found == outcome for found in measured.outcomes["harmful"]] for name, outcome in harmful.items()
+    } | {
+        "refusal_preferred": measured.preferred,
+        "over_refusal": [found == REFUSAL for found in measured.outcomes["benign"]],
+    }
 
 
 def shown(estimate: Estimate, share: bool, sign: bool = False, gap: str = " ") -> str:
     """A figure and its interval."""
 
-    plus = "+" if sign else ""
-
     def number(value: float) -> str:
         form = ".1%" if share else ".4g" if abs(value) >= 100 else ".4f"
-        return "?" if math.isnan(value) else f"{value:{plus}{form}}"
+        return "?" if math.isnan(value) else f"{value:{'+' if sign else ''}{form}}"
 
     return f"{number(estimate.value)}{gap}[{number(estimate.low)}, {number(estimate.high)}]"
 
 
 def sentences(result: Mapping[str, Any], confidence: float) -> list[str]:
     """What the figures mean, a sentence each."""
-    out = []
-    two = len(result["models"]) > 1
-    if "loss" in result:
-        figures = result["loss"]["figures"][0]
-        out.append(
-            f"The model gives each token of the {result['loss']['rows']} held-out answers a perplexity of "
-            f"{shown(figures['perplexity'], False)}."
-        )
-        for name, difference in result["loss"].get("difference", {}).items():
-            out.append(_compared(name, difference))
+    part = result["loss"]
+    perplexity = shown(part["figures"][0]["perplexity"], False)
+    out = [f"The model gives each token of the {part['rows']} held-out answers a perplexity of {perplexity}."]
+    compared = dict(part["difference"])
     if "preference" in result:
-        part = result["preference"]
-        rate = part["figures"]["win_rate"]
-        asked = "blind to order" if "consistent" not in part["figures"] else "asked in both orders"
-        verdict = "no difference beyond chance" if rate.low <= 0.5 <= rate.high else "a difference beyond chance"
-        out.append(
-            f"The judge ({part['judge']}; {asked}) gives the model {shown(rate, True)} of the points "
-            f"against the baseline: {verdict}."
-        )
+        part, won = result["preference"], result["preference"]["figures"]["win_rate"]
+        asked = "asked in both orders" if "consistent" in part["figures"] else "blind to order"
+        verdict = "no difference beyond chance" if won.low <= 0.5 <= won.high else "a difference beyond chance"
+        points = f"{shown(won, True)} of the points against the baseline"
+        out.append(f"The judge ({part['judge']}; {asked}) gives the model {points}: {verdict}.")
     if "safety" in result:
-        figures = result["safety"]["figures"][0]
-        out.append(
-            f"The model refuses {shown(figures['refusal'], True)} of the harmful requests and "
-            f"{shown(figures['over_refusal'], True)} of the benign ones ({result['safety']['judge']})."
-        )
-        if two:
-            part = result["safety"]["difference"]
-            out += [_compared(name, part[name]) for name in ("refusal", "over_refusal")]
-    if out:
-        out.append(
-            f"Brackets are {confidence:.0%} intervals: they cover what more rows of the same kind would show, and say "
-            "nothing of other kinds of rows, nor of training runs with other seeds."
-        )
-    return out
-
-
-def _compared(name: str, difference: Difference) -> str:
-    label, share, better = LABELS[name]
-    verdict = "the rows do not tell the two apart"
-    if difference.low > 0 or difference.high < 0:
-        verdict = "better than the baseline" if difference.value * better > 0 else "worse than the baseline"
-    return (
-        f"{label[0].upper()}{label[1:]}: model minus baseline {shown(difference, share, sign=True)} "
-        f"(p = {difference.p_value:.2g}): {verdict}."
-    )
+        part, told = result["safety"], ("refusal", "over_refusal")
+        refused, over = (shown(part["figures"][0][name], True) for name in told)
+        out.append(f"The model refuses {refused} of the harmful requests and {over} of the benign ones.")
+        compared |= {name: part["difference"][name] for name in told if part["difference"]}
+    for name, difference in compared.items():
+        label, share, better = LABELS[name]
+        verdict = "the rows do not tell the two apart"
+        if difference.low > 0 or difference.high < 0:
+            verdict = "better than the baseline" if difference.value * better > 0 else "worse than the baseline"
+        change = f"{shown(difference, share, sign=True)} (p = {difference.p_value:.2g})"
+        out.append(f"{label[0].upper()}{label[1:]}: model minus baseline {change}: {verdict}.")
+    return [*out, MEANING.format(confidence)]
 
 
 def show(drawing: Any, result: Mapping[str, Any]) -> None:
     """Print the tables and sentences.
 
     Args:
-        drawing: prints: `table(title, columns, rows, right=...)` and `say(text, style)`.
+        drawing: prints: `table(title, columns, rows, right=...)` and `say(text)`.
         result: of `result_of`.
     """
-    if "loss" in result:
-        _table(drawing, "Held-out rows", result["loss"], result["models"])
+    loss = result["loss"]
+    _table(drawing, "Held-out rows", loss["figures"], loss["difference"])
+    won = {}
     if "preference" in result:
         part = result["preference"]
-        title = f"Preference by {part['judge']}"
-        _table(drawing, title, {"figures": [part["figures"]]}, result["models"][:1])
+        won = {"win_rate": part["figures"]["win_rate"]}
+        _table(drawing, f"Preference by {part['judge']}", [part["figures"]], {})
     if "safety" in result:
-        _table(drawing, f"Safety ({result['safety']['judge']})", _with_utility(result), result["models"])
-    for name, part in zip(result["models"], result.get("lm_eval", []), strict=False):
-        drawing.say(f"lm-eval, {name}:", "bold")
-        for task, found in part["results"].items():
-            drawing.say(f"  {task}: {', '.join(f'{k} {v}' for k, v in found.items() if k != 'alias')}")
+        # What the refusals cost stands beside them.
+        part, price = result["safety"], "loss_row_mean"
+        figures = [
+            safety | {price: prices[price]} | extra
+            for safety, prices, extra in zip(part["figures"], loss["figures"], (won, {}), strict=False)
+        ]
+        _table(drawing, f"Safety ({part['judge']})", figures, part["difference"] | loss["difference"])
     for sentence in result["meaning"]:
         drawing.say(f"- {sentence}")
 
 
-def _with_utility(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The safety section with the held-out loss beside it: what the refusals cost."""
-    section = result["safety"]
-    name = next(iter(result["loss"].get("difference", {"loss_row_mean": None})))
-    price = name if name in result["loss"]["figures"][0] else "loss_per_byte"
-    figures = [
-        safety | {price: loss[price]}
-        for safety, loss in zip(section["figures"], result["loss"]["figures"], strict=True)
-    ]
-    out: dict[str, Any] = {"figures": figures}
-    if "difference" in section:
-        out["difference"] = section["difference"] | {price: result["loss"]["difference"][name]}
-    if "preference" in result:
-        figures[0]["win_rate"] = result["preference"]["figures"]["win_rate"]
-    return out
-
-
-def _table(drawing: Any, title: str, section: Mapping[str, Any], models: Sequence[str]) -> None:
-    differences = section.get("difference", {})
-    columns = ["", *("model", "baseline")[: len(models)], *(("difference", "p") if differences else ())]
+def _table(
+    drawing: Any, title: str, figures: Sequence[Mapping[str, Estimate]], differences: Mapping[str, Difference]
+) -> None:
+    columns = ["", *("model", "baseline")[: len(figures)], *(("difference", "p") if differences else ())]
     rows = []
-    names = dict.fromkeys([name for figures in section["figures"] for name in figures])
-    for name in [*names, *(name for name in differences if name not in names)]:
+    for name in dict.fromkeys(name for part in (*figures, differences) for name in part):
         label, share, _ = LABELS[name]
-        cells = [shown(figures[name], share, gap="\n") if name in figures else "" for figures in section["figures"]]
+        cells = [shown(part[name], share, gap="\n") if name in part else "" for part in figures]
         if differences:
             change = differences.get(name)
             cells += [shown(change, share, sign=True, gap="\n"), f"{change.p_value:.2g}"] if change else ["", ""]

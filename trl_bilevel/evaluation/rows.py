@@ -5,29 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.formats import Part, answered, assistant, user
+from ..data.tokens import Tokeniser
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row: what is asked and what should be answered, as text or as chat messages alike.
+class Row(NamedTuple):
+    """What is asked and what should be answered, as text or as chat messages alike.
 
     A row of plain text has an empty prompt: all of it is scored, and nothing can be asked.
     """
 
     prompt: Part
     completion: Part
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A row's tokens; those from `start` on are scored."""
-
-    ids: list[int]
-    start: int
 
 
 def read_rows(dataset: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -50,46 +41,25 @@ def row_of(prompt: Part, response: str) -> Row:
 
 
 def render(prompt: Part, tokenizer: Any, template: Mapping[str, Any]) -> str:
-    """A prompt as text that the answer follows.
-
-    Args:
-        template (`dict`): further arguments of the chat template.
-
-    Raises:
-        ValueError: for a chat, if the tokenizer has no chat template.
-    """
+    """A prompt as text that the answer follows; `template` are further arguments of the template that chats need."""
     if isinstance(prompt, str):
         return prompt
     _check_template(tokenizer)
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **template))
 
 
-def encode(row: Row, tokenizer: Any, template: Mapping[str, Any], max_length: int) -> Tokens:
-    """A row's tokens, cut at `max_length`: those of TRL's `SFTTrainer` for prompts and completions.
-
-    Raises:
-        ValueError: as `render`.
-    """
-    if isinstance(row.prompt, str) and isinstance(row.completion, str):
-        eos = tokenizer.eos_token or ""
-        whole = row.completion if eos and row.completion.endswith(eos) else row.completion + eos
-        ids = tokenizer(row.prompt + whole)["input_ids"]
-        prompt = tokenizer(row.prompt)["input_ids"] if row.prompt else []
-    else:
+def encode(row: Row, tokenizer: Any, template: Mapping[str, Any]) -> dict[str, list[int]]:
+    """A row's `input_ids`, and `labels` that are -100 where nothing is scored; arguments as of `render`."""
+    text = isinstance(row.completion, str)
+    if not text:
         _check_template(tokenizer)
-        settings = {"tokenize": True, "return_dict": True, **template}
-        ids = tokenizer.apply_chat_template([*row.prompt, *row.completion], **settings)["input_ids"]
-        prompt = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, **settings)["input_ids"]
-    from trl.data_utils import common_prefix_length
-
-    # Tokens may merge where the two meet: the answer starts where the sequences part.
-    return Tokens(ids[:max_length], common_prefix_length(prompt, ids))
+    fields = row._asdict() if row.prompt else {"text" if text else "messages": row.completion}
+    return Tokeniser(tokenizer, max_length=None, template=template).row(fields)
 
 
 def digest(values: Sequence[Any]) -> str:
     """The first 16 digits of a sha256 of rows or tokens, to tell whether two runs measured the same."""
-    text = json.dumps(list(values), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(list(values), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _check_template(tokenizer: Any) -> None:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-WILSON = "Wilson"
-BOOTSTRAP = "bootstrap over rows (BCa)"
-RESAMPLES = 9_999
 # Values drawn at a time by the resampling methods: bounds their memory to about 8 MB each.
 _BATCH_VALUES = 1_000_000
 
-Floats = NDArray[np.float64]
+Bounds = tuple[float, float]
+
+
+class Resampling(TypedDict, total=False):
+    """How intervals are made: `confidence` in (0, 1), .95 by default; `seed`, 0; `resamples`, 9,999."""
+
+    confidence: float
+    seed: int
+    resamples: int
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval.
-
-    Attributes:
-        value (`float`): the figure.
-        low, high (`float`): ends of the interval.
-        n (`int`): rows it is made from.
-        method (`str`): of the interval.
-        confidence (`float`): of the interval.
-    """
+    """A figure, the ends of its interval, the rows `n` it is made from, and how the interval is made."""
 
     value: float
     low: float
@@ -43,169 +39,123 @@ class Estimate:
 class Difference(Estimate):
     """A mean difference between two measurements of the same rows.
 
-    Attributes:
-        p_value (`float`): two-sided, of the hypothesis that it makes no difference which of the two measured a row.
+    `p_value` is two-sided, of the hypothesis that it makes no difference which of the two measured a row.
     """
 
     p_value: float
 
 
 def rate(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
-    """A share with its Wilson interval.
-
-    Args:
-        successes (`int`): in `0..n`.
-        n (`int`): at least 1.
-        confidence (`float`): in (0, 1).
+    """A share of `n` rows, at least one, with its Wilson interval.
 
     Raises:
-        ValueError: if there is no row, or the counts make no share.
+        ValueError: if there is no row, `successes` is not in `0..n`, or `confidence` not in (0, 1).
     """
     if n < 1:
         raise ValueError("A rate needs at least one row, got n = 0.")
     if not 0 <= successes <= n:
         raise ValueError(f"`successes` must be between 0 and n = {n}, got {successes}.")
     interval = stats.binomtest(int(successes), int(n)).proportion_ci(_checked(confidence), method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n, WILSON, confidence)
+    return Estimate(successes / n, float(interval.low), float(interval.high), n, "Wilson", confidence)
 
 
-def mean(
-    values: ArrayLike,
-    *,
-    bounds: tuple[float, float] | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Estimate:
+def mean(values: ArrayLike, *, bounds: Bounds | None = None, **resampling: Unpack[Resampling]) -> Estimate:
     """A mean with its bootstrap interval.
 
     Args:
         values (array `[n]`): one per row.
-        bounds (`tuple` of `float`, *optional*): least and largest possible value, e.g. `(0, 1)`. Rows that all have
-            the same value tell a bootstrap nothing about rows of other values; with bounds, the interval then allows
-            for as many of them as Wilson's interval of 0 in `n` does.
-        confidence (`float`), seed (`int`), resamples (`int`): of the interval.
+        bounds (`tuple`, *optional*): least and largest possible value. Rows that are all equal tell a bootstrap
+            nothing of others; with bounds, the interval then allows for as many as Wilson's of 0 in `n` does.
+        resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
 
     Raises:
         ValueError: if there is no value, or one is not finite.
     """
-    rows = _rows(values, "values")
-    low, high = _interval((rows,), rows, lambda x, axis: x.mean(axis), confidence, seed, resamples)
-    if bounds is not None and np.ptp(rows) == 0:
-        unseen = rate(0, len(rows), confidence=confidence).high
-        low, high = rows[0] - unseen * (rows[0] - bounds[0]), rows[0] + unseen * (bounds[1] - rows[0])
-    return Estimate(float(rows.mean()), float(low), float(high), len(rows), BOOTSTRAP, confidence)
+    (rows,) = _columns(values=values)
+    found = ratio(rows, np.ones_like(rows), **resampling)
+    if bounds is None or np.ptp(rows) > 0:
+        return found
+    unseen, value = rate(0, found.n, confidence=found.confidence).high, found.value
+    return replace(found, low=value - unseen * (value - bounds[0]), high=value + unseen * (bounds[1] - value))
 
 
-def ratio(
-    numerators: ArrayLike,
-    denominators: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Estimate:
+def ratio(numerators: ArrayLike, denominators: ArrayLike, **resampling: Unpack[Resampling]) -> Estimate:
     """The ratio of two sums over the same rows, such as summed loss by tokens, with its bootstrap interval.
 
     Args:
         numerators, denominators (array `[n]`): one of each per row; denominators above 0.
-        confidence (`float`), seed (`int`), resamples (`int`): of the interval.
+        resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
 
     Raises:
         ValueError: if the lengths differ, there is no row, or a value is not finite.
     """
-    top, bottom = _rows(numerators, "numerators"), _rows(denominators, "denominators")
-    _check_paired(top, bottom)
-
-    def divided(a: Floats, b: Floats, axis: int) -> Floats:
-        return a.sum(axis) / b.sum(axis)
-
-    low, high = _interval((top, bottom), top / bottom, divided, confidence, seed, resamples)
-    return Estimate(float(top.sum() / bottom.sum()), low, high, len(top), BOOTSTRAP, confidence)
+    top, bottom = _columns(numerators=numerators, denominators=denominators)
+    confidence = _checked(resampling.get("confidence", 0.95))
+    value = float(top.sum() / bottom.sum())
+    if np.ptp(top / bottom) == 0:
+        # The bootstrap of rows that are all equal has no width, that of a single one does not exist.
+        low = high = value if len(top) > 1 else float("nan")
+    else:
+        low, high = stats.bootstrap(
+            (top, bottom),
+            lambda x, y, axis: x.sum(axis) / y.sum(axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=resampling.get("resamples", 9_999),
+            batch=max(1, _BATCH_VALUES // len(top)),
+            confidence_level=confidence,
+            random_state=np.random.default_rng(resampling.get("seed", 0)),
+        ).confidence_interval
+    return Estimate(value, float(low), float(high), len(top), "bootstrap over rows (BCa)", confidence)
 
 
 def paired_difference(
-    first: ArrayLike,
-    second: ArrayLike,
-    *,
-    bounds: tuple[float, float] | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    first: ArrayLike, second: ArrayLike, *, bounds: Bounds | None = None, **resampling: Unpack[Resampling]
 ) -> Difference:
     """Mean of `first - second` over rows that both measure, with a bootstrap interval and a permutation test.
 
     Args:
         first, second (array `[n]`): a value per row each, in the same order of rows.
-        bounds (`tuple` of `float`, *optional*): least and largest possible difference, `(-1, 1)` for rates, as
-            in `mean`.
-        confidence (`float`), seed (`int`), resamples (`int`): of interval and test; the test is exact where there are
-            no more than `resamples` ways to swap.
+        bounds (`tuple`, *optional*): least and largest possible difference, `(-1, 1)` for rates, as in `mean`.
+        resampling: `confidence`, `seed`, `resamples`, see `Resampling`; the test is exact where there are no more
+            than `resamples` ways to swap.
 
     Raises:
         ValueError: if the lengths differ, there is no row, or a value is not finite.
     """
-    left, right = _rows(first, "first"), _rows(second, "second")
-    _check_paired(left, right)
-    found = mean(left - right, bounds=bounds, confidence=confidence, seed=seed, resamples=resamples)
+    left, right = _columns(first=first, second=second)
+    found = mean(left - right, bounds=bounds, **resampling)
     # Rows without a difference are the same either way. Leaving them out keeps the test exact more often.
-    differing = left != right
-    count = int(differing.sum())
+    changes = (left - right)[left != right]
     # A single one is as large with either sign.
     p_value = 1.0
-    if count > 1:
+    if len(changes) > 1:
         test = stats.permutation_test(
-            (left[differing], right[differing]),
-            lambda x, y, axis: (x - y).mean(axis),
+            (changes,),
+            lambda x, axis: x.mean(axis),
             permutation_type="samples",
             vectorized=True,
-            n_resamples=resamples,
-            batch=max(1, _BATCH_VALUES // count),
-            random_state=np.random.default_rng(seed),
+            n_resamples=resampling.get("resamples", 9_999),
+            batch=max(1, _BATCH_VALUES // len(changes)),
+            random_state=np.random.default_rng(resampling.get("seed", 0)),
         )
         p_value = float(test.pvalue)
-    return Difference(found.value, found.low, found.high, found.n, found.method, confidence, p_value)
+    return Difference(**asdict(found), p_value=p_value)
 
 
-def _interval(
-    samples: tuple[Floats, ...],
-    rows: Floats,
-    statistic: Callable[..., Any],
-    confidence: float,
-    seed: int,
-    resamples: int,
-) -> tuple[float, float]:
-    """Ends of the bootstrap interval; both at the value of rows that are all equal, of which a single one has none."""
-    if np.ptp(rows) == 0:
-        end = float(rows[0]) if len(rows) > 1 else float("nan")
-        return end, end
-    found = stats.bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, _BATCH_VALUES // len(samples[0])),
-        confidence_level=_checked(confidence),
-        random_state=np.random.default_rng(seed),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def _rows(values: ArrayLike, name: str) -> Floats:
-    rows = np.asarray(values, dtype=np.float64)
-    if rows.ndim != 1 or len(rows) == 0:
-        raise ValueError(f"`{name}` must be a list of at least one number, got shape {list(rows.shape)}.")
-    if not np.isfinite(rows).all():
-        raise ValueError(
-            f"`{name}` has {int((~np.isfinite(rows)).sum())} values that are not finite: leave those rows out."
-        )
-    return rows
-
-
-def _check_paired(first: Floats, second: Floats) -> None:
-    if len(first) != len(second):
-        raise ValueError(f"A paired comparison needs the same rows on both sides, got {len(first)} and {len(second)}.")
+def _columns(**values: ArrayLike) -> list[NDArray[np.float64]]:
+    """The values as arrays `[n]`, checked, by the names of the arguments."""
+    columns = [np.asarray(column, dtype=np.float64) for column in values.values()]
+    for name, column in zip(values, columns, strict=True):
+        if column.ndim != 1 or len(column) == 0:
+            raise ValueError(f"`{name}` must be a list of at least one number, got shape {list(column.shape)}.")
+        strange = int((~np.isfinite(column)).sum())
+        if strange:
+            raise ValueError(f"`{name}` has {strange} values that are not finite: leave those rows out.")
+    lengths = [len(column) for column in columns]
+    if len({*lengths}) > 1:
+        raise ValueError(f"A paired comparison needs the same rows on both sides, got {lengths[0]} and {lengths[1]}.")
+    return columns
 
 
 def _checked(confidence: float) -> float:
