@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._version import __version__
@@ -36,72 +36,61 @@ def selection_section(record: Mapping[str, Any], results: Sequence[tuple[str, st
         record: the run's record; may be empty, or lack any part.
         results: further lines of the table of results, as (name, value).
     """
-    parts = [f"## Data selection\n\n{_method(record)}"]
-    settings = {k: v for k, v in record.get("settings", {}).items() if k in SHOWN_SETTINGS and v is not None}
-    if settings:
-        parts.append("### Settings\n\n" + table(("setting", "value"), [(k, f"`{v}`") for k, v in settings.items()]))
-    facts = _data(record)
-    if facts:
-        parts.append("### Data\n\n" + table(("what", "value"), facts))
-    lines = [*results, *_results(record)]
-    if lines:
-        note = "Losses are in nats per token, and of trusted rows: these chose the weights, so they flatter."
-        parts.append("### Results\n\n" + table(("what", "value"), lines) + f"\n\n{note}")
-    return "\n\n".join(parts) + "\n"
+    return _filled("selection.md", **selection_facts(record, results))
 
 
-def citation_section() -> str:
-    """The paper's citation as markdown."""
-    return f"## Citation\n\n```bibtex\n{CITATION}\n```\n"
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """A markdown table."""
-    plain = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [list(head), ["---"] * len(head), *plain])
-
-
-def _method(record: Mapping[str, Any]) -> str:
-    settings, weights = record.get("settings", {}), record.get("weights", {})
-    source = f"trl-bilevel {__version__}"
-    paper = f"[{PAPER_TITLE}](https://huggingface.co/papers/{PAPER_ID})"
-    if weights.get("given"):
-        return f"Every training row had a fixed weight, given with the data. Made with {source}."
-    if settings.get("weight_estimator") == "none":
-        return f"No data selection: every training row counted the same. Made with {source}."
-    how = METHODS.get(str(settings.get("weight_estimator")))
-    rounds = " In rounds, the model answered questions anew, and kept what helped." * (record.get("kind") == "refine")
-    return (
-        "Every training row has a weight, learned so that a model trained on the weighted rows does best on a small "
-        f"set of trusted rows (bilevel data selection, {paper}).{f' Scores come from {how}.' if how else ''}{rounds} "
-        f"Made with {source}."
-    )
-
-
-def _data(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    data = record.get("data", {})
-    out = [("base model", str(record["model"]))] if record.get("model") else []
-    if "rows" in data:
-        out.append(("training rows", f"{data['rows']:,}, of which {data.get('rows_trained_on', data['rows']):,} used"))
-    out += [
-        (f"trusted rows ({name})", f"{facts['rows']:,}, weight {facts['weight']:.2f}")
-        for name, facts in data.get("validation", {}).items()
-    ]
-    return out
+def selection_facts(record: Mapping[str, Any], results: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What `text/selection.md` is filled in with; arguments as of `selection_section`."""
+    settings = record.get("settings", {})
+    return {
+        "record": record,
+        "settings": {k: v for k, v in settings.items() if k in SHOWN_SETTINGS and v is not None},
+        "method": METHODS.get(str(settings.get("weight_estimator"))),
+        "results": [*results, *_results(record)],
+        "paper": f"[{PAPER_TITLE}](https://huggingface.co/papers/{PAPER_ID})",
+    }
 
 
 def _results(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    out = []
     followed = record.get("validation") or []
-    if isinstance(followed, list) and followed:
-        first, last = followed[0], followed[-1]
-        out.append((f"validation loss, step {first['step']}", f"{first['total']:.4f}"))
-        if last is not first:
-            out.append((f"validation loss, step {last['step']}", f"{last['total']:.4f}"))
+    ends = followed[:1] + followed[1:][-1:]
+    out = [(f"validation loss, step {entry['step']}", f"{entry['total']:.4f}") for entry in ends]
     losses = record.get("evaluation", {}).get("losses") or []
     if losses:
         out.append((f"eval loss, {len(losses)} rows", f"{sum(losses) / len(losses):.4f}"))
     sizes = [entry["selector/ess"] for entry in record.get("log_history", []) if "selector/ess" in entry]
-    if sizes:
-        out.append(("effective sample size while training", f"{sizes[-1]:.0%} of the rows"))
-    return out
+    return out + [("effective sample size while training", f"{size:.0%} of the rows") for size in sizes[-1:]]
+
+
+def render(template: str, metadata: Mapping[str, Any], splits: Iterable[tuple[str, str]], **facts: Any) -> str:
+    """A data card: metadata as the hub reads it, then a template of `text/`, filled in.
+
+    Args:
+        metadata: fields of `huggingface_hub.DatasetCardData`.
+        splits: name and file of each split.
+    """
+    from huggingface_hub import DatasetCardData
+
+    files = [{"split": name, "path": path} for name, path in splits]
+    configs = [{"config_name": "default", "data_files": files}]
+    data = DatasetCardData(task_categories=["text-generation"], configs=configs, **metadata)
+    return f"---\n{data.to_yaml()}\n---\n\n{_filled(template, **facts)}"
+
+
+def _filled(template: str, **facts: Any) -> str:
+    from jinja2 import ChainableUndefined, Environment, PackageLoader
+
+    loader = PackageLoader("trl_bilevel.data", "text")
+    environment = Environment(loader=loader, undefined=ChainableUndefined, keep_trailing_newline=True)
+    environment.filters |= {"cell": _cell, "count": "{:,}".format}
+    return environment.get_template(template).render(**facts, citation=CITATION, version=__version__)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

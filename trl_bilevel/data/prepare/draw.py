@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..answers import STUB
 from .sources import Example, Loader, Raw, Resolver, Source
 
 # Above this share of unreadable rows, the set is not what it is taken for.
@@ -21,11 +22,14 @@ FIRST_LOOK = 200
 _CHAT_MARKS = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>")
 # Null bytes, and halves of characters that no encoding has.
 _NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
-_SPACE = re.compile(r"\s+")
 
 
 class MalformedSourceError(ValueError):
     """A source does not have the rows that it should have."""
+
+    def __init__(self, source: Source, what: str):
+        remedy = f"It has changed, or the revision is another set: give `--revision {source.repository}=COMMIT`."
+        super().__init__(f"{source.repository} (split {source.split!r}) {what}. {remedy}")
 
 
 @dataclass
@@ -33,10 +37,8 @@ class SourceRecord:
     """What became of a source's rows.
 
     Attributes:
-        source: the source.
         requested, revision: the revision that was asked for, and the commit that it stood for.
-        read: rows read.
-        used: rows that went into the sets.
+        read, used: rows read, and rows that went into the sets.
         dropped: rows that did not, by reason.
     """
 
@@ -57,6 +59,7 @@ class Reader:
         resolve: gives the commit of a revision.
         revisions: by repository; `"main"` where there is none.
         max_characters (`int`): longer rows are left out: cut at a trainer's `max_length` they would lose their end.
+        published (`bool`): keep answers that comply with harmful requests; each becomes the stub else.
         records: of the sources that were opened.
     """
 
@@ -64,6 +67,7 @@ class Reader:
     resolve: Resolver
     revisions: Mapping[str, str]
     max_characters: int
+    published: bool = False
     records: list[SourceRecord] = field(default_factory=list)
 
     def open(self, source: Source) -> tuple[SourceRecord, Iterator[Example]]:
@@ -79,31 +83,25 @@ class Reader:
             record.read += 1
             missing = [name for name in source.columns if name not in row]
             if record.read == 1 and missing:
-                raise MalformedSourceError(
-                    f"{source.repository} has no column {', '.join(map(repr, missing))} (its first row has "
-                    f"{sorted(row)}): it has changed, or the revision is another set. Give an older `--revision "
-                    f"{source.repository}=COMMIT`."
-                )
+                names = ", ".join(map(repr, missing))
+                raise MalformedSourceError(source, f"has no column {names} (its first row has {sorted(row)})")
             if record.read == FIRST_LOOK:
                 _check_malformed(record)
             found = _read(source, row, self.max_characters)
             if isinstance(found, str):
                 record.dropped[found] += 1
             else:
-                yield found
+                yield found if found.safe or self.published else found._replace(answer=STUB)
         if record.read == 0:
-            raise MalformedSourceError(f"{source.repository} (split {source.split!r}) has no rows.")
+            raise MalformedSourceError(source, "has no rows")
         _check_malformed(record)
 
 
 def _check_malformed(record: SourceRecord) -> None:
-    bad = record.dropped["malformed"] + record.dropped["not text"]
+    bad, columns = record.dropped["malformed"] + record.dropped["not text"], ", ".join(record.source.columns)
     if bad > MALFORMED_SHARE * record.read:
-        raise MalformedSourceError(
-            f"{bad} of the first {record.read} rows of {record.source.repository} cannot be read as "
-            f"{', '.join(record.source.columns)}: it has changed. Give an older "
-            f"`--revision {record.source.repository}=COMMIT`."
-        )
+        what = f"has {bad} rows among its first {record.read} that cannot be read as {columns}"
+        raise MalformedSourceError(record.source, what)
 
 
 def _read(source: Source, row: Raw, max_characters: int) -> Example | str:
@@ -115,20 +113,18 @@ def _read(source: Source, row: Raw, max_characters: int) -> Example | str:
     if example is None:
         return "of another kind"
     parts = (example.system, example.question, example.answer)
-    if not all(isinstance(part, str) for part in parts):
+    if not all(isinstance(part, str) for part in parts) or any(map(_NO_TEXT.search, parts)):
         return "not text"
     if not example.question.strip() or not example.answer.strip():
         return "empty"
     if sum(map(len, parts)) > max_characters:
         return "too long"
-    if any(map(_CHAT_MARKS.search, parts)):
-        return "has chat marks"
-    return "not text" if any(map(_NO_TEXT.search, parts)) else example
+    return "has chat marks" if any(map(_CHAT_MARKS.search, parts)) else example
 
 
 def question_key(question: str) -> bytes:
     """What two questions that differ in case and white space only have in common."""
-    return hashlib.blake2b(_SPACE.sub(" ", question).strip().casefold().encode(), digest_size=16).digest()
+    return hashlib.blake2b(" ".join(question.split()).casefold().encode(), digest_size=16).digest()
 
 
 def draw(
@@ -138,8 +134,7 @@ def draw(
     seed: int,
     *,
     taken: Iterable[Example] = (),
-    one_per_question: bool = True,
-    same: Callable[[Example], Any] = lambda example: (example.question, example.answer),
+    same: Callable[[Example], Any] = lambda example: question_key(example.question),
 ) -> list[Example]:
     """Distinct rows at random: those of the smallest keyed hashes, in the order of these.
 
@@ -151,8 +146,7 @@ def draw(
         count (`int`, *optional*): rows to draw; all if None.
         seed (`int`): key of the hashes.
         taken: rows whose questions must not occur.
-        one_per_question (`bool`): keep one row per question, else one per distinct row.
-        same: what makes two rows the same.
+        same: what makes two rows the same, of which one is kept; by default their questions.
 
     Raises:
         ValueError: if fewer than `count` rows are left.
@@ -160,18 +154,15 @@ def draw(
     salt, others = str(seed).encode(), {question_key(example.question) for example in taken}
     best: dict[Any, tuple[bytes, Example]] = {}
     for example in examples:
-        key = question_key(example.question)
-        if key in others:
+        if question_key(example.question) in others:
             record.dropped["question is in another set"] += 1
             continue
         text = "\0".join((example.system, example.question, example.answer))
-        order = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()
-        identity = key if one_per_question else same(example)
-        known = best.get(identity)
-        if known is not None:
+        found = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest(), example
+        known = best.setdefault(same(example), found)
+        if known is not found:
             record.dropped["duplicate"] += 1
-        if known is None or order < known[0]:
-            best[identity] = (order, example)
+            best[same(example)] = min(known, found, key=lambda pair: pair[0])
     if count is not None and len(best) < count:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in record.dropped.most_common())
         raise ValueError(

@@ -7,20 +7,17 @@ was run against it: a set that has changed since is refused with its columns (`M
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any, NamedTuple
+
+import yaml
 
 
 class Example(NamedTuple):
-    """A question and its answer.
-
-    Attributes:
-        question, answer: text.
-        system: system prompt; empty if there is none.
-        safe: False for an answer that complies with a harmful request.
-    """
+    """A question and its answer; `safe` is False for an answer that complies with a harmful request."""
 
     question: str
     answer: str
@@ -33,22 +30,13 @@ Raw = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """A set on the hub.
-
-    Attributes:
-        repository, split, data_dir: what is loaded.
-        columns: that a row must have.
-        licence: as its page states it, with what else its page asks for.
-        read: makes an `Example` of a row; None for a row of another kind than wanted.
-        scan: rows to read at most, from the start of the set; None for all of them.
-        known_rows: of the whole split, as far as known; the data card states both figures.
-    """
+    """A set on the hub, as `text/sources.yaml` has it; `read` gives None for a row of another kind than wanted."""
 
     repository: str
-    split: str
-    columns: tuple[str, ...]
-    licence: str
     read: Callable[[Raw], Example | None]
+    split: str
+    columns: Sequence[str]
+    licence: str
     scan: int | None = None
     known_rows: int | None = None
     data_dir: str | None = None
@@ -82,18 +70,11 @@ def hub_rows(source: Source, revision: str) -> Iterable[Raw]:
 
 
 def hub_revision(repository: str, revision: str) -> str:
-    """The commit hash that a branch, tag or hash of a dataset on the hub stands for.
-
-    Raises:
-        ConnectionError: if the hub does not answer, or has no such set or revision.
-    """
+    """The commit hash that a branch, tag or hash of a dataset on the hub stands for; raises as `hub_rows`."""
     from huggingface_hub import HfApi
 
     with _asking_the_hub(f"look up the revision {revision!r} of {repository}"):
-        sha = HfApi().dataset_info(repository, revision=revision).sha
-        if not sha:
-            raise ValueError("the hub names no commit")
-        return sha
+        return str(HfApi().dataset_info(repository, revision=revision).sha)
 
 
 def _openorca(row: Raw) -> Example:
@@ -101,8 +82,7 @@ def _openorca(row: Raw) -> Example:
 
 
 def _alpaca(row: Raw) -> Example:
-    question = row["instruction"]
-    given = row["input"] or ""
+    question, given = row["instruction"], row["input"] or ""
     return Example(f"{question}\n\n{given}" if given.strip() else question, row["output"])
 
 
@@ -120,14 +100,13 @@ _TURNS = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 
 def _red_team(row: Raw) -> Example | None:
     """First request and reply of a transcript that a preference model finds harmful at its worst (score below 0)."""
-    parts = _TURNS.split(row["transcript"])
-    turns = list(zip(parts[1::2], (text.strip() for text in parts[2::2]), strict=True))
-    if [speaker for speaker, _ in turns[:2]] != ["Human", "Assistant"]:
+    _, first, request, second, reply, *_ = _TURNS.split(row["transcript"])
+    if (first, second) != ("Human", "Assistant"):
         raise ValueError("A transcript starts with a request and a reply.")
     # A greeting is nothing to refuse.
-    if float(row["min_harmlessness_score_transcript"]) >= 0 or len(turns[0][1].split()) < 4:
+    if float(row["min_harmlessness_score_transcript"]) >= 0 or len(request.split()) < 4:
         return None
-    return Example(turns[0][1], turns[1][1], safe=False)
+    return Example(request.strip(), reply.strip(), safe=False)
 
 
 def _beavertails(row: Raw) -> Example:
@@ -136,47 +115,9 @@ def _beavertails(row: Raw) -> Example:
     return Example(row["prompt"], row["response"], safe=row["is_safe"])
 
 
-OPEN_ORCA = Source(
-    "Open-Orca/OpenOrca",
-    "train",
-    ("id", "system_prompt", "question", "response"),
-    "MIT; answers by GPT-3.5 and GPT-4, whose terms of use may apply",
-    _openorca,
-    # Of over four million: some hundred MB in place of several GB.
-    scan=200_000,
-)
-ALPACA = Source(
-    "yahma/alpaca-cleaned",
-    "train",
-    ("instruction", "input", "output"),
-    "CC-BY-4.0 (the original Alpaca: CC-BY-NC-4.0); answers by text-davinci-003, whose terms of use may apply",
-    _alpaca,
-    known_rows=51_760,
-)
-SLIM_ORCA = Source(
-    "Open-Orca/SlimOrca",
-    "train",
-    ("conversations",),
-    "MIT; answers by GPT-4, whose terms of use may apply",
-    _slimorca,
-    scan=200_000,
-    known_rows=517_982,
-)
-RED_TEAM = Source(
-    "Anthropic/hh-rlhf",
-    "train",
-    ("transcript", "min_harmlessness_score_transcript"),
-    "MIT; its page says that the red team transcripts are not meant for fine-tuning: by default their requests alone "
-    "are used here",
-    _red_team,
-    known_rows=38_961,
-    data_dir="red-team-attempts",
-)
-BEAVER_TAILS = Source(
-    "PKU-Alignment/BeaverTails",
-    "30k_train",
-    ("prompt", "response", "is_safe"),
-    "CC-BY-NC-4.0: no commercial use",
-    _beavertails,
-    known_rows=27_186,
-)
+_FACTS = yaml.safe_load(resources.files("trl_bilevel.data").joinpath("text/sources.yaml").read_text())
+OPEN_ORCA = Source("Open-Orca/OpenOrca", _openorca, **_FACTS["Open-Orca/OpenOrca"])
+ALPACA = Source("yahma/alpaca-cleaned", _alpaca, **_FACTS["yahma/alpaca-cleaned"])
+SLIM_ORCA = Source("Open-Orca/SlimOrca", _slimorca, **_FACTS["Open-Orca/SlimOrca"])
+RED_TEAM = Source("Anthropic/hh-rlhf", _red_team, **_FACTS["Anthropic/hh-rlhf"])
+BEAVER_TAILS = Source("PKU-Alignment/BeaverTails", _beavertails, **_FACTS["PKU-Alignment/BeaverTails"])
