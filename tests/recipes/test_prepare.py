@@ -16,8 +16,8 @@ from trl_bilevel.cli import prepare as command
 from trl_bilevel.cli.main import main
 from trl_bilevel.data import prepare
 from trl_bilevel.data.answers import REFUSALS, STUB, TEST_REFUSAL
-from trl_bilevel.data.prepare import card, draw, sources
-from trl_bilevel.data.prepare.draw import MalformedSourceError, question_key
+from trl_bilevel.data.prepare import card, sources
+from trl_bilevel.data.prepare.sources import MalformedSourceError, question_key
 
 SMALL = {"validation_rows": 10, "test_rows": 5}
 MAKERS = {
@@ -198,7 +198,7 @@ ALL_SOURCES = [getattr(sources, name) for name in ("OPEN_ORCA", "ALPACA", "SLIM_
 def test_no_row_breaks_the_reading(source, data):
     """Whatever a row holds: it gives text that a tokenizer can take, or is counted as dropped."""
     row = data.draw(st.fixed_dictionaries(dict.fromkeys(source.columns, JSON)))
-    reader = draw.Reader(lambda *_: [row], lambda *_: "commit", {}, 100)
+    reader = sources.Reader(lambda *_: [row], lambda *_: "commit", {}, 100)
     record, examples = reader.open(source)
     try:
         found = list(examples)
@@ -258,8 +258,8 @@ def test_no_more_is_read_than_is_to_be_read(monkeypatch):
 
 
 def test_a_broken_source_is_noticed_before_it_is_read_to_the_end():
-    bad = [{"instruction": None, "input": None, "output": None}] * (draw.FIRST_LOOK + 5)
-    with pytest.raises(MalformedSourceError, match=f"among its first {draw.FIRST_LOOK} that"):
+    bad = [{"instruction": None, "input": None, "output": None}] * (sources.FIRST_LOOK + 5)
+    with pytest.raises(MalformedSourceError, match=f"among its first {sources.FIRST_LOOK} that"):
         MAKERS["quality"](**fixtures.hub(**{"alpaca-cleaned": fixtures.endless(bad)}))
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.private import RECORD, ROWS, WEIGHTED, find_private
 
@@ -36,34 +36,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resample", type=int, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of --resample (default: 0)")
     parser.add_argument("--name", help="of the data set in the other tool's config (default: the file's name)")
-    text = "weights from a selector of SEAL (.pt, .npy, .safetensors)"
-    parser.add_argument("--selector", type=Path, metavar="FILE", help=text)
-    text = "of the selector read or written (default: by its file's name, else softmax)"
+    text = "of a selector for SEAL (default: by its file's name, else softmax)"
     parser.add_argument("--selector-activation", choices=("softmax", "sigmoid"), help=text)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
     return parser
 
 
-def run(arguments: list[str], api: Any = None) -> None:
-    """Filter, write, upload.
-
-    Args:
-        api (*optional*): in place of `huggingface_hub.HfApi()`.
-    """
+def run(arguments: list[str]) -> None:
+    """Filter, write, upload."""
     options = make_parser().parse_args(arguments)
     _check(options)
     if options.json:
         from datasets import disable_progress_bars
 
         disable_progress_bars()
-    rows = _weighted(_rows_path(options), options)
+    rows = _weighted(_rows_path(options))
     weights = _weights(rows)
     # A selector has a logit for every row.
     chosen = rows if options.format == "seal" else _chosen(rows, weights, options)
     files, address = [], None
     if options.push_to_hub:
-        address = _push(chosen, weights, options, api)
+        address = _push(chosen, weights, options)
     else:
         files = _write(chosen, options)
     if options.json:
@@ -110,7 +104,7 @@ def _rows_path(options: argparse.Namespace) -> Path:
         raise FileNotFoundError(
             f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
         )
-    if given == path or options.selector is not None or not (given / RECORD / "run.json").is_file():
+    if given == path or not (given / RECORD / "run.json").is_file():
         return path
     from ..report.run import load_run, mismatch
 
@@ -128,31 +122,16 @@ def _rows_path(options: argparse.Namespace) -> Path:
     return path
 
 
-def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
-    """The rows with `data_weight` and `data_rank`: of the file, or from a selector."""
+def _weighted(path: Path) -> Dataset:
+    """The rows with `data_weight` and `data_rank`."""
     from ..core.statistics import data_ranks
-    from ..data.export import weighted_dataset
-    from ..data.identity import DATA_RANK, DATA_WEIGHT, RESERVED_COLUMNS
+    from ..data.identity import DATA_RANK, DATA_WEIGHT
     from ..data.loading import load_rows
 
     rows = load_rows(str(path))
-    if options.selector is not None:
-        from ..data.seal import activation_of, read_selector, selector_weights
-
-        logits = read_selector(options.selector)
-        if len(logits) != len(rows):
-            raise ValueError(
-                f"The selector {options.selector} has {len(logits)} logits, and {path} has {len(rows)} rows: one is "
-                "needed per row, in the same order. SEAL numbers the rows that it kept: leave out those whose prompt "
-                "is longer than its `max_len`, and those without prompt or answer."
-            )
-        activation = options.selector_activation or activation_of(options.selector) or "softmax"
-        own = [name for name in RESERVED_COLUMNS if name in rows.column_names]
-        return weighted_dataset(rows.remove_columns(own), selector_weights(logits, activation))
     if DATA_WEIGHT not in rows.column_names:
         raise ValueError(
-            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet. Weights "
-            "of SEAL are read by `--selector FILE`."
+            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet."
         )
     if DATA_RANK not in rows.column_names:
         # A stream's rows could not be ranked while they came by.
@@ -201,10 +180,9 @@ def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
 
         write_rows(rows, path)
     elif options.format == "seal":
-        from ..data.seal import activation_of, selector_logits, write_selector
+        from ..data.export import write_selector
 
-        activation = options.selector_activation or activation_of(path) or "softmax"
-        write_selector(path, selector_logits(_weights(rows), activation))
+        write_selector(path, _weights(rows), options.selector_activation)
     else:
         from ..data.export import write_for
 
@@ -212,9 +190,11 @@ def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
     return [path]
 
 
-def _push(chosen: Dataset, weights: Tensor, options: argparse.Namespace, api: Any) -> str:
+def _push(chosen: Dataset, weights: Tensor, options: argparse.Namespace) -> str:
+    from huggingface_hub import DatasetCard
+
     from ..core.statistics import effective_sample_size
-    from ..data.cards import data_card, push_rows
+    from ..data.cards import data_card
     from ..data.files import read_json
 
     folder = options.weighted if options.weighted.is_dir() else options.weighted.parent
@@ -227,5 +207,8 @@ def _push(chosen: Dataset, weights: Tensor, options: argparse.Namespace, api: An
             f"They were drawn in proportion to learned weights from {len(weights):,} rows, so some occur several "
             "times: train on them as they are."
         )
-    card = data_card(options.push_to_hub, chosen, record, results, note)
-    return push_rows(options.push_to_hub, chosen, card, private=True if options.private else None, api=api)
+    repo = options.push_to_hub
+    card = DatasetCard(data_card(repo, chosen, record, results, note))
+    chosen.push_to_hub(repo, split="train", private=True if options.private else None)
+    card.push_to_hub(repo)
+    return f"https://huggingface.co/datasets/{repo}"

