@@ -1,10 +1,7 @@
 """`trl-bilevel export`: what is written for whom, and that nothing is lost on the way there and back."""
 
 import json
-import math
-import os
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,10 +14,9 @@ from tests.errors_table import bad_input, note
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.cli import export
 from trl_bilevel.cli.main import main
-from trl_bilevel.data import seal
 from trl_bilevel.data.export import weighted_dataset
 
-EXPORT, SELECTORS = "`trl-bilevel export`", "Selectors of SEAL"
+EXPORT = "`trl-bilevel export`"
 WEIGHTS = torch.tensor([0.5, 2.0, float("nan"), 1.0, 0.0, 1.5])
 
 
@@ -149,100 +145,29 @@ def test_axolotl(folder, layout):
         assert entry.get("field", entry.get("field_messages")) in row
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("ending", [".pt", ".npy", ".safetensors"])
-def test_a_selector_there_and_back(folder, ending, activation):
-    file = folder / f"mine_{activation}{ending}"
-    assert main(["export", str(folder), "--format", "seal", "--output", str(file)]) == 0
-    assert seal.read_selector(file).shape == (6,)
-    (folder / "weighted.parquet").rename(folder / "rows.parquet")
-    out = folder / "out.parquet"
-    assert main(["export", str(folder / "rows.parquet"), "--selector", str(file), "--output", str(out)]) == 0
-    back = Dataset.from_parquet(str(out))
-    known = torch.nan_to_num(WEIGHTS)
-    weights = torch.tensor(back["data_weight"][:])
-    torch.testing.assert_close(weights / weights.mean(), known / known.mean(), atol=1e-6, rtol=1e-5)
-    assert back["data_rank"][:2] == [3, 0]
-
-
-def test_weights_are_computed_as_seal_does(tmp_path):
-    """Its `TrainableTensorModule`: `N softmax(logits)`, `2 sigmoid(logits)`; its file is the parameter itself."""
-    logits = torch.nn.Parameter(torch.tensor([0.1, -1.0, 2.0, 0.1]))
-    torch.save(logits, tmp_path / "sft_selection_logits_softmax_ep2.pt")
-    read = seal.read_selector(tmp_path / "sft_selection_logits_softmax_ep2.pt")
-    assert torch.equal(read, logits.detach()) and not read.requires_grad
-    exponentials = [math.exp(value) for value in logits.tolist()]
-    expected = [4 * value / sum(exponentials) for value in exponentials]
-    assert seal.selector_weights(read).tolist() == pytest.approx(expected)
-    expected = [2 / (1 + math.exp(-value)) for value in logits.tolist()]
-    assert seal.selector_weights(read, "sigmoid").tolist() == pytest.approx(expected)
-    for name in ("a_softmax.pt", "a_softmax_ep2.pt"):
-        assert seal.activation_of(name) == "softmax"
-    assert seal.activation_of("sigmoid_a.pt") is None
-
-
-def test_seal_can_read_what_is_written(tmp_path):
-    """Its `train_sft.py` loads a parameter of logits, and keeps the rows of the highest."""
-    weights = torch.tensor([0.5, 2.0, 0.0, 1.5])
-    seal.write_selector(tmp_path / "x_softmax.pt", seal.selector_logits(weights))
-    read = torch.load(tmp_path / "x_softmax.pt", weights_only=True)
+@pytest.mark.parametrize("name", ["x_softmax.pt", "x_sigmoid_ep2.pt", "sigmoid_x.pt", "x.pt"])
+def test_seal_can_read_what_is_written(folder, name):
+    """Its `train_sft.py` loads a parameter, and keeps the highest; it weighs by `N softmax(x)` or `2 sigmoid(x)`."""
+    assert main(["export", str(folder), "--format", "seal", "--output", str(folder / name)]) == 0
+    read = torch.load(folder / name, weights_only=True)
     assert isinstance(read, torch.nn.Parameter) and read.dtype == torch.float32
-    assert read.topk(2).indices.tolist() == [1, 3]
-    torch.testing.assert_close(4 * read.detach().softmax(0), weights)
+    assert read.topk(2).indices.tolist() == [1, 5]
+    known = torch.nan_to_num(WEIGHTS)
+    if name == "x_sigmoid_ep2.pt":
+        torch.testing.assert_close(2 * read.detach().sigmoid(), known / known.max())
+    else:
+        torch.testing.assert_close(6 * read.detach().softmax(0), known / known.mean())
 
 
-@pytest.mark.parametrize(
-    "save",
-    [
-        bad_input(SELECTORS, "a `.npy` of texts", lambda file: np.save(file, np.array(["a", "b"]))),
-        bad_input(SELECTORS, "a `.npz` that is called `.npy`", lambda file: np.savez(file, logits=np.zeros(3))),
-    ],
-)
-def test_another_array(tmp_path, save, refused):
-    with open(tmp_path / "x.npy", "wb") as file:
-        save(file)
-    with refused("holds no selector"):
-        seal.read_selector(tmp_path / "x.npy")
+def test_the_activation_can_be_named(folder):
+    files = [folder / "a.pt", folder / "a_sigmoid.pt"]
+    assert main(["export", str(folder), "--format", "seal", "--output", str(files[1])]) == 0
+    named = ["--selector-activation", "sigmoid", "--output", str(files[0])]
+    assert main(["export", str(folder), "--format", "seal", *named]) == 0
+    assert torch.equal(*(torch.load(file, weights_only=True) for file in files))
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        bad_input(SELECTORS, "a `.pt` with code in it", "bad_softmax.pt"),
-        bad_input(SELECTORS, "a `.npy` with code in it", "bad.npy"),
-    ],
-)
-def test_no_code_of_a_selector_file_runs(name, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    torch.save(Evil(), "bad_softmax.pt")
-    np.save("bad.npy", np.array([Evil()], dtype=object), allow_pickle=True)
-    with refused("without running code"):
-        seal.read_selector(name)
-    assert not (tmp_path / "evil").exists()
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        bad_input(SELECTORS, "a table", torch.ones(2, 3), r"a tensor \[2, 3\]"),
-        bad_input(SELECTORS, "integers", torch.tensor([1, 2]), r"a tensor \[2\]"),
-        bad_input(SELECTORS, "a dictionary", {"logits": torch.ones(2)}, "holds dict"),
-        bad_input(SELECTORS, "NaN", torch.tensor([0.0, float("nan")]), "NaN or infinite"),
-        bad_input(SELECTORS, "minus infinity alone", torch.full((3,), -torch.inf), "gives no row a weight"),
-    ],
-)
-def test_what_is_no_selector(tmp_path, made, message, refused):
-    torch.save(made, tmp_path / "x.pt")
-    with refused(message):
-        seal.read_selector(tmp_path / "x.pt")
-
-
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "npy", "pt"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_exported_weights_give_the_same_run(kind, config, tiny_model, tokenizer, train_rows, tmp_path):
     """From a trainer to a file, to the rows of a fixed-weight trainer: the same losses."""
     weights = torch.linspace(0.0, 2.0, len(train_rows))
@@ -260,38 +185,22 @@ def test_exported_weights_give_the_same_run(kind, config, tiny_model, tokenizer,
         trainer.train()
         return losses(trainer)
 
-    if kind in ("parquet", "jsonl"):
-        out = tmp_path / f"out.{kind}"
-        assert main(["export", str(tmp_path), "--output", str(out)]) == 0
-    else:
-        selector = tmp_path / f"selector_softmax.{kind}"
-        assert main(["export", str(tmp_path), "--format", "seal", "--output", str(selector)]) == 0
-        train_rows.to_json(tmp_path / "rows.jsonl")
-        out = tmp_path / "out.jsonl"
-        assert main(["export", str(tmp_path / "rows.jsonl"), "--selector", str(selector), "--output", str(out)]) == 0
+    out = tmp_path / f"out.{kind}"
+    assert main(["export", str(tmp_path), "--output", str(out)]) == 0
     rows = load_dataset("json" if out.suffix == ".jsonl" else "parquet", data_files=str(out), split="train")
     assert train(rows) == pytest.approx(train(whole), rel=1e-6)
 
 
-class FakeHub:
-    """Stands in for `HfApi`: keeps what it is given."""
-
-    def __init__(self):
-        self.repos, self.files = [], {}
-
-    def create_repo(self, **given):
-        self.repos.append(given)
-
-    def upload_folder(self, repo_id, repo_type, folder_path, commit_message):
-        assert repo_type == "dataset"
-        for root, _, names in os.walk(folder_path):
-            for name in names:
-                path = os.path.join(root, name)
-                with open(path, "rb") as file:
-                    self.files[os.path.relpath(path, folder_path)] = file.read()
+@pytest.fixture
+def hub(monkeypatch):
+    """What would be uploaded: rows with the settings of the repository, then the card."""
+    sent = []
+    monkeypatch.setattr(Dataset, "push_to_hub", lambda self, repo, **given: sent.append((repo, self, given)))
+    monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, repo: sent.append((repo, str(self))))
+    return sent
 
 
-def test_upload_with_a_data_card(folder, capsys, monkeypatch):
+def test_upload_with_a_data_card(folder, capsys, monkeypatch, hub):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     (folder / "_record").mkdir()
     record = {
@@ -304,29 +213,25 @@ def test_upload_with_a_data_card(folder, capsys, monkeypatch):
         "evaluation": {"losses": [2.0, 3.0]},
     }
     (folder / "_record" / "run.json").write_text(json.dumps(record))
-    hub = FakeHub()
-    export.run([str(folder), "--top-k", "3", "--push-to-hub", "me/chosen", "--private"], api=hub)
+    export.run([str(folder), "--top-k", "3", "--push-to-hub", "me/chosen", "--private"])
     assert "3 of 6 rows uploaded to https://huggingface.co/datasets/me/chosen" in capsys.readouterr().out
-    assert hub.repos == [{"repo_id": "me/chosen", "repo_type": "dataset", "private": True, "exist_ok": True}]
-    assert set(hub.files) == {"README.md", "data/train.parquet"}
-    (folder / "back.parquet").write_bytes(hub.files["data/train.parquet"])
-    assert len(Dataset.from_parquet(str(folder / "back.parquet"))) == 3
-    text = hub.files["README.md"].decode()
+    (repo, sent, given), (again, text) = hub
+    assert (repo, again, given) == ("me/chosen", "me/chosen", {"split": "train", "private": True})
+    assert sent["sample_id"][:] == [1, 3, 5]
     card = DatasetCard(text)
     (part,) = card.data.configs
-    assert part["data_files"] == [{"split": "train", "path": "data/train.parquet"}]
+    assert part["data_files"] == [{"split": "train", "path": "data/train-*"}]
     assert "sample-weights" in card.data.tags
     for words in ("`value_function`", "2511.21056", "| 3.2500 |", "| 2.5000 |", "32, weight 1.00", "@article"):
         assert words in text
     assert "a choice from 6" in text
-    assert not any(b"hf_secret" in data for data in hub.files.values())
+    assert "hf_secret" not in text
 
 
-def test_upload_without_a_record(folder):
-    hub = FakeHub()
-    export.run([str(folder), "--push-to-hub", "me/all"], api=hub)
-    assert hub.repos[0]["private"] is None
-    assert "| effective sample size |" in hub.files["README.md"].decode()
+def test_upload_without_a_record(folder, hub):
+    export.run([str(folder), "--push-to-hub", "me/all"])
+    assert hub[0][2]["private"] is None
+    assert "| effective sample size |" in hub[1][1]
 
 
 @pytest.mark.parametrize(
@@ -342,9 +247,8 @@ def test_upload_without_a_record(folder):
         bad_export(["--min-weight", "99", "--resample", "5", "--output", "x.jsonl"], "lower `--min-weight`"),
         bad_export(["--min-weight", "nan", "--output", "x.csv"], "must be a number, got nan"),
         bad_export(["--format", "data-juicer", "--resample", "9", "--output", "x.jsonl"], "leave out `--resample`"),
-        bad_export(["--format", "seal", "--top-k", "3", "--output", "x.npy"], "SEAL chooses rows itself"),
-        bad_export(["--format", "seal", "--output", "x.bin"], "files that end in .pt, .npy"),
-        bad_export(["--selector", "nowhere.pt", "--output", "x.jsonl"], "no selector file"),
+        bad_export(["--format", "seal", "--top-k", "3", "--output", "x.pt"], "SEAL chooses rows itself"),
+        bad_export(["--format", "seal", "--output", "x.bin"], "files that end in .pt"),
         bad_export(["--push-to-hub", "chosen"], "USER/NAME"),
         bad_export(["--push-to-hub", "me/chosen", "--format", "seal"], "leave out `--format seal`"),
     ],
@@ -356,15 +260,6 @@ def test_mistakes(folder, arguments, message, capsys, monkeypatch, request):
     assert message in error
     note(request, "exit 1", error)
     assert not [path.name for path in folder.iterdir() if path.name.startswith("x.")]
-
-
-@pytest.mark.bad_input(EXPORT, "`--selector` of another number of rows")
-def test_a_selector_of_other_rows(folder, capsys, request):
-    seal.write_selector(folder / "s.npy", torch.zeros(5))
-    assert main(["export", str(folder), "--selector", str(folder / "s.npy"), "--output", str(folder / "x.jsonl")]) == 1
-    error = capsys.readouterr().err
-    assert "has 5 logits" in error
-    note(request, "exit 1", error)
 
 
 @pytest.mark.bad_input(EXPORT, "`--output x.csv`, rows with messages")

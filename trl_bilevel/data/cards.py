@@ -1,11 +1,14 @@
-"""What data cards and model cards say of a selection: method, settings, data, results, citation."""
+"""What data cards and model cards say of a selection, filled into templates of `text/`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
+
 from .._version import __version__
+from .identity import DATA_RANK, DATA_WEIGHT, SAMPLE_ID
 
 PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
 PAPER_ID = "2511.21056"
@@ -22,6 +25,11 @@ SHOWN_SETTINGS = (
     *("num_rounds", "steps_per_round", "num_generations", "implicit_weight_temperature"),
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed"),
 )
+COLUMNS = {
+    SAMPLE_ID: "number of the row in the training set",
+    DATA_WEIGHT: "weight of the row, 1 is the average; missing where a row was never trained on",
+    DATA_RANK: "0 is the highest weight",
+}
 METHODS = {
     "value_function": "a short pilot run of two sets of adapters, one pulled by the trusted rows",
     "lookahead": "how much a few steps on the trusted rows change a row's loss",
@@ -36,72 +44,81 @@ def selection_section(record: Mapping[str, Any], results: Sequence[tuple[str, st
         record: the run's record; may be empty, or lack any part.
         results: further lines of the table of results, as (name, value).
     """
-    parts = [f"## Data selection\n\n{_method(record)}"]
-    settings = {k: v for k, v in record.get("settings", {}).items() if k in SHOWN_SETTINGS and v is not None}
-    if settings:
-        parts.append("### Settings\n\n" + table(("setting", "value"), [(k, f"`{v}`") for k, v in settings.items()]))
-    facts = _data(record)
-    if facts:
-        parts.append("### Data\n\n" + table(("what", "value"), facts))
-    lines = [*results, *_results(record)]
-    if lines:
-        note = "Losses are in nats per token, and of trusted rows: these chose the weights, so they flatter."
-        parts.append("### Results\n\n" + table(("what", "value"), lines) + f"\n\n{note}")
-    return "\n\n".join(parts) + "\n"
+    return _filled("selection.md", **selection_facts(record, results))
 
 
-def citation_section() -> str:
-    """The paper's citation as markdown."""
-    return f"## Citation\n\n```bibtex\n{CITATION}\n```\n"
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """A markdown table."""
-    plain = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [list(head), ["---"] * len(head), *plain])
-
-
-def _method(record: Mapping[str, Any]) -> str:
-    settings, weights = record.get("settings", {}), record.get("weights", {})
-    source = f"trl-bilevel {__version__}"
-    paper = f"[{PAPER_TITLE}](https://huggingface.co/papers/{PAPER_ID})"
-    if weights.get("given"):
-        return f"Every training row had a fixed weight, given with the data. Made with {source}."
-    if settings.get("weight_estimator") == "none":
-        return f"No data selection: every training row counted the same. Made with {source}."
-    how = METHODS.get(str(settings.get("weight_estimator")))
-    rounds = " In rounds, the model answered questions anew, and kept what helped." * (record.get("kind") == "refine")
-    return (
-        "Every training row has a weight, learned so that a model trained on the weighted rows does best on a small "
-        f"set of trusted rows (bilevel data selection, {paper}).{f' Scores come from {how}.' if how else ''}{rounds} "
-        f"Made with {source}."
-    )
-
-
-def _data(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    data = record.get("data", {})
-    out = [("base model", str(record["model"]))] if record.get("model") else []
-    if "rows" in data:
-        out.append(("training rows", f"{data['rows']:,}, of which {data.get('rows_trained_on', data['rows']):,} used"))
-    out += [
-        (f"trusted rows ({name})", f"{facts['rows']:,}, weight {facts['weight']:.2f}")
-        for name, facts in data.get("validation", {}).items()
-    ]
-    return out
+def selection_facts(record: Mapping[str, Any], results: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What `text/selection.md` is filled in with; arguments as of `selection_section`."""
+    settings = record.get("settings", {})
+    return {
+        "record": record,
+        "settings": {k: v for k, v in settings.items() if k in SHOWN_SETTINGS and v is not None},
+        "method": METHODS.get(str(settings.get("weight_estimator"))),
+        "results": [*results, *_results(record)],
+        "paper": f"[{PAPER_TITLE}](https://huggingface.co/papers/{PAPER_ID})",
+    }
 
 
 def _results(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    out = []
     followed = record.get("validation") or []
-    if isinstance(followed, list) and followed:
-        first, last = followed[0], followed[-1]
-        out.append((f"validation loss, step {first['step']}", f"{first['total']:.4f}"))
-        if last is not first:
-            out.append((f"validation loss, step {last['step']}", f"{last['total']:.4f}"))
+    ends = followed[:1] + followed[1:][-1:]
+    out = [(f"validation loss, step {entry['step']}", f"{entry['total']:.4f}") for entry in ends]
     losses = record.get("evaluation", {}).get("losses") or []
     if losses:
         out.append((f"eval loss, {len(losses)} rows", f"{sum(losses) / len(losses):.4f}"))
     sizes = [entry["selector/ess"] for entry in record.get("log_history", []) if "selector/ess" in entry]
-    if sizes:
-        out.append(("effective sample size while training", f"{sizes[-1]:.0%} of the rows"))
-    return out
+    return out + [("effective sample size while training", f"{size:.0%} of the rows") for size in sizes[-1:]]
+
+
+def data_card(
+    repo: str, rows: Dataset, record: Mapping[str, Any], results: Sequence[tuple[str, str]] = (), note: str = ""
+) -> str:
+    """The data card of weighted rows: metadata as the hub reads it, then text.
+
+    Args:
+        repo (`str`): name on the hub, `USER/NAME`.
+        rows (`Dataset`): what is uploaded.
+        record: `run.json` of the run that weighted them, or an empty dict.
+        results: lines for the table of results.
+        note (`str`): which rows these are, if not all.
+    """
+    name = repo.split("/")[-1]
+    metadata = {"tags": ["trl-bilevel", "data-selection", "sample-weights"], "pretty_name": name}
+    facts = selection_facts(record, results) | {"repo": repo, "name": name, "rows": rows, "note": note}
+    facts["columns"] = [(column, meaning) for column, meaning in COLUMNS.items() if column in rows.column_names]
+    facts["weighted"] = DATA_WEIGHT in rows.column_names
+    return render("weighted_card.md", metadata, [("train", "data/train-*")], **facts)
+
+
+def render(template: str, metadata: Mapping[str, Any], splits: Iterable[tuple[str, str]], **facts: Any) -> str:
+    """A data card: metadata as the hub reads it, then a template of `text/`, filled in.
+
+    Args:
+        metadata: fields of `huggingface_hub.DatasetCardData`.
+        splits: name and file of each split.
+    """
+    from huggingface_hub import DatasetCardData
+
+    files = [{"split": name, "path": path} for name, path in splits]
+    configs = [{"config_name": "default", "data_files": files}]
+    data = DatasetCardData(task_categories=["text-generation"], configs=configs, **metadata)
+    return f"---\n{data.to_yaml()}\n---\n\n{_filled(template, **facts)}"
+
+
+def _filled(template: str, **facts: Any) -> str:
+    from jinja2 import ChainableUndefined, Environment, PackageLoader
+
+    loader = PackageLoader("trl_bilevel.data", "text")
+    environment = Environment(loader=loader, undefined=ChainableUndefined, keep_trailing_newline=True)
+    environment.filters |= {"cell": _cell, "count": "{:,}".format}
+    return environment.get_template(template).render(**facts, citation=CITATION, version=__version__)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -21,8 +21,8 @@ GOOD = "good"
 MIN_ROWS = 4
 # Draws until a row counts as one that cannot be damaged in this way.
 TRIES = 8
-# What a text answer may end in that is not its own words: marks of a chat template.
-_END_MARKS = re.compile(r"(?:\s|<\|[^|<>]*\|>|</s>)*\Z")
+# What a text answer may begin and end in that is not its own words: white space, marks of a chat template.
+_PARTS = re.compile(r"(\s*)(.*?)((?:\s|<\|[^|<>]*\|>|</s>)*)", re.DOTALL)
 
 
 class Exchange(NamedTuple):
@@ -66,11 +66,8 @@ def scrambled(exchange: Exchange, rng: random.Random, pool: Sequence[Exchange]) 
 
 def truncated(exchange: Exchange, rng: random.Random, pool: Sequence[Exchange]) -> str:
     """The first third of the answer's words, at least two."""
-    words = list(re.finditer(r"\S+", exchange.answer))
-    if not words:
-        return exchange.answer
-    kept = min(len(words), max(2, len(words) // 3))
-    return exchange.answer[: words[kept - 1].end()]
+    ends = [0, *(word.end() for word in re.finditer(r"\S+", exchange.answer))]
+    return exchange.answer[: ends[min(len(ends) - 1, max(2, (len(ends) - 1) // 3))]]
 
 
 def stub(exchange: Exchange, rng: random.Random, pool: Sequence[Exchange]) -> str:
@@ -116,49 +113,30 @@ def contaminate(
         raise ValueError(f"The rows have a column {column!r} already. Give another name for `column`.")
     if len(rows) < MIN_ROWS:
         raise ValueError(f"{len(rows)} rows are too few to damage some of them: give at least {MIN_ROWS}.")
-    exchanges = [exchange_of(row) for row in rows]
-    parts = [_split(exchange.answer) for exchange in exchanges]
-    pool = [Exchange(exchange.question, part[1]) for exchange, part in zip(exchanges, parts, strict=True)]
-    rng = random.Random(f"contaminate-{seed}")
-    wanted = [kinds[index % len(kinds)] for index in range(max(1, round(rate * len(rows))))]
-    answers: dict[int, str] = {}
-    names = [GOOD] * len(rows)
-    for place in rng.sample(range(len(rows)), len(rows)):
-        if len(answers) == len(wanted):
-            break
-        kind = wanted[len(answers)]
-        damaged = _damage(pool[place], DAMAGES[kind], rng, pool)
-        if damaged is not None:
-            before, _, after = parts[place]
-            answers[place], names[place] = before + damaged + after, kind
-    if len(answers) < len(wanted):
-        raise ValueError(
-            f"Only {len(answers)} of {len(wanted)} rows could be damaged: the answers are too short or too alike for "
-            f"{wanted[len(answers)]!r}. Lower `rate`, or choose other `kinds`."
-        )
     name = _answer_column(rows.column_names)
-    values = [
-        with_answer(value, answers[place]) if place in answers else value for place, value in enumerate(rows[name][:])
-    ]
+    values, names = rows[name][:], [GOOD] * len(rows)
+    whole = [exchange_of(row) for row in rows]
+    # White space before an answer, its own words, white space and chat marks after it.
+    parts = [_PARTS.fullmatch(exchange.answer).groups() for exchange in whole]  # type: ignore[union-attr]
+    pool = [Exchange(exchange.question, part[1]) for exchange, part in zip(whole, parts, strict=True)]
+    rng = random.Random(f"contaminate-{seed}")
+    left = [kinds[index % len(kinds)] for index in range(max(1, round(rate * len(rows))))][::-1]
+    for place in rng.sample(range(len(rows)), len(rows)):
+        if not left:
+            break
+        before, right, after = parts[place]
+        tries = (DAMAGES[left[-1]](pool[place], rng, pool) for _ in range(TRIES))
+        damaged = next((answer for answer in tries if answer != right), None)
+        if damaged is not None:
+            values[place], names[place] = with_answer(values[place], before + damaged + after), left.pop()
+    if left:
+        done = len(rows) - names.count(GOOD)
+        raise ValueError(
+            f"Only {done} of {done + len(left)} rows could be damaged: the answers are too short or too alike for "
+            f"{left[-1]!r}. Lower `rate`, or choose other `kinds`."
+        )
     out = rows.remove_columns(name).add_column(name, values, feature=rows.features[name])
     return out.select_columns(rows.column_names).add_column(column, names)
-
-
-def _damage(exchange: Exchange, damage: Damage, rng: random.Random, pool: Sequence[Exchange]) -> str | None:
-    """A damaged answer that differs from the right one; None if there is none."""
-    for _ in range(TRIES):
-        answer = damage(exchange, rng, pool)
-        if answer != exchange.answer:
-            return answer
-    return None
-
-
-def _split(answer: str) -> tuple[str, str, str]:
-    """White space before an answer, its own words, white space and chat marks after it."""
-    body = answer.lstrip()
-    found = _END_MARKS.search(body)
-    end = found.start() if found else len(body)
-    return answer[: len(answer) - len(body)], body[:end], body[end:]
 
 
 def exchange_of(row: Mapping[str, Any]) -> Exchange:

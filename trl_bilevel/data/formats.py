@@ -23,6 +23,15 @@ Part = str | Turns
 
 PAIRS, MESSAGES, CONVERSATIONS, TEXT, TOKENS = "pairs", "messages", "conversations", "text", "tokens"
 INSTRUCTION, QUESTION = "instruction", "question"
+NEEDED = {
+    PAIRS: {"prompt", "completion"},
+    MESSAGES: {MESSAGES},
+    CONVERSATIONS: {CONVERSATIONS},
+    INSTRUCTION: {"instruction", "output"},
+    QUESTION: {"question", "response"},
+    TEXT: {"text"},
+    TOKENS: {"input_ids"},
+}
 # What TRL's trainers take as it is; the others are read by evaluation and the demo.
 TRAINABLE = (PAIRS, MESSAGES, CONVERSATIONS, TEXT, TOKENS)
 FORMATS = (
@@ -41,15 +50,7 @@ def layout_of(columns: Any, text_field: str = "text") -> str | None:
         text_field (`str`): the column of plain text.
     """
     names = set(getattr(columns, "column_names", None) or columns)
-    needed = {
-        PAIRS: {"prompt", "completion"},
-        MESSAGES: {MESSAGES},
-        CONVERSATIONS: {CONVERSATIONS},
-        INSTRUCTION: {"instruction", "output"},
-        QUESTION: {"question", "response"},
-        TEXT: {text_field},
-        TOKENS: {"input_ids"},
-    }
+    needed = NEEDED | {TEXT: {text_field}}
     return next((layout for layout, wanted in needed.items() if wanted <= names), None)
 
 

@@ -29,17 +29,17 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
         FileNotFoundError: if the name looks like a local file that is not there.
         ValueError: if the rows cannot be loaded.
     """
-    from datasets import load_dataset, load_from_disk
+    from datasets import ReadInstruction, load_dataset, load_from_disk
 
     path = Path(name)
     if path.suffix in FILE_FORMATS:
         if not path.is_file():
             raise FileNotFoundError(f"There is no data file {name}.")
-        part = _local_split(name, split)
+        local = _local_split(name, split)
         try:
             if path.suffix == ".csv":
                 kwargs = _csv_settings(path) | kwargs
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=part, **kwargs)
+            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=local, **kwargs)
         except Exception as error:
             raise ValueError(
                 f"Could not read the data file {name} (split {split!r}): {type(error).__name__}: {error}. Is it "
@@ -47,8 +47,8 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None, **k
             ) from error
     if (path / "dataset_info.json").is_file():
         rows = load_from_disk(str(path))
-        part = _local_split(name, split)
-        rows = rows if part == "train" else rows.select(_slice(part, len(rows)))
+        (part,) = ReadInstruction.from_spec(_local_split(name, split)).to_absolute({"train": len(rows)})
+        rows = rows.select(range(len(rows))[part.from_ : part.to])
         return rows.to_iterable_dataset() if kwargs.get("streaming") else rows
     try:
         return load_dataset(name, name=config, split=split, **kwargs)
@@ -85,14 +85,6 @@ def _local_split(name: str, split: str) -> str:
     return f"train{bracket}{rest}"
 
 
-def _slice(split: str, count: int) -> range:
-    """Rows of a slice as `datasets` writes it, `"train[a:b]"`, in rows or percent."""
-    from datasets import ReadInstruction
-
-    (part,) = ReadInstruction.from_spec(split).to_absolute({"train": count})
-    return range(count)[part.from_ : part.to]
-
-
 def load_mixture(parts: list[Any], streaming: bool = False) -> Any:
     """The rows of several data sets after one another, with a `source` column that names each row's data set.
 
@@ -108,8 +100,7 @@ def load_mixture(parts: list[Any], streaming: bool = False) -> Any:
         if getattr(part, "fraction", None) not in (None, 1.0):
             raise ValueError(f"`fraction` of the data set {part.path!r} is not supported: sample the rows beforehand.")
         extra = {k: getattr(part, k) for k in ("data_dir", "data_files") if getattr(part, k, None)}
-        extra |= {"streaming": True} if streaming else {}
-        rows = load_rows(part.path, split=part.split or "train", config=part.name, **extra)
+        rows = load_rows(part.path, split=part.split or "train", config=part.name, streaming=streaming, **extra)
         if part.columns:
             rows = rows.select_columns(part.columns)
         label = part.path if part.name is None else f"{part.path}/{part.name}"

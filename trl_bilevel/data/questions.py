@@ -58,16 +58,15 @@ def choose_questions(weights: Tensor, strategy: str, fraction: float, seed: int)
         ValueError: if no question is left.
     """
     known = (~torch.isnan(weights)).nonzero().squeeze(1)
-    count = len(known) if strategy == "all" else math.ceil(fraction * len(known))
-    if count == 0:
+    if len(known) == 0:
         raise ValueError("No question is left to ask: every row was dropped in preparation.")
+    if strategy == "all":
+        return known
+    # Ties, as with equal weights, are broken at random: not by where a row stands in the file.
+    known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
     if strategy == "lowest_weight":
-        # Ties, as with equal weights, are broken at random: not by where a row stands in the file.
-        known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
         known = known[torch.argsort(weights[known], stable=True)]
-    elif strategy == "random":
-        known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
-    return known[:count].sort().values
+    return known[: math.ceil(fraction * len(known))].sort().values
 
 
 class QuestionSampler(Sampler[int]):
@@ -86,12 +85,8 @@ class QuestionSampler(Sampler[int]):
     def __init__(
         self, pool: Callable[[], Tensor], *, questions: int, generations: int, repeats: int, rounds: int, seed: int
     ):
-        self.pool = pool
-        self.questions = questions
-        self.generations = generations
-        self.repeats = repeats
-        self.rounds = rounds
-        self.seed = seed
+        self.pool, self.rounds, self.seed = pool, rounds, seed
+        self.questions, self.generations, self.repeats = questions, generations, repeats
 
     def __len__(self) -> int:
         """Positions handed out over all rounds."""
@@ -100,10 +95,8 @@ class QuestionSampler(Sampler[int]):
     def round(self, number: int) -> Tensor:
         """Positions of the questions of a round, int64 `[questions]`; some twice if the pool is smaller."""
         pool = self.pool()
-        order = TrustedSampler(len(pool), 1, self.seed)
-        start = number * self.questions
-        rows = [order.rows(step)[0] for step in range(start, start + self.questions)]
-        return pool[torch.tensor(rows)]
+        order, start = TrustedSampler(len(pool), 1, self.seed), number * self.questions
+        return pool[torch.tensor([order.rows(start + place)[0] for place in range(self.questions)])]
 
     def __iter__(self) -> Iterator[int]:
         """Positions, round by round."""

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from bisect import bisect
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import datasets
 from datasets import Dataset
 
 from ..._version import __version__
-from ..files import atomically, write_json
+from ..cards import render
+from ..files import atomically, read_json, write_json
 from .sets import SETS, Prepared
 
 LOCK_FILE = "prepare.lock.json"
-CARD_FILE = "README.md"
 # Of the hub.
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M")
 # Raised when older code could not read the lock file any more.
@@ -35,20 +34,15 @@ def content_hash(rows: Dataset) -> str:
 
 def lock_of(prepared: Prepared) -> dict[str, Any]:
     """What it takes to make the sets again, and what they then are."""
+    versions = {"trl_bilevel": __version__, "datasets": datasets.__version__, "python": platform.python_version()}
     return {
         "format": FORMAT,
         "recipe": prepared.recipe,
         "settings": prepared.settings,
         "revisions": {record.source.repository: record.revision for record in prepared.records},
         "requested": {record.source.repository: record.requested for record in prepared.records},
-        "sets": {
-            name: {"rows": len(rows), "sha256": content_hash(rows)} for name, rows in sorted(prepared.sets.items())
-        },
-        "versions": {
-            "trl_bilevel": __version__,
-            "datasets": datasets.__version__,
-            "python": platform.python_version(),
-        },
+        "sets": {name: {"rows": len(rows), "sha256": content_hash(rows)} for name, rows in prepared.sets.items()},
+        "versions": versions,
     }
 
 
@@ -61,13 +55,12 @@ def read_lock(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no lock file {path}. `trl-bilevel prepare` writes {LOCK_FILE}.")
-    try:
-        lock = json.loads(path.read_text())
-        known = lock["format"] == FORMAT and {"recipe", "settings", "revisions", "sets"} <= set(lock)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a lock file of `trl-bilevel prepare`: {error}.") from error
-    if not known:
-        raise ValueError(f"{path} is a lock file of another format ({lock['format']!r}); this version reads {FORMAT}.")
+    lock = read_json(path)
+    if lock.get("format") != FORMAT or not {"recipe", "settings", "revisions", "sets"} <= set(lock):
+        raise ValueError(
+            f"{path} is not a lock file of `trl-bilevel prepare` that this version can read: it has the format "
+            f"{lock.get('format')!r}, not {FORMAT}, or lacks a part. Give the {LOCK_FILE} of this version."
+        )
     return lock
 
 
@@ -96,29 +89,22 @@ def write_prepared(prepared: Prepared, folder: str | Path) -> dict[str, Any]:
     lock = lock_of(prepared)
     for name, rows in prepared.sets.items():
         atomically(folder / f"{name}.parquet", lambda path, rows=rows: rows.to_parquet(str(path)))
-    atomically(folder / CARD_FILE, lambda path: path.write_text(data_card(prepared, lock)))
+    atomically(folder / "README.md", lambda path: path.write_text(data_card(prepared, lock)))
     write_json(folder / LOCK_FILE, lock)
     return lock
 
 
 def data_card(prepared: Prepared, lock: dict[str, Any]) -> str:
     """The data card: metadata as the hub reads it, then text."""
-    from huggingface_hub import DatasetCard, DatasetCardData
-
     total = sum(len(rows) for rows in prepared.sets.values())
-    files = [{"split": name, "path": f"{name}.parquet"} for name in SETS]
-    metadata = DatasetCardData(
-        language="en",
-        license="other",
-        license_name="licences-of-the-sources",
-        task_categories=["text-generation"],
-        size_categories=SIZES[bisect([1000, 10_000, 100_000], total)],
-        source_datasets=[record.source.repository for record in prepared.records],
-        pretty_name=f"trl-bilevel {prepared.recipe}",
-        tags=["trl-bilevel", "data-selection"],
-        configs=[{"config_name": "default", "data_files": files}],
-    )
-    text = resources.files("trl_bilevel.data").joinpath("text/prepared_card.md").read_text()
-    facts: dict[str, Any] = {"prepared": prepared, "lock": lock, "lock_file": LOCK_FILE, "version": __version__}
-    facts["settings_text"] = json.dumps(prepared.settings)
-    return str(DatasetCard.from_template(metadata, template_str=text, **facts)) + "\n"
+    metadata = {
+        "language": "en",
+        "license": "other",
+        "license_name": "licences-of-the-sources",
+        "size_categories": SIZES[bisect([1000, 10_000, 100_000], total)],
+        "source_datasets": list(lock["revisions"]),
+        "pretty_name": f"trl-bilevel {prepared.recipe}",
+        "tags": ["trl-bilevel", "data-selection"],
+    }
+    splits = [(name, f"{name}.parquet") for name in SETS]
+    return render("prepared_card.md", metadata, splits, prepared=prepared, lock=lock, lock_file=LOCK_FILE)
