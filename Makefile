@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # More threads per process only slow small models down; the demo has the machine to itself.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo demo-refine docs test test-fast test-slow test-lowest test-newest test-gpu errors-table lint audit evidence clean
+.PHONY: demo demo-refine docs test test-fast test-slow test-lowest test-middle test-newest test-gpu errors-table lint sizes audit evidence clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,11 @@ test-lowest:  ## what rests on TRL, transformers and PEFT, with the lowest versi
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m compat
 
+test-middle:  ## the default path with a release of TRL between the lowest and ours
+	$(PYTHON) -m venv .venv-middle
+	.venv-middle/bin/python -m pip install --quiet -c constraints-middle.txt -e ".[test]"
+	OMP_NUM_THREADS=1 .venv-middle/bin/python -m pytest -n 2 --dist worksteal tests/compat
+
 test-gpu: $(STAMP)  ## what trains, on a GPU (needs a torch that sees one)
 	TRL_BILEVEL_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 8 --dist worksteal tests/trainer tests/self_refine tests/invariant tests/evaluation
 
@@ -53,6 +58,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+sizes:  ## lines of the package, of trainer/ and of the longest file, and what they may be
+	@count() { find "$$@" -name '*.py' | xargs cat | wc -l; }; \
+	echo "package: $$(count trl_bilevel) lines (aim: 14000)"; \
+	echo "trainer/: $$(count trl_bilevel/trainer) lines (aim: 3000), $$(ls trl_bilevel/trainer/*.py | wc -l) files (aim: 14)"; \
+	echo "longest file: $$(find trl_bilevel -name '*.py' | xargs wc -l | grep -v total | sort -n | tail -1 | sed 's/^ *//') lines (aim: 400)"
 
 audit:  ## known vulnerabilities of the pinned versions (asks pypi.org: needs the internet; strict: what it cannot ask for, fails)
 	$(PYTHON) -m venv .venv-audit
@@ -67,4 +79,4 @@ evidence: $(STAMP)  ## all tasks with all baselines, ablations, transfer: runs w
 	$(BIN)/python -m benchmarks.evidence --jobs $(JOBS)
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest .venv-audit demo_out demo_refine_out site
+	rm -rf $(VENV) .venv-lowest .venv-middle .venv-newest .venv-audit demo_out demo_refine_out site

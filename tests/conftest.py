@@ -8,7 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import trl
 from datasets import Dataset, disable_progress_bars
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,6 +37,17 @@ LONGEST = ("test_boilerplate_gap_is_recovered", "test_quality_weights_find", "te
 def pytest_configure(config):
     torch.set_num_threads(1)
     disable_progress_bars()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """With a TRL that cannot weight losses, a test that needs it is skipped; with ours, it fails."""
+    try:
+        return (yield)
+    except ImportError as error:
+        if "trl>=1.16" in str(error) and Version(trl.__version__) < Version("1.16"):
+            pytest.skip(f"this release of TRL cannot: {error}")
+        raise
 
 
 def pytest_collection_modifyitems(items):

@@ -17,6 +17,7 @@ TOLD = (ValueError, TypeError, RuntimeError, ImportError)
 
 # Of each command what it does; its module is called like it.
 COMMANDS = {
+    "rank": "what each training row is worth, for any trainer: rows with weights, and a report",
     "sft": "fine-tune on mixed data, with a weight learned for every row",
     "refine": "let the model answer anew what was answered badly, in guarded rounds",
     "evaluate": "held-out loss, preference and safety of a model, with intervals",

@@ -61,7 +61,7 @@ class Tokeniser:
         else:
             if formatting_func is not None:
                 row = {self.text_field: formatting_func(row)}
-            row = maybe_convert_to_chatml(row)
+            row = dict(maybe_convert_to_chatml(row))
             # With `role` and `content` already, TRL leaves their column's name as it is.
             ids, labels = self._text(row | {"messages": row["conversations"]} if "conversations" in row else row)
         return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}

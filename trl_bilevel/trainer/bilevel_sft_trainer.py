@@ -170,12 +170,13 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             return weighted_dataset(self.data.rows, self.sample_weights(), top_k)
         if top_k is not None:
             raise ValueError(f"`top_k={top_k}` needs rows that can be ranked, and `train_dataset` is a stream.")
-        if self.weights is None or self.rows is None:
+        weights: Any = self.weights
+        if weights is None or self.rows is None:
             return self.data.rows
         args, formatting = self.args, self._formatting_func
         settings = (args.max_length, args.dataset_text_field, self.completion_only_loss, args.assistant_only_loss)
         read = Tokeniser(self._tokenizer, *settings)
-        return self.weights.weighted(self.data.rows, lambda row: read.row(row, formatting), self.rows.collate)
+        return weights.weighted(self.data.rows, lambda row: read.row(row, formatting), self.rows.collate)
 
     def validation_loss(self) -> dict[str, float]:
         """Loss of each validation set (mean over rows of the mean per token, in nats), and their weighted `"total"`.
@@ -369,7 +370,7 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
         """The parent's micro-batches of an optimizer step."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step = None
-        self._pending = (batches, num_items) if self._objective is not None else None
+        self._pending = (batches, num_items)
         return batches, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -275,7 +275,7 @@ def readable_rows(args: BilevelSFTConfig, rows: Dataset, collate: Collate, count
 
 def padding_collator(collator: Any, padding_free: bool) -> SampleIdCollator:
     """A collator that gives each row a batch row: the trainer's own, unless that is padding-free."""
-    inner = collator.collator if isinstance(collator, SampleIdCollator) else collator
+    inner: Any = collator.collator if isinstance(collator, SampleIdCollator) else collator
     return SampleIdCollator(dataclasses.replace(inner, padding_free=False) if padding_free else inner)
 
 
