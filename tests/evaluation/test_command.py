@@ -122,6 +122,15 @@ def test_loss_alone_of_a_sample_of_rows(folder, capsys):
     assert document(capsys)["data"]["dataset"]["sha256"] != first["data"]["dataset"]["sha256"]
 
 
+def test_plain_text_has_nothing_to_answer(folder, tmp_path, capsys):
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"Some words, {n}."}) + "\n" for n in range(3)))
+    options = ["model", "--dataset", str(tmp_path / "plain.jsonl"), "--json"]
+    assert evaluate(folder, *options, responses=tmp_path / "said.jsonl") == 0
+    assert document(capsys)["loss"]["rows"] == 3 and (tmp_path / "said.jsonl").read_text() == ""
+    assert evaluate(folder, *options, "--baseline", "model", "--judge", "tests.evaluation.test_command:First") == 1
+    assert "`judge` needs rows with prompts" in capsys.readouterr().err
+
+
 def test_named_sets_of_requests(folder, capsys, monkeypatch):
     monkeypatch.setattr(prompts, "harmful_requests", lambda: ["one", "two"])
     options = ["model", "--dataset", "rows.jsonl", "--harmful", "harmbench", "--benign", "lookalikes", "--json"]

@@ -139,6 +139,16 @@ def test_a_reward_model_scores_prompt_and_response(folder, settings, tokenizer):
     assert verdicts(judge, ROWS, responses, responses) == ([-1] * 6, [-1] * 6)
 
 
+def test_a_reward_model_without_a_template_reads_pairs_of_texts(folder, settings, tokenizer):
+    judge = find_judge(f"reward:{folder}/reward", settings)()
+    judge.tokenizer.chat_template = None
+    responses = [f"Answer {n}" for n in range(6)]
+    inputs = tokenizer("Question 2", "Answer 2", return_tensors="pt")
+    with torch.no_grad():
+        expected = judge.classify.model(**inputs.to(judge.classify.model.device)).logits.item()
+    assert judge.score(ROWS, responses)[2] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_classifier_is_no_reward_model(folder, settings, tmp_path, tiny_model):
     model = tiny_model()
     model.config.num_labels = 3

@@ -47,6 +47,7 @@ class RankArguments:
     dataset_text_field: str = option("text", "Column of plain text.")
     chat_template_kwargs: str | None = option(None, "Arguments of the chat template, as JSON.")
     gradient_checkpointing: bool | None = option(None, "Save memory in the pilot. Default: on GPUs.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
     report: bool = option(True, "Write the report.")
 
 
@@ -98,7 +99,7 @@ def main(args: RankArguments, settings: Any, model_args: Any) -> None:
         **{field.name: getattr(args, field.name) for field in fields(args) if field.name in _PASSED},
         chat_template_kwargs=template,
         model_init_kwargs={key: value for key, value in loading.items() if value is not None},
-        trust_remote_code=model_args.trust_remote_code,
+        trust_remote_code=args.trust_remote_code,
         work_dir=output.with_name(f".{output.name}.choosing"),
     )
     if not PartialState().is_main_process:
