@@ -114,11 +114,11 @@ def test_an_interrupted_run_and_its_end(build, tmp_path):
 @pytest.mark.parametrize(
     ("make", "settings", "texts"),
     [
-        ("groups", {"selector_granularity": "group", "selector_group_column": "source"}, ["Weight by source"]),
+        ("groups", {"selector_group_column": "source"}, ["Weight by source"]),
         ("fixed", {"weight_estimator": "none"}, ["the weights were given", "No weights were learned"]),
         ("sets", {}, ["Loss on each set of trusted rows"]),
         ("chat", {}, ["How the weights are spread"]),
-        ("online", {"selector_update": "sparse_centred", "selector_warmup_steps": 0}, ["How the weights are spread"]),
+        ("online", {"selector_preset": "sparse_centred"}, ["How the weights are spread"]),
     ],
 )
 def test_every_kind_of_run_has_a_report(build, rows, make, settings, texts):

@@ -166,7 +166,7 @@ def make_trainer(
         offline: the trained `BilevelSFTTrainer` whose model a self-refining arm goes on with.
         keep: the rows to train on, of an arm that filters: one of `FILTERS`, or one of a name not in `ARMS`.
     """
-    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig
+    from .. import BilevelSFTConfig, BilevelSFTTrainer
     from ..weights.settings import default_pilot_steps
 
     train, validation = task.train.remove_columns("kind"), task.validation
@@ -211,6 +211,8 @@ def make_trainer(
     name = model or str(assets.model_folder())
     rounds = ROUNDS | budget.refining
     if arm in REFINING and offline is not None:
+        from .. import SelfRefineConfig
+
         del settings["model_init_kwargs"]
         if arm == "refine_best":
             rounds["implicit_weight_temperature"] = 1e-4

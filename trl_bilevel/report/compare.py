@@ -95,7 +95,9 @@ def _differences(run: Run, baseline: Run) -> list[str]:
     pairs = {"The models differ": both("model"), "The numbers of steps differ": both("steps", "done")}
     for name in ("learning_rate", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"):
         pairs[f"{name} differs"] = both("settings", name)
+    # A run without weights does not know the fingerprint of its rows.
     prints = both("data", "fingerprint")
+    prints = prints if all(prints) else both("data", "rows")
     out = ["The training rows differ."] if prints[0] != prints[1] else []
     out += [
         f"{what}: {mine} and {other}."
