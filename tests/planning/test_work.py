@@ -36,17 +36,7 @@ def _product(own, left, right, **kwargs):
     return 2 * left[0] * left[1] * right[1]
 
 
-# transformers has the embeddings' output require a gradient: the pilot's backward goes through the lower layers, too.
-DEEP = pytest.mark.xfail(reason="the pilot's gradients do not end below its lowest adapter", strict=True)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=DEEP if name in ("value function", "look-ahead, trusted rows in every step") else ())
-        for name in RUNS
-    ],
-)
+@pytest.mark.parametrize("name", RUNS)
 def test_whole_runs_with_everything_counted(name, small_config, tokenizer):
     """Choosing, training, and the trusted rows' losses for the report."""
     setting = RUNS[name] | {"attention": "eager", "pilot_steps": 2, "max_steps": 2, "per_device_train_batch_size": 4}

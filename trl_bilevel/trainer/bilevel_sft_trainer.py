@@ -129,6 +129,10 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             else:
                 # Rows that are drawn by their weights train as any rows: their batches are TRL's.
                 self.train_dataset = preparation.without_numbers(self.train_dataset)
+        elif self.data.trusted:
+            # They choose nothing here, but their loss is followed.
+            self.trusted = self._trusted(formatting)
+        self._fingerprints = preparation.fingerprints(self.data.rows, self.data.trusted)
         self.record = RecordCallback(self._facts, self._losses_of, self.eval_dataset)
         self.add_callback(self.record)
         if self.weights is not None and self.rows is not None:
@@ -255,7 +259,6 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
 
     def _trusted(self, formatting: Any) -> TrustedSets | None:
         """The trusted rows, prepared as the training rows are."""
-        assert self.rows is not None
         args = self.args
         # In the caller's order: which rows are held back depends on it.
         ordered = copy.copy(args)
@@ -269,13 +272,13 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
         completions = self.completion_only_loss and not args.assistant_only_loss
         sets, shares = self.data.trusted, self.data.shares
         trusted = preparation.prepared_trusted(args, sets, shares, self.rows, prepare, completions, self._padded())
-        if trusted is not None and self.mode.learns and not args.published:
+        if trusted is not None and self.rows is not None and self.mode.learns and not args.published:
             check_sizes(self.rows, trusted)
         return trusted
 
     def _check(self, args: BilevelSFTConfig) -> None:
         processes = self.accelerator.num_processes
-        checks.check_settings(args, self.mode.weighs_losses, self.data.streams, self.compute_loss_func, processes)
+        checks.check_settings(args, self.mode.weighs_losses, self.compute_loss_func, processes)
         checks.check_model(
             args,
             self.model,
@@ -442,6 +445,7 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             resampled=self.mode.resamples,
             rows=len(self.data.rows) if not self.data.streams else (0 if self.rows is None else self.rows.count),
             streamed=self.data.streams,
+            fingerprints=self._fingerprints,
         )
 
 

@@ -53,12 +53,8 @@ def check_contract(trainer: type, weighs_losses: bool, resamples: bool) -> None:
         raise ImportError(f"trl {trl.__version__} lacks {what}, which trl-bilevel needs. Install trl 1.12 to 1.16.")
 
 
-def check_settings(
-    args: BilevelSFTConfig, weighs_losses: bool, streams: bool, compute_loss_func: Any, processes: int
-) -> None:
+def check_settings(args: BilevelSFTConfig, weighs_losses: bool, compute_loss_func: Any, processes: int) -> None:
     """Refuse settings that do not go with weighted rows. Rows that are drawn by their weights take any loss."""
-    if streams:
-        _check_stream(args)
     if weighs_losses and args.loss_type != "nll":
         raise ValueError(
             f"`loss_type={args.loss_type!r}` is not supported where weights multiply losses, or the model is trained "
@@ -89,7 +85,7 @@ def check_settings(
         )
 
 
-def _check_stream(args: BilevelSFTConfig) -> None:
+def check_stream(args: BilevelSFTConfig) -> None:
     """Refuse what needs rows that can be counted."""
     if args.max_steps <= 0:
         raise ValueError("`max_steps` must be given: `train_dataset` is a stream, whose length is not known.")

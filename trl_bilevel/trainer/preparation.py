@@ -74,6 +74,8 @@ class TrainingData:
             ValueError, TypeError: naming the argument, the value and the remedy.
         """
         rows, given = take_weights(args, train)
+        if isinstance(rows, IterableDataset) and Mode.of(args, given, True).tracks_rows:
+            checks.check_stream(args)
         trusted = _checked(args, rows, validation, formatted)
         weights = args.validation_weights if isinstance(args.validation_weights, dict) else None
         shares = set_weights(weights, trusted) if trusted else {}
@@ -293,7 +295,7 @@ def prepared_trusted(
     args: Any,
     given: Mapping[str, Dataset],
     shares: dict[str, float],
-    rows: Rows,
+    rows: Rows | None,
     prepare: Callable[[Dataset, str], Dataset],
     completions_only: bool,
     collate: Collate,
@@ -303,7 +305,7 @@ def prepared_trusted(
     Args:
         args: the config of either trainer.
         given, shares: the sets, and what each counts.
-        rows: the training rows, to warn of rows on both sides.
+        rows (*optional*): the training rows, to warn of rows on both sides.
         prepare: tokenises a set, given its name.
         completions_only (`bool`): of the training rows, only completions are scored.
     """
@@ -319,7 +321,7 @@ def prepared_trusted(
             )
         if len(prepared) < len(part):
             logger.warning(f"{len(part) - len(prepared)} of {len(part)} rows of {argument} were dropped.")
-        overlap = count_overlap(rows.dataset, prepared)
+        overlap = 0 if rows is None else count_overlap(rows.dataset, prepared)
         if overlap:
             warnings.warn(
                 f"{overlap} of {len(prepared)} rows of {argument} are also training rows: their weights will be "
@@ -339,7 +341,14 @@ def weights_identity(
         "settings": settings,
         "rows": rows.count,
         "rows_kept": len(rows),
-        "train_fingerprint": fingerprint(train),
+        **fingerprints(train, trusted),
+    }
+
+
+def fingerprints(train: Any, trusted: Mapping[str, Dataset]) -> dict[str, str]:
+    """Short hashes of the training rows (none of a stream) and of the trusted ones."""
+    return {
+        "train_fingerprint": fingerprint(train) if isinstance(train, Dataset) else "",
         "validation_fingerprint": " ".join(f"{name} {fingerprint(part)}" for name, part in trusted.items()),
     }
 

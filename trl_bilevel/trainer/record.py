@@ -60,6 +60,7 @@ class RunFacts:
         weights (`TrainingWeights`, *optional*), trusted (`TrustedSets`, *optional*): of the run.
         learned, resampled (`bool`): whether weights were learned here, and act through visits.
         rows (`int`), streamed (`bool`): of the caller.
+        fingerprints (`dict`): of training and trusted rows, where no weights hold them.
         more (`dict`): further facts about the weights.
     """
 
@@ -73,6 +74,7 @@ class RunFacts:
     resampled: bool
     rows: int
     streamed: bool
+    fingerprints: dict[str, str] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class RunFacts:
         parent = GRPOConfig if self.kind == "refine" else SFTConfig
         ours = {each.name for each in fields(args)} - {each.name for each in fields(parent)}
         sets = {} if self.trusted is None else self.trusted.sets
-        identity = {} if weights is None else weights.identity
+        identity = self.fingerprints if weights is None else weights.identity
         device = args.device
         return {
             "format": FORMAT,

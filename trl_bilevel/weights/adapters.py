@@ -33,6 +33,7 @@ class Adapter:
 
     def __init__(self, layers: Sequence[torch.nn.Module], seed: int):
         self.sites = adapted_modules(layers)
+        self.lowest = layers[len(layers) - upper_layers(len(layers))]
         self.values: list[torch.nn.Parameter] = []
         for name, module in self.sites:
             inner, outer = widths(module)
@@ -49,6 +50,8 @@ class Adapter:
             module.register_forward_hook(self._hook(self.values[2 * n], self.values[2 * n + 1]))
             for n, (_, module) in enumerate(self.sites)
         ]
+        # With an adapter and gradient checkpointing, transformers has the embeddings' output require a gradient.
+        handles.append(self.lowest.register_forward_pre_hook(_detached, with_kwargs=True))
         try:
             yield
         finally:
@@ -80,6 +83,12 @@ class Adapter:
         """Restore what `tensors` gave."""
         for n, value in enumerate(self.values):
             value.copy_(tensors[f"{prefix}.{n}"])
+
+
+def _detached(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hidden states come as the first argument, or by name."""
+    own = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
+    return own, {name: value.detach() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
 
 def upper_layers(count: int) -> int:

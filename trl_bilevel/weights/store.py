@@ -57,9 +57,13 @@ class Store:
         """Write tensors under a name; with `pause`, not more often than every `PAUSE` seconds."""
         if self.folder is None or (pause and time.monotonic() - self._written < PAUSE):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.safetensors"
-        atomically(path, lambda file: save_file(tensors, file, metadata={"key": self.key}))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomically(path, lambda file: save_file(tensors, file, metadata={"key": self.key}))
+        except OSError as error:
+            logger.warning(f"{path} could not be written ({error}): choosing could not go on from there, if killed.")
+            self.folder = None
         self._written = time.monotonic()
 
     def remove(self) -> None:
