@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from trl_bilevel.core.calibration import FLOOR, Calibration, calibrate
 from trl_bilevel.core.prediction import (
     cross_predictions,
     fit_weight_predictor,
@@ -12,7 +13,6 @@ from trl_bilevel.core.prediction import (
     recalibrated,
     smoothed_logits,
 )
-from trl_bilevel.core.calibration import FLOOR, Calibration, calibrate
 
 
 @pytest.fixture
