@@ -95,6 +95,7 @@ def test_resume_is_exact(name, adapter, config, tiny_model, train_rows, validati
     )
     assert losses(resumed) == losses(whole)
     assert torch.equal(resumed.sample_weights(), whole.sample_weights())
+    assert float(whole.sample_weights().std()) > 0
     state = resumed.weights.tensors()
     for name_, tensor in whole.weights.tensors().items():
         assert torch.equal(state[name_].nan_to_num(7), tensor.nan_to_num(7)), name_
