@@ -82,7 +82,7 @@ def facts_of(
         "comparisons": comparisons,
         "baseline": baseline,
         "rows_file": Path(run.told("rows_file", otherwise=WEIGHTED_FILE)).name,
-        "missing": run.missing,
+        "wrong": list(run.wrong.items()),
         "last_step": max((entry["step"] for entry in run.history), default=0),
         "rows": len(live),
         "ess": ess,
