@@ -35,9 +35,9 @@ def test_the_numbers_that_matter_on_a_terminal(trainer, screen):
     with training.shown_progress(trainer):
         (shown,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, training.RunProgress)]
         trainer.train()
-    assert set(shown.numbers) == {"loss", "eval", "validation", "ESS"}
+    assert set(shown.numbers) == {"loss", "eval_loss", "validation", "selector/ess"}
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert shown.numbers["ESS"] == f"{logged[-1]['selector/ess']:.3f}"
+    assert shown.numbers["selector/ess"] == f"{logged[-1]['selector/ess']:.3f}"
     shown_there = screen()
     assert "validation=" in shown_there and "4/4" in shown_there and "'loss'" not in shown_there
     assert shown.training_bar is None

@@ -48,6 +48,6 @@ def report_line(trainer: Any, rows_file: str | None = None) -> str:
         return f"Report: {write_report(trainer, rows_file=rows_file)}"
     except Exception as error:
         missing = what_to_install(error) if isinstance(error, ImportError) else None
-        if missing is not None:
-            return missing.replace("This", "The report", 1)
-        return f"The report could not be written: {type(error).__name__}: {error}"
+        return (missing or f"This could not be written: {type(error).__name__}: {error}").replace(
+            "This", "The report", 1
+        )

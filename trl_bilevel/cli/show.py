@@ -7,6 +7,8 @@ from typing import Any
 
 # A text, or a text and the style that rich draws it in.
 Cell = str | tuple[str, str]
+Facts = Sequence[tuple[str, str]]
+Lines = Sequence[str]
 # Characters of a text that is cut to one line.
 CUT = 60
 
@@ -23,20 +25,14 @@ def terminal() -> Any:
 
 def say(text: str = "", style: str = "") -> None:
     """Print a sentence; it is never broken into lines, so that a command in it can be copied."""
-    console = terminal() if style else None
-    if console is None:
-        print(text)
-    else:
+    if style and (console := terminal()) is not None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(text)
 
 
 def table(
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[Cell]],
-    *,
-    right: Container[str] = (),
-    cut: Container[str] = (),
+    title: str, columns: Lines, rows: Iterable[Sequence[Cell]], *, right: Container[str] = (), cut: Container[str] = ()
 ) -> None:
     """Print a table, its title above it, without a header if no column has a name.
 
@@ -72,9 +68,7 @@ def _plain(cell: Cell, cut: bool) -> str:
     return f"{text[: CUT - 3]}..." if cut and len(text) > CUT else text
 
 
-def show_summary(
-    title: str, facts: Sequence[tuple[str, str]], notes: Sequence[str] = (), following: Sequence[str] = ()
-) -> None:
+def show_summary(title: str, facts: Facts, notes: Lines = (), following: Lines = ()) -> None:
     """Print what a command says at its end: facts as a table or as lines; then notes, and commands to run next."""
     lines = [*notes, *(f"Next: {command}" for command in following)]
     if terminal() is not None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import ProgressCallback
 
 from ..core.statistics import rows_carrying
+from ..report.text import duration
 from .arguments import resume_argument
-from .show import show_summary
+from .report import report_line
+from .show import Facts, Lines, show_summary
 
-# What the bar shows of the logs.
-SHOWN = {"loss": "loss", "eval_loss": "eval", "round/trained_loss": "selection", "selector/ess": "ESS"}
+# What the bar shows of the logs and the record.
+SHOWN = ("loss", "eval_loss", "validation", "selector/ess", "round/trained_loss")
 
 
-def run_training(trainer: Any, script_args: Any, written: Sequence[str] = ()) -> None:
+def run_training(trainer: Any, script_args: Any, written: Lines = ()) -> None:
     """Train with progress shown, save the model, and upload it if asked for.
 
     Args:
@@ -39,19 +41,9 @@ def run_training(trainer: Any, script_args: Any, written: Sequence[str] = ()) ->
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
-def finish(
-    trainer: Any,
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    notes: Sequence[str],
-    following: Sequence[str],
-    rows_file: str | None = None,
-) -> None:
-    """Write the report, say what came of a run (see `show_summary`) and how long it took, and end it."""
-    from ..report.text import duration
-    from .report import report_line
-
-    line = report_line(trainer, rows_file)
+def finish(trainer: Any, title: str, facts: Facts, notes: Lines, following: Lines, rows: str | None = None) -> None:
+    """Write the report (of rows in the file `rows`), say what came of a run and how long it took, and end it."""
+    line = report_line(trainer, rows)
     seconds = trainer.record.seconds
     if seconds.get("total"):
         share = (seconds["selection"] + seconds["validation"]) / seconds["total"]
@@ -67,15 +59,14 @@ class RunProgress(ProgressCallback):
 
     def __init__(self, trainer: Any):
         super().__init__()
-        self.trainer, self.numbers = trainer, {}
+        self.record = trainer.record
+        self.numbers: dict[str, str] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Losses, the effective sample size, and the latest loss on trusted rows."""
         if self.training_bar is not None:
-            validation = [entry["total"] for entry in self.trainer.record.validation[-1:]]
-            found = [(short, logs[name]) for name, short in SHOWN.items() if name in logs]
-            found += [("validation", loss) for loss in validation]
-            self.numbers |= {name: f"{float(value):.3f}" for name, value in found}
+            told = logs | ({"validation": self.record.validation[-1]["total"]} if self.record.validation else {})
+            self.numbers |= {name: f"{float(told[name]):.3f}" for name in SHOWN if name in told}
             self.training_bar.set_postfix(self.numbers)
 
 

@@ -19,6 +19,7 @@ from .findings import facts_of, notes
 from .rounds import rounds_of
 from .rows import SAMPLE, categories_of, row_table
 from .run import Run, load_run
+from .svg import save_png
 from .text import FOLDER, TEMPLATES, clean, script_json
 
 # Trusted rows whose text explains scores, and its length.
@@ -79,7 +80,7 @@ def write_report(
         pictures = target.parent / PICTURES
         pictures.mkdir(exist_ok=True)
         for chart in drawn:
-            chart.png(pictures)
+            save_png(chart.draw, pictures / f"{chart.name}.png", chart.size)
     return target
 
 
@@ -143,14 +144,12 @@ def _policy(style: str, script: str) -> str:
 def _trusted(run: Run) -> list[dict[str, Any]]:
     """The trusted rows with a score, by score; the first of them with their texts."""
     rows = [row for row in run.pilot.get("trusted", []) if isinstance(row.get("score"), int | float)]
-    out: list[dict[str, Any]] = []
-    texts = 0
-    for row in sorted(rows, key=lambda row: row["score"]):
-        out.append({"score": round(row["score"], 5), "set": row.get("set", "")})
-        if "answer" in row and texts < TRUSTED:
-            asked, answer = clean(row.get("prompt", ""), TRUSTED_TEXT), clean(row["answer"], TRUSTED_TEXT)
-            out[-1] |= {"question": asked, "answer": answer}
-            texts += 1
+    rows.sort(key=lambda row: row["score"])
+    out = [{"score": round(row["score"], 5), "set": row.get("set", "")} for row in rows]
+    told = [(row, entry) for row, entry in zip(rows, out, strict=True) if "answer" in row]
+    for row, entry in told[:TRUSTED]:
+        entry["question"] = clean(row.get("prompt", ""), TRUSTED_TEXT)
+        entry["answer"] = clean(row["answer"], TRUSTED_TEXT)
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from ..core.statistics import effective_sample_size, evenly_spaced, rows_carryin
 from .findings import CARRIED, WORDS
 from .rows import Category
 from .run import Run
-from .svg import SIZE, Draw, render, save_png
+from .svg import SIZE, Draw, render
 from .text import clean, fill
 
 Points = Sequence[tuple[int, float]]
@@ -31,8 +30,7 @@ class Chart:
         draw: into axes.
         rows (`list[list[str]]`): its numbers.
         facts: for its entry in `words.toml`: `title`, what it says (`text`), and the `header` of its numbers.
-        words: the entry, if not that of its name.
-        header: if not that of the entry.
+        words, header: the entry, if not that of its name; the header, if the entry has none.
         size: inches.
     """
 
@@ -56,10 +54,6 @@ class Chart:
     def svg(self) -> Markup:
         """Inline SVG."""
         return render(self.draw, self.name, f"{self.title}. {self.text}", self.size)
-
-    def png(self, folder: Path) -> None:
-        """Write the chart as PNG into a folder."""
-        save_png(self.draw, folder / f"{self.name}.png", self.size)
 
 
 def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> Iterator[Chart]:
@@ -195,13 +189,16 @@ def _losses(run: Run, baseline: Run | None) -> Iterator[Chart]:
 
 def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
     """Selection loss of both candidates of each round."""
-    entries = [e for e in ledger if e.get("incoming_loss") is not None and e.get("trained_loss") is not None]
-    places = [e["round"] for e in entries]
+    entries = [
+        (e["round"], e["incoming_loss"], e["trained_loss"], bool(e.get("kept")))
+        for e in ledger
+        if e.get("incoming_loss") is not None and e.get("trained_loss") is not None
+    ]
+    places = [entry[0] for entry in entries]
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        for entry in entries:
-            role, line, marker = ("trusted", "-", "^") if entry.get("kept") else ("warn", ":", "x")
-            x, before, after = entry["round"], entry["incoming_loss"], entry["trained_loss"]
+        for x, before, after, kept in entries:
+            role, line, marker = ("trusted", "-", "^") if kept else ("warn", ":", "x")
             axes.plot([x, x], [before, after], color=colours[role], linewidth=1.5, linestyle=line)
             axes.plot([x], [before], "o", color=colours["other"], markersize=6)
             axes.plot([x], [after], marker, color=colours[role], markersize=8)
@@ -214,15 +211,8 @@ def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
         axes.margins(x=0.1, y=0.2)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
-    rows = [
-        [
-            str(e["round"]),
-            f"{e['incoming_loss']:.4f}",
-            f"{e['trained_loss']:.4f}",
-            "kept" if e.get("kept") else "rolled back",
-        ]
-        for e in entries
-    ]
+    decided = {True: "kept", False: "rolled back"}
+    rows = [[str(x), f"{before:.4f}", f"{after:.4f}", decided[kept]] for x, before, after, kept in entries]
     facts = {"kept": sum(bool(e.get("kept")) for e in ledger), "rounds": len(ledger)}
     return Chart("rounds", "rounds", draw, rows, facts)
 

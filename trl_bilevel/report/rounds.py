@@ -18,9 +18,7 @@ PER_ROUND, IN_ALL = 6, 48
 
 
 def rounds_of(run: Run) -> list[dict[str, Any]]:
-    """For each round its ledger entry (`entry`), the `questions` that its responses answer, and how many there are in
-    all (`all_questions`).
-    """
+    """For each round its ledger `entry`, some `questions` that its responses answer, and the number of all of them."""
     share = min(PER_ROUND, max(1, IN_ALL // max(1, len(run.ledger))))
     folder = find_private(run.folder, RESPONSES)
     out = []

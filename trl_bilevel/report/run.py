@@ -20,7 +20,6 @@ from ..data.private import WEIGHTED as WEIGHTED_FILE
 
 FORMAT = 1
 WEIGHT = "data_weight"
-TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass
@@ -60,11 +59,6 @@ class Run:
         for name in names:
             found = found.get(name) if isinstance(found, dict) else None
         return otherwise if found is None else found
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that the record holds."""
-        return self.told("settings", otherwise={})
 
     @property
     def ranked(self) -> bool:
@@ -198,7 +192,7 @@ def _history(run: Run) -> list[dict[str, Any]]:
     found = [run.record.get("log_history") or []]
     for path in [] if run.record or run.pilot else run.folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
-            found.append(read_json(path / TRAINER_STATE).get("log_history") or [])
+            found.append(read_json(path / "trainer_state.json").get("log_history") or [])
     entries = [[e for e in log if isinstance(e, dict) and isinstance(e.get("step"), int)] for log in found]
     return max(entries, key=lambda log: max((e["step"] for e in log), default=-1))
 
