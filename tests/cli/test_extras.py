@@ -51,7 +51,7 @@ def test_what_needs_the_extra_says_so(arguments, package):
 
 
 def test_write_report_says_so_too():
-    code, _, error = without_extra("from trl_bilevel import write_report")
+    code, _, error = without_extra("from trl_bilevel import write_report; write_report('out')")
     assert code == 1 and "ImportError: This needs matplotlib" in error and 'pip install "trl-bilevel[report]"' in error
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from trl_bilevel.cli.main import main
-from trl_bilevel.cli.report import report_lines
+from trl_bilevel.cli.report import report_line
 
 
 def test_report_of_a_folder(make_run, capsys, tmp_path):
@@ -29,7 +29,7 @@ def test_a_wrong_folder_is_told(folder, message, tmp_path, monkeypatch, capsys):
 def test_a_report_that_fails_does_not_fail_the_run(monkeypatch):
     trainer = type("Trainer", (), {"args": type("Args", (), {"output_dir": "out"})})()
     monkeypatch.setattr("trl_bilevel.report.write_report", lambda *a, **k: 1 / 0)
-    assert "ZeroDivisionError" in report_lines(trainer)[0]
+    assert "ZeroDivisionError" in report_line(trainer)
 
 
 def test_a_report_needs_no_torch(make_run):

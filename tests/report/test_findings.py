@@ -7,7 +7,7 @@ import pytest
 
 from tests.report.conftest import record_of
 from trl_bilevel.report.compare import compare
-from trl_bilevel.report.findings import cards, findings, verdict
+from trl_bilevel.report.findings import facts_of, notes
 from trl_bilevel.report.rows import categories_of
 from trl_bilevel.report.run import Run, load_run
 from trl_bilevel.report.text import duration
@@ -17,6 +17,14 @@ def made(weights=None, ledger=(), **changes):
     weights = np.array(weights if weights is not None else [0.1, 0.5, 1.4, 2.0], dtype=float)
     record = record_of(len(weights), **changes)
     return Run(None, record=record, history=record["log_history"], weights=weights, ledger=list(ledger))
+
+
+def verdict(run, comparisons=(), baseline=None):
+    return next(notes("verdict", facts_of(run, (), comparisons, baseline)))
+
+
+def findings(run, categories=()):
+    return list(notes("finding", facts_of(run, categories)))
 
 
 def evaluated(*losses, fingerprint="cc"):
@@ -70,21 +78,21 @@ def test_other_rows_are_not_compared():
 def test_without_a_baseline_no_gain_is_claimed():
     run = made()
     run.folder = type("Folder", (), {"resolve": lambda self: type("P", (), {"name": "out"})})()
-    found = verdict(run, [], None)
+    found = verdict(run)
     assert "whether they helped is not measured" in found.title and "trl-bilevel report out --baseline" in found.text
 
 
 def test_other_verdicts():
     run = made()
     run.record["weights"] = {"learned": False, "given": True}
-    assert "No weights were learned" in verdict(run, [], None).title
-    assert "Nothing was selected" in verdict(made(np.linspace(0.99, 1.01, 50)), [], None).title
-    assert "interrupted at step 40" in verdict(made(finished=False), [], None).title
+    assert "No weights were learned" in verdict(run).title
+    assert "Nothing was selected" in verdict(made(np.linspace(0.99, 1.01, 50))).title
+    assert "interrupted at step 40" in verdict(made(finished=False)).title
     kept = {"round": 0, "kept": True, "incoming_loss": 2.0, "trained_loss": 1.0}
     kept |= {"difference": -1.0, "standard_error": 0.1}
-    assert verdict(made(ledger=[kept, kept | {"kept": False}]), [], None).title == "1 of 2 rounds were kept"
-    assert "None of 1 rounds" in verdict(made(ledger=[kept | {"kept": False}]), [], None).title
-    assert "may be noise" in verdict(made(ledger=[kept | {"standard_error": 0.6}]), [], None).text
+    assert verdict(made(ledger=[kept, kept | {"kept": False}])).title == "1 of 2 rounds were kept"
+    assert "None of 1 rounds" in verdict(made(ledger=[kept | {"kept": False}])).title
+    assert "may be noise" in verdict(made(ledger=[kept | {"standard_error": 0.6}])).text
 
 
 def test_what_to_look_at(make_run):
@@ -94,22 +102,22 @@ def test_what_to_look_at(make_run):
     run.history += [{"step": 50, "eval_loss": 9.0}]
     run.record["seconds"]["selection"] = 6.0
     run.record["finished"] = False
-    starved = [f.text for f in findings(run, categories_of(run), []) if f.title == "A kind of rows that counts little"]
+    starved = [f.text for f in findings(run, categories_of(run)) if f.title == "A kind of rows that counts little"]
     assert starved == [f"source = {name}: 33% of the rows, 0% of the weight." for name in ("forum", "web")]
-    found = {f.title: f for f in findings(run, categories_of(run), [])}
-    assert found["Few trusted rows"].level == "warning"
+    found = {f.title: f for f in findings(run, categories_of(run))}
+    assert found["Few trusted rows"].tone == "warning"
     assert "step 40 (3.5000) and ended at 9.0000" in found["The eval loss rose again"].text
     assert "60% of the time" in found["Choosing the weights took long"].text
     assert {"The run did not finish", "Read the rows at both ends"} <= set(found)
     run.weights = np.array([600.0] + 598 * [0.0] + [np.nan])
     del run.__dict__["live"]
-    found = {f.title: f.text for f in findings(run, [], [])}
+    found = {f.title: f.text for f in findings(run)}
     assert "0.2%" in found["Few rows carry the training"]
     assert "1 of 600 rows" in found["Rows were dropped in preparation"] and "598" in found["Rows without any weight"]
 
 
 def test_cards_and_durations():
-    values = {card.label: card.value for card in cards(made())}
+    values = {card.title: card.value for card in notes("card", facts_of(made()))}
     assert values["Rows that carry 80% of the weight"] == "2"
     assert values["Loss on trusted rows"] == "3.500" and values["Time"] == "10.0 s"
     assert [duration(s) for s in (59.9, 61, 7260)] == ["59.9 s", "1 min 1 s", "2 h 1 min"]

@@ -9,12 +9,17 @@ import pytest
 
 from tests.report.conftest import write_json
 from trl_bilevel.report import write_report
+from trl_bilevel.report.findings import facts_of, notes
 from trl_bilevel.report.run import load_run
+
+
+def missing(run):
+    return [note.text for note in notes("finding", facts_of(run)) if note.title == "Not in this report"]
 
 
 def test_a_whole_run(make_run):
     run = load_run(make_run())
-    assert run.finished and run.learned and not run.missing
+    assert run.finished and run.learned and not missing(run)
     assert len(run.weights) == 60 and run.weights.mean() == pytest.approx(1, abs=1e-5)
     assert np.isfinite(run.scores[::2]).all() and np.isnan(run.scores[1::2]).all()
     assert run.ranks[np.nanargmax(run.weights)] == 0
@@ -39,20 +44,20 @@ def test_without_a_record_the_weighted_rows_and_a_checkpoint_are_read(make_run):
     (folder / "checkpoint-30" / "trainer_state.json").write_text('{"log_hist')
     run = load_run(folder)
     assert len(run.weights) == 60 and run.points("loss")[-1] == (20, 1.0)
-    assert "no record" in run.missing[0]
+    assert "no record" in missing(run)[0]
 
 
 def test_an_interrupted_run(make_run):
     run = load_run(make_run(weighted=False, finished=False))
-    assert not run.finished and run.rows_file is None and "weighted.parquet" in run.missing[0]
+    assert not run.finished and run.rows_file is None and "weighted.parquet" in missing(run)[0]
 
 
 def test_rows_of_another_run_are_not_shown_as_this_ones(make_run):
     folder, other = make_run(), make_run("other", rows=10)
     run = load_run(folder, other / "weighted.parquet")
-    assert run.rows_file is None and "has 10 rows, the run had 60" in run.missing[0]
+    assert run.rows_file is None and "has 10 rows, the run had 60" in missing(run)[0]
     (folder / "weighted.parquet").write_bytes(b"PAR1 cut off")
-    assert "cannot be read" in load_run(folder).missing[0]
+    assert "cannot be read" in missing(load_run(folder))[0]
 
 
 def test_a_damaged_record_is_as_good_as_none(make_run):
@@ -109,17 +114,17 @@ def test_weights_tell_the_rows_of_an_earlier_run(make_run, tmp_path):
     stale = stale.append_column("data_weight", pa.array(np.linspace(0, 2, 60), pa.float32()))
     pq.write_table(stale, folder / "weighted.parquet")
     run = load_run(folder)
-    assert run.rows_file is None and "weighted.parquet has other weights than this run" in run.missing[0]
-    assert load_run(folder, elsewhere).rows_file == elsewhere and not load_run(folder, elsewhere).missing
+    assert run.rows_file is None and "weighted.parquet has other weights than this run" in missing(run)[0]
+    assert load_run(folder, elsewhere).rows_file == elsewhere and not missing(load_run(folder, elsewhere))
     # The file that the run noted comes after one that is not its own.
     record = json.loads((folder / "_record" / "run.json").read_text()) | {"rows_file": str(elsewhere)}
     write_json(folder / "_record" / "run.json", record)
     run = load_run(folder)
-    assert run.rows_file == elsewhere and "its rows are left out" in run.missing[0].lower()
+    assert run.rows_file == elsewhere and "its rows are left out" in missing(run)[0].lower()
     write_json(folder / "_record" / "run.json", record | {"rows_file": "w.jsonl"})
-    assert "The rows of this run are in w.jsonl" in load_run(folder).missing[1]
+    assert "The rows of this run are in w.jsonl" in missing(load_run(folder))[1]
     pq.write_table(stale.drop_columns("data_weight"), folder / "weighted.parquet")
-    assert "has no column data_weight" in load_run(folder).missing[0]
+    assert "has no column data_weight" in missing(load_run(folder))[0]
 
 
 def test_given_weights_are_known_by_their_proportions(make_run):
@@ -132,7 +137,7 @@ def test_given_weights_are_known_by_their_proportions(make_run):
     given = pa.table({"prompt": ["a"] * 60, "data_weight": 5 * np.nan_to_num(own, nan=9.0)})
     pq.write_table(given, folder / "weighted.parquet")
     run = load_run(folder)
-    assert run.rows_file is not None and not run.missing
+    assert run.rows_file is not None and not missing(run)
 
 
 def test_a_run_without_weights_takes_none_of_another(make_run):
@@ -140,13 +145,13 @@ def test_a_run_without_weights_takes_none_of_another(make_run):
     folder = make_run(pilot=False, weights=weights)
     (folder / "_record" / "weights.parquet").unlink()
     run = load_run(folder)
-    assert run.weights is None and run.rows_file is None and "weighted.parquet is not of this run" in run.missing[0]
+    assert run.weights is None and run.rows_file is None and "weighted.parquet is not of this run" in missing(run)[0]
     page = write_report(folder).read_text()
     assert "all rows count the same" in page and "answer 1" not in page
     # Weights that were learned, and are lost.
     write_json(folder / "_record" / "run.json", json.loads(json.dumps(run.record | {"weights": {"learned": True}})))
     run = load_run(folder)
-    assert run.weights is None and "The weights that this run learned are not in this folder" in run.missing[0]
+    assert run.weights is None and "The weights that this run learned are not in this folder" in missing(run)[0]
 
 
 def test_what_an_earlier_run_left_is_not_mixed_into_a_later_one(make_run):

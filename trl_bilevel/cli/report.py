@@ -17,16 +17,11 @@ def make_parser() -> argparse.ArgumentParser:
         description="Write the report of a run: one HTML file that opens from disk, without a network.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a run, finished or not")
-    parser.add_argument(
-        "--baseline",
-        type=Path,
-        metavar="RUN_DIR",
-        help="a run with weight_estimator none, all else equal: did selection help?",
-    )
+    baseline = "a run with weight_estimator none, all else equal: did selection help?"
+    parser.add_argument("--baseline", type=Path, metavar="RUN_DIR", help=baseline)
     parser.add_argument("--output", type=Path, help="file to write; default: RUN_DIR/_rows/report.html")
-    parser.add_argument(
-        "--rows", type=Path, metavar="FILE", help="the weighted rows; default: RUN_DIR/_rows/weighted.parquet"
-    )
+    rows = "the weighted rows; default: RUN_DIR/_rows/weighted.parquet"
+    parser.add_argument("--rows", type=Path, metavar="FILE", dest="rows_file", help=rows)
     parser.add_argument("--png", action="store_true", help="write the charts as PNG too, for papers")
     return parser
 
@@ -36,15 +31,13 @@ def run(arguments: list[str]) -> None:
     options = make_parser().parse_args(arguments)
     from ..report import write_report
 
-    target = write_report(
-        options.run, baseline=options.baseline, output=options.output, png=options.png, rows_file=options.rows
-    )
+    target = write_report(**vars(options))
     print(f"Report written to {target}. Open it in a browser.")
     if options.png:
         print(f"Charts written to {target.parent / 'report_png'}.")
 
 
-def report_lines(trainer: Any, rows_file: str | None = None) -> list[str]:
+def report_line(trainer: Any, rows_file: str | None = None) -> str:
     """Write the report of a run that has just ended; what to tell the user of it.
 
     A report that fails is told, and takes nothing from the run: its model and weights are saved by now.
@@ -52,10 +45,9 @@ def report_lines(trainer: Any, rows_file: str | None = None) -> list[str]:
     try:
         from ..report import write_report
 
-        target = write_report(trainer, rows_file=rows_file)
+        return f"Report: {write_report(trainer, rows_file=rows_file)}"
     except Exception as error:
         missing = what_to_install(error) if isinstance(error, ImportError) else None
-        if missing is not None:
-            return [missing.replace("This", "The report", 1)]
-        return [f"The report could not be written: {type(error).__name__}: {error}"]
-    return [f"Report: {target}"]
+        return (missing or f"This could not be written: {type(error).__name__}: {error}").replace(
+            "This", "The report", 1
+        )

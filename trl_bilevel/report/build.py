@@ -12,15 +12,16 @@ from markupsafe import Markup
 from .._version import __version__
 from ..data.files import atomically
 from ..data.private import PICTURES, REPORT, WEIGHTED, private_path
-from .charts import charts
+from ..extras import what_to_install
+from .charts import Chart, charts
 from .compare import compare
-from .findings import cards, findings, verdict
+from .findings import facts_of, notes
 from .rounds import rounds_of
 from .rows import SAMPLE, categories_of, row_table
 from .run import Run, load_run
-from .text import clean, duration, script_json
+from .svg import save_png
+from .text import FOLDER, TEMPLATES, clean, script_json
 
-TEMPLATES = Path(__file__).parent / "templates"
 # Trusted rows whose text explains scores, and its length.
 TRUSTED, TRUSTED_TEXT = 200, 300
 
@@ -57,6 +58,10 @@ def write_report(
         ValueError: if a folder holds no run, or one that this version cannot read, or a file has the wrong ending.
         ImportError: if the extra `report` is not installed.
     """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(what_to_install(error), name=error.name) from error
     trained = not isinstance(run, str | Path)
     folder = _save(run, rows_file) if trained else Path(run)
     target = Path(output) if output is not None else private_path(folder, REPORT)
@@ -75,39 +80,29 @@ def write_report(
         pictures = target.parent / PICTURES
         pictures.mkdir(exist_ok=True)
         for chart in drawn:
-            chart.png(pictures)
+            save_png(chart.draw, pictures / f"{chart.name}.png", chart.size)
     return target
 
 
-def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Any]]:
+def render_page(run: Run, baseline: Run | None = None) -> tuple[str, list[Chart]]:
     """The HTML of a report, and its charts."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    name, other = clean(run.name, 80), None if baseline is None else clean(baseline.name, 80)
+    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    other = None if baseline is None else clean(baseline.name, 80)
     categories = categories_of(run)
-    comparisons = [] if baseline is None else compare(run, baseline)
-    drawn = charts(run, categories, baseline)
+    facts = facts_of(run, categories, [] if baseline is None else compare(run, baseline), other)
+    drawn = list(charts(run, categories, baseline))
     table = row_table(run, categories) if len(run.live) else None
-    page = environment.get_template("report.html.j2").render(
+    page = TEMPLATES.get_template("report.html.j2").render(
         run=run,
-        title=name,
         baseline=other,
-        verdict=verdict(run, comparisons, other),
-        cards=cards(run),
-        findings=findings(run, categories, comparisons),
+        verdict=next(notes("verdict", facts)),
+        cards=list(notes("card", facts)),
+        findings=sorted(notes("finding", facts), key=lambda finding: finding.tone != "warning"),
         charts=drawn,
         table=table,
         sample=SAMPLE,
         data=script_json({"rows": table, "trusted": _trusted(run), "why": _why(run)}) if table else None,
         rounds=rounds_of(run),
-        costs=_costs(run),
-        settings=[(clean(name), clean(value, 200)) for name, value in run.settings.items() if value is not None],
-        facts=_facts(run),
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
@@ -149,14 +144,12 @@ def _policy(style: str, script: str) -> str:
 def _trusted(run: Run) -> list[dict[str, Any]]:
     """The trusted rows with a score, by score; the first of them with their texts."""
     rows = [row for row in run.pilot.get("trusted", []) if isinstance(row.get("score"), int | float)]
-    out: list[dict[str, Any]] = []
-    texts = 0
-    for row in sorted(rows, key=lambda row: row["score"]):
-        out.append({"score": round(row["score"], 5), "set": row.get("set", "")})
-        if "answer" in row and texts < TRUSTED:
-            asked, answer = clean(row.get("prompt", ""), TRUSTED_TEXT), clean(row["answer"], TRUSTED_TEXT)
-            out[-1] |= {"question": asked, "answer": answer}
-            texts += 1
+    rows.sort(key=lambda row: row["score"])
+    out = [{"score": round(row["score"], 5), "set": row.get("set", "")} for row in rows]
+    told = [(row, entry) for row, entry in zip(rows, out, strict=True) if "answer" in row]
+    for row, entry in told[:TRUSTED]:
+        entry["question"] = clean(row.get("prompt", ""), TRUSTED_TEXT)
+        entry["answer"] = clean(row["answer"], TRUSTED_TEXT)
     return out
 
 
@@ -166,56 +159,7 @@ def _why(run: Run) -> dict[str, Any]:
     return {
         "known": bool(run.record),
         "given": bool(run.told("weights", "given")),
-        "online": bool(run.told("weights", "online")),
-        "smoothed": run.smoothed,
+        "smoothed": run.told("weights", "smoothing") is not None,
         "group": clean(group) if group else None,
         "texts": run.rows_file is not None,
     }
-
-
-def _costs(run: Run) -> list[tuple[str, str, str]]:
-    """Where the time went: label, time, share."""
-    total = run.told("seconds", "total") or 0.0
-    if not total:
-        return []
-    chosen = run.told("seconds", "selection", otherwise=0.0) if run.learned else 0.0
-    watched = run.told("seconds", "validation", otherwise=0.0)
-    parts = []
-    if run.learned:
-        parts.append(("Choosing the weights (pilot run, scores, predictions)", chosen))
-        if run.pilot.get("seconds"):
-            parts.append(("of it the pilot run alone", run.pilot["seconds"]))
-    rest = max(0.0, total - chosen - watched)
-    if run.ranked:
-        parts += [("Loading the model, reading and preparing the rows", rest)] if rest else []
-    else:
-        parts += [("Training", rest), ("Watching the loss on trusted rows, for this report", watched)]
-    return [(label, duration(value), f"{value / total:.1%}") for label, value in [*parts, ("Total", total)]]
-
-
-def _facts(run: Run) -> list[tuple[str, str]]:
-    """What the run was, as far as its record says."""
-    if not run.record:
-        return []
-    used = "{:,} of them with a weight" if run.ranked else "trained on {:,}"
-    sets = run.told("data", "validation", otherwise={})
-    versions = run.told("versions", otherwise={})
-    facts = {
-        "Model": [run.told("model")],
-        "Training rows": [_said("{:,}", run.told("data", "rows")), _said(used, run.told("data", "rows_trained_on"))],
-        "Trusted rows": [f"{name}: {entry.get('rows')} rows" for name, entry in sets.items()] or ["none"],
-        "Pilot run": [
-            _said("{} steps", run.pilot.get("steps")),
-            _said("{:,} rows scored", run.pilot.get("rows_scored")),
-            _said("{} trusted rows held back", len(run.pilot.get("trusted", [])) or None),
-        ],
-        "Steps": [_said(f"{{}} of {run.told('steps', 'planned')}", run.told("steps", "done"))],
-        "Device": [run.told("device"), _said("{} process(es)", run.told("processes"))],
-        "Versions": [f"{name} {version}" for name, version in versions.items()],
-    }
-    shown = [(label, ", ".join(part for part in parts if part)) for label, parts in facts.items()]
-    return [(label, clean(text, 300)) for label, text in shown if text]
-
-
-def _said(sentence: str, value: Any) -> str | None:
-    return None if value is None else sentence.format(value)

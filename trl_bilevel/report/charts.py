@@ -1,79 +1,77 @@
-"""The charts of a report: what is drawn, said in words, and listed as numbers."""
+"""The charts of a report: what is drawn, and listed as numbers. What they say is in `words.toml`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from ..core.statistics import effective_sample_size, evenly_spaced, rows_carrying
+from .findings import CARRIED, WORDS
 from .rows import Category
 from .run import Run
-from .svg import SIZE, Draw, render, save_png
-from .text import clean, signed
+from .svg import SIZE, Draw, render
+from .text import clean, fill
 
 Points = Sequence[tuple[int, float]]
 # Points of a line and rows of a table of numbers; more are not told apart.
 LINE_POINTS, TABLE_ROWS = 400, 25
 BINS = 36
-CARRIED = 0.8
 
 
-@dataclass
 class Chart:
     """A chart.
 
-    Attributes:
+    Args:
         name (`str`): unique; the name of its PNG.
         section (`str`): of the report.
-        title, text (`str`): heading, and what it says.
         draw: into axes.
-        header (`list[str]`), rows (`list[list[str]]`): its numbers.
+        rows (`list[list[str]]`): its numbers.
+        facts: for its entry in `words.toml`: `title`, what it says (`text`), and the `header` of its numbers.
+        words, header: the entry, if not that of its name; the header, if the entry has none.
         size: inches.
     """
 
-    name: str
-    section: str
-    title: str
-    text: str
-    draw: Draw
-    header: list[str]
-    rows: list[list[str]]
-    size: tuple[float, float] = SIZE
+    def __init__(
+        self,
+        name: str,
+        section: str,
+        draw: Draw,
+        rows: list[list[str]],
+        facts: dict[str, Any],
+        words: str | None = None,
+        header: Sequence[str] | None = None,
+        size: tuple[float, float] = SIZE,
+    ):
+        said = WORDS["chart"][words or name]
+        self.name, self.section, self.draw, self.rows, self.size = name, section, draw, rows, size
+        self.title, self.text = fill(said["title"], facts), fill(said["text"], facts)
+        self.header = header or [fill(text, facts) for text in said["header"]]
 
     @property
     def svg(self) -> Markup:
         """Inline SVG."""
         return render(self.draw, self.name, f"{self.title}. {self.text}", self.size)
 
-    def png(self, folder: Path) -> Path:
-        """Write the chart as PNG into a folder."""
-        path = folder / f"{self.name}.png"
-        save_png(self.draw, path, self.size)
-        return path
 
-
-def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> list[Chart]:
+def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> Iterator[Chart]:
     """All charts that the run has numbers for."""
-    out = []
     if len(run.live):
-        out += [weight_histogram(run.live), concentration(run.live)]
+        yield weight_histogram(run.live)
+        yield concentration(run.live)
     if run.scores is not None and np.isfinite(run.scores).any():
-        out.append(score_histogram(run.scores[np.isfinite(run.scores)], run.trusted_scores))
-    out += [category_shares(n, category) for n, category in enumerate(categories)]
-    out += _losses(run, baseline)
+        yield score_histogram(run.scores[np.isfinite(run.scores)], run.trusted_scores)
+    for number, category in enumerate(categories):
+        yield category_shares(number, category)
+    yield from _losses(run, baseline)
     if run.ledger:
-        out.append(rounds_chart(run.ledger))
-        evals = [(e["round"], e["eval_loss"]) for e in run.ledger if isinstance(e.get("eval_loss"), int | float)]
-        if len(evals) > 1:
-            text = f"After round {evals[0][0]}: {evals[0][1]:.4f}; after round {evals[-1][0]}: {evals[-1][1]:.4f}."
-            lines = {"eval loss": (evals, "main", "-")}
-            out.append(_lines("round_eval", "rounds", "Eval loss after each round", text, lines, "round"))
-    return out
+        yield rounds_chart(run.ledger)
+        points = [(e["round"], e["eval_loss"]) for e in run.ledger if isinstance(e.get("eval_loss"), int | float)]
+        if len(points) > 1:
+            lines = {"eval loss": (points, "main", "-")}
+            yield _lines("round_eval", lines, {"points": points}, "rounds", "round")
 
 
 def weight_histogram(weights: np.ndarray) -> Chart:
@@ -89,10 +87,8 @@ def weight_histogram(weights: np.ndarray) -> Chart:
         )  # fmt: skip
         axes.set(xlabel="weight (the mean is 1)", ylabel="rows", xlim=(0, edges[-1]))
 
-    light, heavy = float((weights < 0.1).mean()), float((weights > 1).mean())
-    text = f"{light:.0%} of the rows weigh less than a tenth of the average, {heavy:.0%} more than the average."
-    rows = _bins(counts, edges, 2)
-    return Chart("weights", "weights", "How the weights are spread", text, draw, ["Weight", "Rows"], rows)
+    facts = {"light": (weights < 0.1).mean(), "heavy": (weights > 1).mean()}
+    return Chart("weights", "weights", draw, _bins(counts, edges, 2), facts)
 
 
 def concentration(weights: np.ndarray) -> Chart:
@@ -113,13 +109,9 @@ def concentration(weights: np.ndarray) -> Chart:
         axes.set(xlabel="rows, heaviest first (%)", ylabel="share of the weight (%)", xlim=(0, 100), ylim=(0, 102))
         axes.legend(loc="lower right")
 
-    text = (
-        f"{carrying:,} of {count:,} rows ({carrying / count:.0%}) carry {CARRIED:.0%} of the weight. Effective sample "
-        f"size: {effective_sample_size(weights):.0%} of the rows."
-    )
+    facts = {"carrying": carrying, "count": count, "carried": CARRIED, "ess": effective_sample_size(weights)}
     rows = [[f"{s:.0%}", f"{held[round(s * count)]:.1%}"] for s in (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1)]
-    header = ["Rows, heaviest first", "Share of the weight"]
-    return Chart("concentration", "weights", "How many rows carry the weight", text, draw, header, rows)
+    return Chart("concentration", "weights", draw, rows, facts)
 
 
 def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
@@ -131,6 +123,7 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
         low, high = low - 0.5, high + 0.5
     counts, edges = np.histogram(np.clip(scores, low, high), np.linspace(low, high, BINS + 1))
     top = max(1, counts.max())
+    middle = float(np.median(trusted)) if len(trusted) else np.nan
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         _draw_bars(axes, colours, counts, edges, "{:,} training rows score {:.3f} to {:.3f}")
@@ -139,21 +132,14 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
                 trusted, np.full(len(trusted), -0.05 * top), "|", color=colours["trusted"], markersize=11,
                 markeredgewidth=1.8, label="trusted rows, held back", clip_on=False,
             )  # fmt: skip
-            axes.axvline(float(np.median(trusted)), color=colours["trusted"], linewidth=1.2, linestyle="--")
+            axes.axvline(middle, color=colours["trusted"], linewidth=1.2, linestyle="--")
         axes.set(xlabel="score (higher: training on the row helps the trusted rows more)", ylabel="rows")
         axes.set_ylim(bottom=-0.1 * top if len(trusted) else 0)
         axes.legend(loc="upper left")
 
-    text = f"{len(scores):,} training rows have a score, {signed(np.median(scores), 3)} in the middle."
-    if len(trusted):
-        share = float((scores >= np.median(trusted)).mean())
-        middle = signed(float(np.median(trusted)), 3)
-        text += (
-            f" The {len(trusted)} trusted rows that the pilot had not seen: {middle}; {share:.0%} of the training "
-            "rows reach that. Rows that score like trusted rows weigh most."
-        )
-    header = ["Score", "Training rows"]
-    return Chart("scores", "scores", "Where the scores lie", text, draw, header, _bins(counts, edges, 3))
+    facts = {"scores": scores, "middle": np.median(scores), "trusted": trusted}
+    facts |= {"trusted_middle": middle, "reach": (scores >= middle).mean()}
+    return Chart("scores", "scores", draw, _bins(counts, edges, 3), facts)
 
 
 def category_shares(number: int, category: Category) -> Chart:
@@ -178,50 +164,41 @@ def category_shares(number: int, category: Category) -> Chart:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
     most, least = (choose(shares, key=lambda share: share.mean) for choose in (max, min))
-    text = f"Mean weight of {most.value}: {most.mean:.2f}; of {least.value}: {least.mean:.2f}."
+    facts = {"column": category.column, "most": most, "least": least}
     rows = [[s.value, f"{s.rows:,}", f"{s.of_rows:.1%}", f"{s.of_weight:.1%}", f"{s.mean:.3f}"] for s in shares]
-    header = [category.column, "Rows", "Share of the rows", "Share of the weight", "Mean weight"]
     size = (SIZE[0], 1.2 + 0.32 * len(shares))
-    return Chart(f"category_{number}", "categories", f"Weight by {category.column}", text, draw, header, rows, size)
+    return Chart(f"category_{number}", "categories", draw, rows, facts, words="category", size=size)
 
 
-def _losses(run: Run, baseline: Run | None) -> list[Chart]:
-    out = []
-    for name, title, points in (
-        ("eval_loss", "Eval loss", lambda r: r.points("eval_loss")),
-        ("validation_loss", "Loss on trusted rows", lambda r: r.validation_points()),
-        ("loss", "Training loss", lambda r: r.points("loss")),
-    ):
-        mine = points(run)
-        if not mine:
-            continue
-        lines = {"this run": (mine, "main", "-")}
-        text = f"From {mine[0][1]:.3f} at step {mine[0][0]} to {mine[-1][1]:.3f} at step {mine[-1][0]}."
-        if baseline is not None and (other := points(baseline)):
-            lines["uniform"] = (other, "other", "--")
-            text += f" With uniform weights {other[-1][1]:.3f} at step {other[-1][0]}."
-        if name == "loss":
-            text += " Runs with other weights train on other rows: it says nothing of which is better."
-        out.append(_lines(name, "losses", title, text, lines))
+def _losses(run: Run, baseline: Run | None) -> Iterator[Chart]:
+    for name in ("eval_loss", "validation_loss", "loss"):
+        mine, other = (
+            [] if r is None else r.validation_points() if name == "validation_loss" else r.points(name)
+            for r in (run, baseline)
+        )
+        if mine:
+            lines = {"this run": (mine, "main", "-")} | ({"uniform": (other, "other", "--")} if other else {})
+            yield _lines(name, lines, {"mine": mine, "other": other})
     sets = {name: run.validation_points(name) for name in run.told("data", "validation", otherwise={})}
     sets = {clean(name, 40): points for name, points in sets.items() if len(points) > 1}
     if len(sets) > 1:
         roles, styles = ("main", "trusted", "warn", "other"), ("-", "--", ":", "-.")
         lines = {name: (points, roles[n % 4], styles[n // 4 % 4]) for n, (name, points) in enumerate(sets.items())}
-        text = "; ".join(f"{name}: {points[0][1]:.3f} to {points[-1][1]:.3f}" for name, points in sets.items()) + "."
-        out.append(_lines("validation_sets", "losses", "Loss on each set of trusted rows", text, lines))
-    return out
+        yield _lines("validation_sets", lines, {"sets": sets})
 
 
 def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
     """Selection loss of both candidates of each round."""
-    entries = [e for e in ledger if e.get("incoming_loss") is not None and e.get("trained_loss") is not None]
-    places = [e["round"] for e in entries]
+    entries = [
+        (e["round"], e["incoming_loss"], e["trained_loss"], bool(e.get("kept")))
+        for e in ledger
+        if e.get("incoming_loss") is not None and e.get("trained_loss") is not None
+    ]
+    places = [entry[0] for entry in entries]
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        for entry in entries:
-            role, line, marker = ("trusted", "-", "^") if entry.get("kept") else ("warn", ":", "x")
-            x, before, after = entry["round"], entry["incoming_loss"], entry["trained_loss"]
+        for x, before, after, kept in entries:
+            role, line, marker = ("trusted", "-", "^") if kept else ("warn", ":", "x")
             axes.plot([x, x], [before, after], color=colours[role], linewidth=1.5, linestyle=line)
             axes.plot([x], [before], "o", color=colours["other"], markersize=6)
             axes.plot([x], [after], marker, color=colours[role], markersize=8)
@@ -234,23 +211,17 @@ def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
         axes.margins(x=0.1, y=0.2)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
-    kept = sum(bool(e.get("kept")) for e in ledger)
-    text = f"{kept} of {len(ledger)} rounds lowered the loss on the selection rows, or left it, and were kept."
     decided = {True: "kept", False: "rolled back"}
-    rows = [
-        [str(e["round"]), f"{e['incoming_loss']:.4f}", f"{e['trained_loss']:.4f}", decided[bool(e.get("kept"))]]
-        for e in entries
-    ]
-    header = ["Round", "Before", "After", "Decision"]
-    return Chart("rounds", "rounds", "Selection loss of each round", text, draw, header, rows)
+    rows = [[str(x), f"{before:.4f}", f"{after:.4f}", decided[kept]] for x, before, after, kept in entries]
+    facts = {"kept": sum(bool(e.get("kept")) for e in ledger), "rounds": len(ledger)}
+    return Chart("rounds", "rounds", draw, rows, facts)
 
 
 def _lines(
     name: str,
-    section: str,
-    title: str,
-    text: str,
     lines: Mapping[str, tuple[Points, str, str]],
+    facts: dict[str, Any],
+    section: str = "losses",
     along: str = "optimizer step",
 ) -> Chart:
     """Losses along steps or rounds: of each line its points, the role of its colour, and its style."""
@@ -273,7 +244,7 @@ def _lines(
         for step in _few(steps, TABLE_ROWS)
     ]
     header = [along.capitalize(), *(f"{label}, nats per token" for label in lines)]
-    return Chart(name, section, title, text, draw, header, rows)
+    return Chart(name, section, draw, rows, facts, header=header)
 
 
 def _draw_bars(axes: Any, colours: dict[str, str], counts: np.ndarray, edges: np.ndarray, tip: str) -> None:

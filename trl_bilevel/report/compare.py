@@ -16,20 +16,14 @@ RELATIVE_CHANGE = 0.01
 
 @dataclass
 class Comparison:
-    """Losses at the end of both runs, in nats per token.
+    """Losses at the end of both runs, in nats per token; `warnings` say why they may not be comparable."""
 
-    Attributes:
-        rows (`str`): which rows, in words.
-        flattered (`bool`): True if these rows drove the weights.
-        run, baseline (`float`): the losses.
-        standard_error (`float`, *optional*): of their difference, paired over rows.
-        warnings (`list[str]`): why the two may not be comparable.
-    """
-
+    # Which rows, in words, and whether they drove the weights.
     rows: str
     flattered: bool
     run: float
     baseline: float
+    # Of the difference, paired over rows.
     standard_error: float | None = None
     warnings: list[str] = field(default_factory=list)
 

@@ -100,7 +100,7 @@ def categories_of(run: Run) -> list[Category]:
     """The categorical columns of the rows; that of a group selector first, however many values it has."""
     if run.rows_file is None or run.weights is None or not len(run.live):
         return []
-    group = run.settings.get("selector_group_column")
+    group = run.told("settings", "selector_group_column")
     with pq.ParquetFile(run.rows_file) as file:
         names = [field.name for field in file.schema_arrow if _may_be_categorical(field)]
         first = next(file.iter_batches(batch_size=LOOKED_AT, columns=names), None) if names else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +20,6 @@ from ..data.private import WEIGHTED as WEIGHTED_FILE
 
 FORMAT = 1
 WEIGHT = "data_weight"
-TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Run:
         scores (`ndarray` float64 `[N]`, *optional*): NaN for rows without a score.
         rows_file (`Path`, *optional*): parquet file with the rows' texts, whose weights are those of this run.
         ledger (`list[dict]`): rounds of a self-refining run.
-        missing (`list[str]`): sentences that say what the report lacks, and why.
+        wrong (`dict[str, str]`): files of rows that are left out, and why (see `mismatch`).
     """
 
     folder: Path
@@ -48,7 +46,7 @@ class Run:
     scores: np.ndarray | None = None
     rows_file: Path | None = None
     ledger: list[dict[str, Any]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    wrong: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -61,11 +59,6 @@ class Run:
         for name in names:
             found = found.get(name) if isinstance(found, dict) else None
         return otherwise if found is None else found
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that the record holds."""
-        return self.told("settings", otherwise={})
 
     @property
     def ranked(self) -> bool:
@@ -92,11 +85,6 @@ class Run:
     def learned(self) -> bool:
         """True if the weights were learned in this run (else they were given, or there are none)."""
         return bool(self.told("weights", "learned", otherwise=self.weights is not None))
-
-    @property
-    def smoothed(self) -> bool:
-        """True if a row's weight rests on what rows that look like it score, too."""
-        return self.told("weights", "smoothing") is not None
 
     @cached_property
     def trusted_scores(self) -> np.ndarray:
@@ -131,9 +119,7 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
     if not folder.is_dir():
         hint = " It is a file: give the folder that holds it." if folder.is_file() else ""
         raise FileNotFoundError(f"There is no run folder {folder}.{hint} Give the `output_dir` of a run.")
-    run = Run(folder)
-    run.record = read_json(folder / RECORD / "run.json")
-    run.pilot = read_json(folder / RECORD / "pilot.json")
+    run = Run(folder, read_json(folder / RECORD / "run.json"), read_json(folder / RECORD / "pilot.json"))
     for part in (run.record, run.pilot):
         if part and part.get("format") != FORMAT:
             raise ValueError(
@@ -144,14 +130,15 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
     run.history = _history(run)
     run.ledger = _ledger(find_private(folder, LEDGER))
     run.weights = _weights(run, files)
-    run.rows_file = next((path for path in files if mismatch(run, path) is None), None)
+    found = {path: mismatch(run, path) for path in files}
+    run.rows_file = next((path for path, wrong in found.items() if wrong is None), None)
+    run.wrong = {path.name: wrong for path, wrong in found.items() if wrong is not None}
     run.scores = _scores(run)
     if not (run.record or run.pilot or run.history or run.ledger or run.weights is not None):
         raise ValueError(
             f"{folder} holds no run: no {RECORD}/run.json, no checkpoint, no {WEIGHTED_FILE}, no ledger.jsonl. Give "
             "the `output_dir` of `trl-bilevel sft`, `refine` or `rank`, or of one of their trainers."
         )
-    run.missing = list(_missing(run, files))
     return run
 
 
@@ -171,21 +158,12 @@ def mismatch(run: Run, path: Path) -> str | None:
     values = _numbers(path, WEIGHT)
     if values is None:
         return f"has no column {WEIGHT}, by which its rows could be told from others"
-    if not _same_weights(values, run.weights):
+    # Weights that were given may have another mean, and may have been given to rows that were then dropped.
+    known = ~np.isnan(run.weights)
+    values, own = (part[known] * (known.sum() / (part[known].sum() or 1.0)) for part in (values, run.weights))
+    if not np.allclose(values, own, rtol=1e-5, atol=1e-6):
         return "has other weights than this run: it is of another one"
     return None
-
-
-def _same_weights(values: np.ndarray, own: np.ndarray) -> bool:
-    """True if a column holds the run's weights, to the accuracy of float32.
-
-    Weights that were given may have another mean, and may have been given to rows that were then dropped.
-    """
-    known = ~np.isnan(own)
-    values, own = values[known], own[known]
-    if not np.isfinite(values).all() or not values.sum() > 0 or not own.sum() > 0:
-        return bool(np.array_equal(values, own))
-    return np.allclose(values / values.mean(), own / own.mean(), rtol=1e-5, atol=1e-6)
 
 
 def _rows_files(run: Run, given: str | Path | None) -> list[Path]:
@@ -214,7 +192,7 @@ def _history(run: Run) -> list[dict[str, Any]]:
     found = [run.record.get("log_history") or []]
     for path in [] if run.record or run.pilot else run.folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
-            found.append(read_json(path / TRAINER_STATE).get("log_history") or [])
+            found.append(read_json(path / "trainer_state.json").get("log_history") or [])
     entries = [[e for e in log if isinstance(e, dict) and isinstance(e.get("step"), int)] for log in found]
     return max(entries, key=lambda log: max((e["step"] for e in log), default=-1))
 
@@ -231,18 +209,13 @@ def _weights(run: Run, files: list[Path]) -> np.ndarray | None:
 
 
 def _scores(run: Run) -> np.ndarray | None:
-    """Scores of the pilot, or the running mean of those of an online selector."""
-    if run.weights is None:
-        return None
-    record = run.folder / RECORD
-    ids, values = _numbers(record / "scores.parquet", "sample_id"), _numbers(record / "scores.parquet", "score")
-    if ids is None or values is None:
-        return _numbers(record / "weights.parquet", "mean_score")
-    places = ids.astype(np.int64)
-    if len(places) == 0 or places.max() >= len(run.weights):
+    """Scores of the pilot."""
+    path = run.folder / RECORD / "scores.parquet"
+    ids, values = _numbers(path, "sample_id"), _numbers(path, "score")
+    if run.weights is None or ids is None or values is None or ids.max(initial=0) >= len(run.weights):
         return None
     scores = np.full(len(run.weights), np.nan)
-    scores[places] = values
+    scores[ids.astype(np.int64)] = values
     return scores
 
 
@@ -253,30 +226,6 @@ def _numbers(path: Path, column: str) -> np.ndarray | None:
             return file.read([column])[column].to_numpy().astype(np.float64)
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _missing(run: Run, files: list[Path]) -> Iterator[str]:
-    """Sentences that say what a report of the run lacks, and why."""
-    if not run.record:
-        yield (
-            "This run has no record (it was made by an older version or another trainer, or stopped before its first "
-            "checkpoint): settings, scores, validation losses and times are not known."
-        )
-    if run.told("weights", "learned") and run.weights is None:
-        yield f"The weights that this run learned are not in this folder ({RECORD}/weights.parquet)."
-    for path in files:
-        wrong = mismatch(run, path)
-        if wrong is not None:
-            yield f"{path.name} {wrong}. Its rows are left out."
-    if run.weights is not None and run.rows_file is None:
-        noted = Path(run.told("rows_file", otherwise=WEIGHTED_FILE))
-        if noted.suffix != ".parquet":
-            yield f"The rows of this run are in {noted.name}, and a report reads .parquet files: it lacks their texts."
-        elif not files:
-            yield (
-                f"The texts of the rows are not in this folder: there is no {WEIGHTED_FILE}. "
-                "`trl-bilevel report RUN_DIR --rows FILE.parquet` reads them from elsewhere."
-            )
 
 
 def _ledger(path: Path) -> list[dict[str, Any]]:

@@ -12,14 +12,11 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
 from ..data.files import atomically
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 STYLE = Path(__file__).parent / "templates" / "chart.mplstyle"
 ROLES = ("ink", "muted", "grid", "surface", "main", "other", "trusted", "warn")
@@ -32,7 +29,8 @@ _XLINK = "http://www.w3.org/1999/xlink"
 SIZE = (5.2, 2.7)
 
 Colours = dict[str, str]
-Draw = Callable[["Axes", Colours], None]
+# Draws into axes of matplotlib.
+Draw = Callable[[Any, Colours], None]
 
 
 def render(draw: Draw, name: str, label: str, size: tuple[float, float] = SIZE) -> Markup:

@@ -127,8 +127,6 @@
       said.push(why.known
         ? "The pilot run did not score this row; its weight is predicted from hidden states of the model, as rows like it were weighted."
         : "The scores of this run are not recorded.");
-    } else if (why.online) {
-      said.push(`Its scores, standardised within each batch, are ${signed(score)} in the mean: above zero, training on it helped the trusted rows more than others of its batches.`);
     } else if (scores.length) {
       const below = scores.filter((s) => s < score).length;
       const middle = scores[Math.floor(scores.length / 2)];
@@ -155,9 +153,9 @@
     const box = make("div", {});
     const explained = make("div", {}, make("h3", { text: "Why this weight" }), make("p", { text: reason(i) }));
     const score = rows.score[i];
-    if (score !== null && scores.length && !why.online) explained.append(strip(score));
+    if (score !== null && scores.length) explained.append(strip(score));
     box.append(explained);
-    if (score !== null && scores.length && !why.online) {
+    if (score !== null && scores.length) {
       const near = trusted.filter((row) => row.answer !== undefined)
         .sort((a, b) => Math.abs(a.score - score) - Math.abs(b.score - score)).slice(0, 3);
       if (near.length) {
