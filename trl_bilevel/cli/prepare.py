@@ -45,11 +45,8 @@ def run(arguments: list[str]) -> None:
 
     disable_progress_bars()
     lock = prepare.read_lock(options.lock) if options.lock else None
-    settings = settings_of(options, lock)
-    prepared = prepare.prepare_recipe(options.recipe, **settings)
-    if lock is not None:
-        prepare.check_lock(prepared, lock)
-    prepare.write_prepared(prepared, options.output)
+    prepared = prepare.prepare_recipe(options.recipe, **settings_of(options, lock))
+    prepare.write_prepared(prepared, options.output, lock)
     for record in prepared.records:
         print(f"{record.source.repository} at {record.revision}: {record.read} rows read, {record.used} used.")
     for name, rows in prepared.sets.items():
