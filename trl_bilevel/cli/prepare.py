@@ -66,10 +66,7 @@ def settings_of(options: argparse.Namespace, lock: dict[str, Any] | None) -> dic
     wrong = [name for name in SAFETY_ONLY if name in given and options.recipe == "quality"]
     if wrong:
         raise ValueError(f"`--{wrong[0].replace('_', '-')}` is for `prepare safety` only.")
-    revisions = {}
-    for pair in options.revision:
-        repository, equals, revision = pair.partition("=")
-        if not (repository and equals and revision):
-            raise ValueError(f"`--revision` takes REPOSITORY=REVISION (Open-Orca/OpenOrca=main), got {pair!r}.")
-        revisions[repository] = revision
-    return given | {"revisions": revisions}
+    bad = [pair for pair in options.revision if not all(pair.partition("="))]
+    if bad:
+        raise ValueError(f"`--revision` takes REPOSITORY=REVISION (Open-Orca/OpenOrca=main), got {bad[0]!r}.")
+    return given | {"revisions": dict(pair.split("=", 1) for pair in options.revision)}
