@@ -55,11 +55,8 @@ def run(arguments: list[str]) -> None:
     weights = _weights(rows)
     # A selector has a logit for every row.
     chosen = rows if options.format == "seal" else _chosen(rows, weights, options)
-    files, address = [], None
-    if options.push_to_hub:
-        address = _push(chosen, weights, options)
-    else:
-        files = _write(chosen, options)
+    address = _push(chosen, weights, options) if options.push_to_hub else None
+    files = [] if address else _write(chosen, options)
     if options.json:
         facts = {"rows": len(chosen), "of": len(rows), "files": [str(file) for file in files], "hub": address}
         print(json.dumps(facts))

@@ -45,11 +45,8 @@ def run(arguments: list[str]) -> None:
 
     disable_progress_bars()
     lock = prepare.read_lock(options.lock) if options.lock else None
-    settings = settings_of(options, lock)
-    prepared = prepare.prepare_recipe(options.recipe, **settings)
-    if lock is not None:
-        prepare.check_lock(prepared, lock)
-    prepare.write_prepared(prepared, options.output)
+    prepared = prepare.prepare_recipe(options.recipe, **settings_of(options, lock))
+    prepare.write_prepared(prepared, options.output, lock)
     for record in prepared.records:
         print(f"{record.source.repository} at {record.revision}: {record.read} rows read, {record.used} used.")
     for name, rows in prepared.sets.items():
@@ -69,10 +66,7 @@ def settings_of(options: argparse.Namespace, lock: dict[str, Any] | None) -> dic
     wrong = [name for name in SAFETY_ONLY if name in given and options.recipe == "quality"]
     if wrong:
         raise ValueError(f"`--{wrong[0].replace('_', '-')}` is for `prepare safety` only.")
-    revisions = {}
-    for pair in options.revision:
-        repository, equals, revision = pair.partition("=")
-        if not (repository and equals and revision):
-            raise ValueError(f"`--revision` takes REPOSITORY=REVISION (Open-Orca/OpenOrca=main), got {pair!r}.")
-        revisions[repository] = revision
-    return given | {"revisions": revisions}
+    bad = [pair for pair in options.revision if not all(pair.partition("="))]
+    if bad:
+        raise ValueError(f"`--revision` takes REPOSITORY=REVISION (Open-Orca/OpenOrca=main), got {bad[0]!r}.")
+    return given | {"revisions": dict(pair.split("=", 1) for pair in options.revision)}

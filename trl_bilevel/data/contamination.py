@@ -1,8 +1,4 @@
-"""Seeded ways to damage clean rows, to see whether selection finds them.
-
-Each kind of damage is a pure function of an exchange, a random generator and a pool of other exchanges; `contaminate`
-applies them to a part of a dataset.
-"""
+"""Seeded ways to damage clean rows, to see whether selection finds them: functions of exchanges, and `contaminate`."""
 
 from __future__ import annotations
 

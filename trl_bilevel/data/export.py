@@ -109,22 +109,21 @@ def write_for(tool: str, rows: Dataset, path: Path, name: str, selected: int | N
         if layout == CONVERSATIONS and "system" in rows.column_names:
             entry["columns"]["system"] = "system"
         document = _other_entries(facts) | {name: {"file_name": path.name} | entry}
-        text = json.dumps(document, indent=2) + "\n"
     elif tool == "axolotl":
-        text = _yaml({"datasets": [{"path": str(path), "ds_type": "json"} | entry]})
+        document = {"datasets": [{"path": str(path), "ds_type": "json"} | entry]}
     else:
         amount = {"top_ratio": 0.5} if selected is None else {"topk": selected}
         step = {"topk_specified_field_selector": {"field_key": DATA_WEIGHT, **amount, "reverse": True}}
         export = str(path.with_suffix(".selected.jsonl"))
         recipe = {"project_name": name, "dataset_path": str(path), "export_path": export}
-        text = _yaml(recipe | entry | {"process": [step]})
+        document = recipe | entry | {"process": [step]}
+    if facts.suffix == ".json":
+        text = json.dumps(document, indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     atomically(path, lambda file: rows.to_json(str(file)))
     atomically(facts, lambda file: file.write_text(text, encoding="utf-8"))
     return [path, facts]
-
-
-def _yaml(document: dict[str, Any]) -> str:
-    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
 def _other_entries(path: Path) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def parts(row: Mapping[str, Any], text_field: str = "text", where: str = "A row"
     if layout == INSTRUCTION:
         return user(f"{row['instruction']}\n{row.get('input') or ''}".strip()), assistant(row["output"])
     if layout == QUESTION:
-        system = row.get("system_prompt")
-        return [*([_message("system", system)] if system else []), *user(row["question"])], assistant(row["response"])
+        system = [{"role": "system", "content": row["system_prompt"]}] if row.get("system_prompt") else []
+        return [*system, *user(row["question"])], assistant(row["response"])
     if layout == TEXT:
         return "", _part(row[text_field])
     raise ValueError(
@@ -98,7 +98,7 @@ def answered(row: Mapping[str, Any], text_field: str = "text", where: str = "A r
     asked, answer = parts(row, text_field, where)
     conversation = layout_of(row, text_field) in (MESSAGES, CONVERSATIONS)
     last = answer[-1] if answer else None
-    if conversation and not (isinstance(last, Mapping) and last.get("role") == "assistant"):
+    if conversation and (not isinstance(last, Mapping) or last.get("role") != "assistant"):
         raise ValueError(f"{where} does not end with a message of the assistant: there is no answer in it.")
     return asked, answer
 
@@ -144,16 +144,12 @@ def turns(part: Any) -> str:
 
 def user(text: str) -> Turns:
     """A chat of one question."""
-    return [_message("user", text)]
+    return [{"role": "user", "content": text}]
 
 
 def assistant(text: str) -> Turns:
     """The answer to it."""
-    return [_message("assistant", text)]
-
-
-def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": text}
+    return [{"role": "assistant", "content": text}]
 
 
 def _part(value: Any) -> Any:

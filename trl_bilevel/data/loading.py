@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .files import atomically
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Columns of a CSV file that are text whatever stands in them; what stands for no number in columns of numbers.
@@ -117,8 +114,8 @@ def _add_source(row: dict[str, Any], label: str) -> dict[str, str]:
     return {SOURCE: label}
 
 
-def write_rows(rows: Dataset, path: str | Path) -> None:
-    """Write rows to a file in the format that its name says, whole or not at all; its folder is made.
+def write_rows(rows: Any, path: str | Path) -> None:
+    """Write a `Dataset` to a file in the format that its name says, whole or not at all; its folder is made.
 
     Raises:
         ValueError: if the name ends in none of `WRITERS`, or a CSV file cannot hold the rows.

@@ -74,12 +74,7 @@ class QuestionSampler(Sampler[int]):
 
     Each round asks `questions` of the pool, in passes of random order; each is repeated `generations` times in a row,
     and the whole round `repeats` times, since TRL's dataloader hands out the generation batch anew in every step that
-    uses it. A pure function of seed and pool.
-
-    Args:
-        pool: gives the positions that may be asked, when the run starts.
-        questions, generations, repeats, rounds (`int`): see above.
-        seed (`int`): of the order.
+    uses it. A pure function of seed and pool; `pool` gives the positions that may be asked, when the run starts.
     """
 
     def __init__(

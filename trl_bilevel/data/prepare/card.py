@@ -64,29 +64,26 @@ def read_lock(path: str | Path) -> dict[str, Any]:
     return lock
 
 
-def check_lock(prepared: Prepared, lock: dict[str, Any]) -> None:
-    """Compare what was made with what a lock file says.
-
-    Raises:
-        ValueError: naming the sets that differ.
-    """
-    made = lock_of(prepared)["sets"]
-    apart = [name for name in SETS if made[name] != lock["sets"].get(name)]
-    if apart:
-        raise ValueError(
-            f"The set(s) {', '.join(apart)} differ from the lock file's (made: {made}; locked: {lock['sets']}). "
-            "Another version of trl-bilevel drew them, or the hub's files at this commit are not the same."
-        )
-
-
-def write_prepared(prepared: Prepared, folder: str | Path) -> dict[str, Any]:
+def write_prepared(prepared: Prepared, folder: str | Path, expected: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write `train.parquet`, `validation.parquet`, `test.parquet`, the data card and the lock file; returns the lock.
 
     Every file is written whole or not at all; the lock file comes last.
+
+    Args:
+        expected (*optional*): a lock file's content, which the sets must meet.
+
+    Raises:
+        ValueError: naming the sets that differ from it; nothing is written.
     """
-    folder = Path(folder)
+    folder, lock = Path(folder), lock_of(prepared)
+    made, locked = lock["sets"], (expected or lock)["sets"]
+    apart = [name for name in SETS if made[name] != locked.get(name)]
+    if apart:
+        raise ValueError(
+            f"The set(s) {', '.join(apart)} differ from the lock file's (made: {made}; locked: {locked}). Another "
+            "version of trl-bilevel drew them, or the hub's files at this commit are not the same."
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_of(prepared)
     for name, rows in prepared.sets.items():
         atomically(folder / f"{name}.parquet", lambda path, rows=rows: rows.to_parquet(str(path)))
     atomically(folder / "README.md", lambda path: path.write_text(data_card(prepared, lock)))

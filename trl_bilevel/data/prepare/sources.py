@@ -1,8 +1,8 @@
 """The public sets that the recipes are made of: where they are, how their rows are read, cleaned and drawn.
 
 The schemas are those that the sets' own pages describe. No hub was reachable when this was written, so nothing here
-was run against it: a set that has changed since is refused with its columns (`MalformedSourceError`). Rows are drawn by
-the hash of what they say, so not by the order in which they come.
+was run against it: a set that has changed since is refused with its columns (`MalformedSourceError`). Rows are drawn
+by the hash of what they say, so not by the order in which they come.
 """
 
 from __future__ import annotations
@@ -148,12 +148,9 @@ class MalformedSourceError(ValueError):
 
 @dataclass
 class SourceRecord:
-    """What became of a source's rows.
+    """What became of a source's rows: `used` went into the sets, the others were dropped, by reason.
 
-    Attributes:
-        requested, revision: the revision that was asked for, and the commit that it stood for.
-        read, used: rows read, and rows that went into the sets.
-        dropped: rows that did not, by reason.
+    `revision` is the commit that the `requested` one stood for.
     """
 
     source: Source
@@ -166,15 +163,10 @@ class SourceRecord:
 
 @dataclass
 class Reader:
-    """Reads sources, and notes what it read.
+    """Reads sources as `prepare_recipe` is told to, and notes what it read.
 
-    Attributes:
-        loader: gives the rows of a source at a revision.
-        resolve: gives the commit of a revision.
-        revisions: by repository; `"main"` where there is none.
-        max_characters (`int`): longer rows are left out: cut at a trainer's `max_length` they would lose their end.
-        published (`bool`): keep answers that comply with harmful requests; each becomes the stub else.
-        records: of the sources that were opened.
+    Longer rows than `max_characters` are left out: cut at a trainer's `max_length` they would lose their end. Answers
+    that comply with harmful requests become the stub, unless they are to stay as `published`.
     """
 
     loader: Loader
