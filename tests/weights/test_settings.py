@@ -21,7 +21,11 @@ def test_presets(name):
 
 def test_what_is_given_by_its_name_wins():
     settings = resolved(selector_preset="fast", pilot_scored_rows=0, weight_estimator="value_function")
-    assert (settings.pilot_scored_rows, settings.weight_estimator, settings.feature_depth) == (0, "value_function", 0.1)
+    assert (settings.pilot_scored_rows, settings.weight_estimator, settings.feature_depth) == (
+        0,
+        "value_function",
+        0.1,
+    )
     assert resolved(selector_preset=None).selector_preset == "balanced"
     assert not resolved(selector_preset="seal", weight_estimator="none").published
 
