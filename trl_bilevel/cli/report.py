@@ -20,8 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     baseline = "a run with weight_estimator none, all else equal: did selection help?"
     parser.add_argument("--baseline", type=Path, metavar="RUN_DIR", help=baseline)
     parser.add_argument("--output", type=Path, help="file to write; default: RUN_DIR/_rows/report.html")
-    rows = "the weighted rows; default: RUN_DIR/_rows/weighted.parquet"
-    parser.add_argument("--rows", type=Path, metavar="FILE", dest="rows_file", help=rows)
+    parser.add_argument("--rows", type=Path, metavar="FILE", dest="rows_file", help="default: _rows/weighted.parquet")
     parser.add_argument("--png", action="store_true", help="write the charts as PNG too, for papers")
     return parser
 
@@ -48,6 +47,5 @@ def report_line(trainer: Any, rows_file: str | None = None) -> str:
         return f"Report: {write_report(trainer, rows_file=rows_file)}"
     except Exception as error:
         missing = what_to_install(error) if isinstance(error, ImportError) else None
-        return (missing or f"This could not be written: {type(error).__name__}: {error}").replace(
-            "This", "The report", 1
-        )
+        told = missing or f"This could not be written: {type(error).__name__}: {error}"
+        return told.replace("This", "The report", 1)
