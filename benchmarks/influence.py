@@ -80,13 +80,6 @@ def warmed_up(task: Task, *, budget: Budget, **settings: Any) -> Any:
     return trainer
 
 
-def prepare_rows(trainer: Any, rows: Dataset) -> Dataset:
-    """Rows as the trainer prepares them, with their numbers; without those that have nothing to score."""
-    numbered = add_sample_ids(rows)
-    prepared = trainer._prepare_dataset(numbered, trainer.processing_class, trainer.args, False, None, "rows")
-    return with_scored_tokens(prepared)
-
-
 def row_loss(model: torch.nn.Module) -> Callable[[Mapping[str, Tensor], Row], Tensor]:
     """A row's mean loss per scored token (nats) as a function of trainable parameters by name and of the row.
 

@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from trl_bilevel.estimators import AlignmentEstimator, LookaheadEstimator, ValueFunctionEstimator
-from trl_bilevel.trainer.passes import row_batches
-from trl_bilevel.trainer.pilot import make_pilot
 
 from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import machine, versions
