@@ -58,13 +58,8 @@ def draw_calibration(ax) -> None:
     weight[score > plateau] = weight[np.searchsorted(score, plateau)]
     ax.plot(score, mixture, color=MIXED, label="density of training rows' scores")
     ax.plot(score, trusted, color=TRUSTED, label="of held-back trusted rows' scores")
-    ax.plot(
-        score,
-        weight / 2,
-        color=MODEL,
-        lw=2,
-        label="weight: their ratio, flat from the lower quartile of trusted scores on",
-    )
+    flat = "weight: their ratio, flat from the lower quartile of trusted scores on"
+    ax.plot(score, weight / 2, color=MODEL, lw=2, label=flat)
     ax.set(xlabel="score", yticks=[], xticks=[], ylim=(0, 1.95))
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     ax.spines[["top", "right", "left"]].set_visible(False)
