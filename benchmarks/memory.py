@@ -30,7 +30,7 @@ from benchmarks.speed import forget_peak, peak
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.planning.memory import MemoryPlan, estimate_memory
 from trl_bilevel.planning.models import find_config, model_shape
-from trl_bilevel.planning.settings import run_shape
+from trl_bilevel.planning.shapes import run_shape
 
 HERE = Path(__file__).parent
 ROWS, TOKENS, BATCH, VALIDATION, STEPS = 32, 256, 2, 8, 2
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of docs/planning.md")
     parser.add_argument("--one", help="one run in this process, printed as JSON")
     options = parser.parse_args()
-    config = find_config("SmolLM2-135M").config
+    config = find_config("SmolLM2-135M")[0]
     config.update({"pad_token_id": 0, "eos_token_id": 1})
     if options.one:
         from tests.conftest import make_tokenizer
@@ -217,9 +217,9 @@ def main() -> None:
             runs[name] = {"measured": json.loads(done.stdout.splitlines()[-1])}
         found = plan(SETTINGS[name], config)
         runs[name]["computed"] = found.tensor_bytes
-        runs[name]["peak_at"] = found.peak.name
+        runs[name]["peak_at"] = found.peak
         ratio = found.tensor_bytes / runs[name]["measured"]["tensors"]
-        print(f"{name:48} {ratio:.3f} {found.peak.name}", flush=True)
+        print(f"{name:48} {ratio:.3f} {found.peak}", flush=True)
         record = {"batch": BATCH, "tokens": TOKENS, "runs": runs, "versions": versions(), "machine": machine()}
         target.write_text(json.dumps(record, indent=1) + "\n")
 

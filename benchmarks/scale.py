@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from trl_bilevel import BilevelSFTConfig
 from trl_bilevel.planning.models import find_config, model_shape
-from trl_bilevel.planning.settings import run_shape
+from trl_bilevel.planning.shapes import run_shape
 from trl_bilevel.planning.work import estimate_work
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -47,7 +47,7 @@ Memory is 8 bytes per row.
 def ratio(preset: str, **changes: int) -> float:
     """FLOPs of a run over plain SFT's."""
     given = BASE | changes
-    config = find_config(MODEL).config
+    config = find_config(MODEL)[0]
     adapters = LoraConfig(r=given["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
     args = BilevelSFTConfig(
         tempfile.gettempdir(),
@@ -61,8 +61,8 @@ def ratio(preset: str, **changes: int) -> float:
     )
     sizes = {name: given[name] for name in ("training_rows", "validation_rows", "tokens")}
     work = estimate_work(model_shape(config, peft_config=adapters), run_shape(args, **sizes))
-    assert work.total is not None and work.plain
-    return work.total / work.plain
+    assert work["total"] is not None and work["plain"]
+    return work["total"] / work["plain"]
 
 
 def section() -> str:

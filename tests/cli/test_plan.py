@@ -99,3 +99,13 @@ def test_rounds_are_not_planned(recipe, capsys):
         file.write("num_rounds: 3\n")
     assert main(["plan", "--config", recipe]) == 1
     assert "only the offline run is planned" in capsys.readouterr().err
+
+
+def test_a_ranking_is_planned(capsys):
+    given = ["--model_config", "Llama-3-8B", "--dtype", "bfloat16", "--training_rows", "1000", "--rank", "true"]
+    found = planned(capsys, *given, "--load_in_4bit", "true", "--gpu_memory", "24")
+    assert found["fits"] is True and found["peak"].startswith("pilot run")
+    assert found["work"]["total"] > found["work"]["training"] == found["work"]["plain"] == 0
+    assert not {"LoRA adapters", "weights chosen beforehand"} & {saving["name"] for saving in found["savings"]}
+    assert main(["plan", *given]) == 0
+    assert "0.0 M trained" in capsys.readouterr().out

@@ -7,20 +7,19 @@ from trl_bilevel import BilevelSFTConfig
 from trl_bilevel.planning.advice import savings, way_to_fit
 from trl_bilevel.planning.memory import estimate_memory
 from trl_bilevel.planning.models import find_config, model_shape
-from trl_bilevel.planning.settings import run_shape
-from trl_bilevel.planning.shapes import RunShape
+from trl_bilevel.planning.shapes import RunShape, run_shape
 
 LORA = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @pytest.fixture(scope="module")
 def full():
-    return model_shape(find_config("SmolLM2-1.7B").config)
+    return model_shape(find_config("SmolLM2-1.7B")[0])
 
 
 @pytest.fixture(scope="module")
 def adapted():
-    return model_shape(find_config("SmolLM2-1.7B").config, peft_config=LORA)
+    return model_shape(find_config("SmolLM2-1.7B")[0], peft_config=LORA)
 
 
 def test_savings_save_what_they_say_and_the_best_comes_first(adapted):
@@ -40,15 +39,11 @@ def test_a_micro_batch_is_made_smaller_without_changing_the_batch(adapted):
     assert saving.settings == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
 
 
-def test_half_the_rank_is_what_a_model_with_half_the_rank_has(adapted):
-    other = replace(LORA, r=8)
-    real = model_shape(find_config("SmolLM2-1.7B").config, peft_config=other)
-    big = model_shape(find_config("SmolLM2-1.7B").config, peft_config=replace(LORA, r=256))
-    run = RunShape(rows=1, tokens=256)
-    assert next(k for k in savings(big, run) if k.name == "smaller rank").settings == {"lora_r": 128}
-    from trl_bilevel.planning.advice import _half_rank
-
-    assert _half_rank(adapted) == real
+def test_half_the_rank_is_what_a_model_with_half_the_rank_has():
+    config = find_config("SmolLM2-1.7B")[0]
+    big, real = (model_shape(config, peft_config=replace(LORA, r=rank)) for rank in (256, 128))
+    saving = next(saving for saving in savings(big, RunShape(rows=1, tokens=256)) if saving.name == "smaller rank")
+    assert saving.settings == {"lora_r": 128} and saving.model == real
 
 
 def test_way_to_fit(full, adapted):
@@ -64,12 +59,12 @@ def test_choosing_weights_costs_full_fine_tuning_no_more_memory_than_adapters(fu
     run = RunShape(rows=1, tokens=256)
     for model in (full, adapted):
         chosen = estimate_memory(model, replace(run, estimator="value_function"))
-        (pilot,) = {moment.parts.get("pilot run") for moment in chosen.moments} - {None}
+        (pilot,) = {parts.get("pilot run") for parts in chosen.moments.values()} - {None}
         # Two sets of adapters of rank 8 on a third of the layers, 16 bytes a parameter.
         assert pilot == 2 * 16 * 8 / 16 * adapted.trainable / 3
     # Without the optimizer's states of all parameters, the pilot run needs less than training.
     plan = estimate_memory(full, replace(run, estimator="value_function"))
-    assert plan.peak.name.startswith("training")
+    assert plan.peak.startswith("training")
     assert plan.total_bytes == estimate_memory(full, run).total_bytes
     # What the published update trains beside the model is a second set of all parameters.
     moving = estimate_memory(full, replace(run, estimator="sparse_centred"))

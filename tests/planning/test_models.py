@@ -13,8 +13,8 @@ from trl_bilevel.planning.models import KNOWN, find_config, known_name, model_sh
     ],
 )
 def test_built_in_models_have_as_many_parameters_as_published(name, parameters):
-    found = find_config(name)
-    assert found.source == "table" and model_shape(found.config).parameters == parameters
+    config, source = find_config(name)
+    assert source == "table" and model_shape(config).parameters == parameters
 
 
 def test_all_built_in_models_are_tested():
@@ -36,17 +36,17 @@ def test_names_that_mean_a_built_in_model(name, known):
 
 
 def test_hub_that_cannot_be_reached():
-    assert find_config("meta-llama/Meta-Llama-3-8B").source == "table"
+    assert find_config("meta-llama/Meta-Llama-3-8B")[1] == "table"
     with pytest.raises(ValueError, match="no config of the model 'nobody/nothing'"):
         find_config("nobody/nothing")
 
 
 def test_folder_without_weights(small_config, tmp_path):
     small_config.save_pretrained(tmp_path)
-    found = find_config(str(tmp_path))
-    assert found.source == "folder" and model_shape(found.config, dtype="bfloat16").weight_bytes == 2
+    config, source = find_config(str(tmp_path))
+    assert source == "folder" and model_shape(config, dtype="bfloat16").weight_bytes == 2
 
 
 def test_norms_of_heads_are_seen():
-    assert model_shape(find_config("Qwen3-1.7B").config).head_norms
-    assert not model_shape(find_config("Llama-3-8B").config).head_norms
+    assert model_shape(find_config("Qwen3-1.7B")[0]).head_norms
+    assert not model_shape(find_config("Llama-3-8B")[0]).head_norms

@@ -13,8 +13,7 @@ from benchmarks.memory import adapters, make_config, make_model
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.planning import work
 from trl_bilevel.planning.models import model_shape
-from trl_bilevel.planning.settings import run_shape
-from trl_bilevel.planning.shapes import RunShape
+from trl_bilevel.planning.shapes import RunShape, run_shape
 from trl_bilevel.weights.language_model import LanguageModel, checkpointed, left_as_it_was
 from trl_bilevel.weights.pilot import Pilot, PilotRecipe
 
@@ -56,7 +55,7 @@ def test_whole_runs_with_everything_counted(name, small_config, tokenizer):
     model = model_shape(small_config, peft_config=adapters(setting))
     sizes = {"tokens": tokens, "scored_tokens": tokens / 2, "training_rows": rows, "validation_rows": trusted}
     run = run_shape(args, device="cpu", attention="eager", **sizes)
-    assert work.estimate_work(model, run).total == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert work.estimate_work(model, run)["total"] == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -110,14 +109,18 @@ def test_rows_of_the_pilot_run(settings, rows):
 def test_the_published_update_with_a_tracker_trains_on_every_batch_twice(small_config):
     model, run = model_shape(small_config), RunShape(rows=4, tokens=64, joins=True, max_steps=3)
     uniform = work.estimate_work(model, run)
-    assert uniform.training == pytest.approx(1.25 * uniform.plain)
-    assert uniform.total == uniform.training + uniform.following
+    assert uniform["training"] == pytest.approx(1.25 * uniform["plain"])
+    assert uniform["total"] == uniform["training"] + uniform["following"]
     moving = work.estimate_work(model, replace(run, estimator="sparse_centred"))
-    assert moving.training == pytest.approx(2.25 * moving.plain) and moving.total == moving.training + moving.following
+    assert (
+        moving["training"] == pytest.approx(2.25 * moving["plain"])
+       
+    assert moving["total"] == moving["training"] + moving["following"]
+    )
     assert work.estimate_work(model, replace(run, estimator="seal")) == uniform
 
 
 def test_length_of_the_run_may_be_unknown(small_config, tmp_path):
     args = BilevelSFTConfig(str(tmp_path), use_cpu=True, bf16=False)
     found = work.estimate_work(model_shape(small_config), run_shape(args, tokens=64))
-    assert found.step > 0 and found.training is None and found.total is None
+    assert found["step"] > 0 and found["training"] is None and found["total"] is None

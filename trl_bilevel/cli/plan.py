@@ -1,4 +1,4 @@
-"""`trl-bilevel plan`: does a run fit, and what would make it fit?
+"""`trl-bilevel plan`: does a run fit, what would make it fit, and what does choosing cost?
 
     trl-bilevel plan --config FILE.yaml [--gpu_memory 24] [--model_config Llama-3-8B] [any option of sft]
 
@@ -11,15 +11,23 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .arguments import BilevelScriptArguments, option, parse, training_parser
 
-if TYPE_CHECKING:
-    from ..planning.models import FoundConfig
-    from ..planning.shapes import ModelShape
-
 EXAMPLE = "example: trl-bilevel plan --config run.yaml --gpu_memory 24"
+CARDS = (8, 12, 16, 24, 40, 48, 80, 141)
+GIB = 2**30
+# What the table says of the parts of the work.
+WORK = {
+    "step": "an optimizer step",
+    "training": "training",
+    "pilot": "pilot run",
+    "scoring": "scoring of rows",
+    "prediction": "reading of hidden states (weights of rows like it, of rows not scored)",
+    "following": "losses of trusted rows before and after, for the report",
+    "total": "the whole run",
+}
 
 
 @dataclass
@@ -30,6 +38,7 @@ class PlanArguments(BilevelScriptArguments):
     model_config: str | None = option(
         None, "Folder, hub name or built-in name of the model's config. Default: the model."
     )
+    rank: bool = option(False, "Plan `trl-bilevel rank`: rows are weighted, no model is trained.")
     device: str | None = option(
         None, "'cuda' or 'cpu'. Default: 'cuda', or 'cpu' if the config says `use_cpu`.", choices=["cuda", "cpu"]
     )
@@ -64,64 +73,63 @@ def make_parser() -> Any:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Compute and show."""
+    from peft import LoraConfig
     from trl import get_peft_config
 
     from ..planning.advice import savings, way_to_fit
     from ..planning.memory import estimate_memory
-    from ..planning.models import find_config, model_shape
-    from ..planning.settings import quantisation_of, run_shape
+    from ..planning.models import BUILT_IN, find_config, model_shape
+    from ..planning.shapes import run_shape
     from ..planning.work import estimate_work
 
-    name = script_args.model_config or model_args.model_name_or_path
+    name, memory = script_args.model_config or model_args.model_name_or_path, script_args.gpu_memory
     if name is None:
         raise ValueError("Give the model: `model_name_or_path`, or `model_config` (folder, hub or built-in name).")
-    found = find_config(name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
-    quantisation = quantisation_of(model_args)
-    peft_config = get_peft_config(model_args)
-    if quantisation is not None and peft_config is None:
+    where = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    config, source = find_config(name, **where)
+    quantisation = "8bit" if model_args.load_in_8bit else None
+    if model_args.load_in_4bit:
+        quantisation = "4bit_nested" if model_args.use_bnb_nested_quant else "4bit"
+    adapters = None if script_args.rank else get_peft_config(model_args)
+    if quantisation and not adapters and not script_args.rank:
         raise ValueError("A quantised model can only be trained with adapters: set `use_peft: true`.")
     dtype = model_args.dtype or "float32"
-    model = model_shape(found.config, dtype=dtype, peft_config=peft_config, quantised=quantisation is not None)
+    model = model_shape(config, dtype=dtype, peft_config=adapters, quantised=quantisation is not None)
+    same = ("tokens", "processes", "validation_rows", "mean_tokens", "scored_tokens")
     run = run_shape(
         training_args,
         device=script_args.device or ("cpu" if training_args.wants_cpu else "cuda"),
-        tokens=script_args.tokens,
-        processes=script_args.processes,
         training_rows=script_args.training_rows or _count_rows(script_args),
-        validation_rows=script_args.validation_rows,
-        mean_tokens=script_args.mean_tokens,
-        scored_tokens=script_args.scored_tokens,
         quantisation=quantisation,
         attention=model_args.attn_implementation or "sdpa",
-        dropout=model_args.lora_dropout if peft_config is not None else 0.0,
+        dropout=model_args.lora_dropout if adapters else 0.0,
+        trains=not script_args.rank,
+        **{field: getattr(script_args, field) for field in same},
     )
-    plan, work = estimate_memory(model, run), estimate_work(model, run)
-    adapted = None if peft_config is not None else _with_adapters(found, dtype)
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = model_shape(config, dtype=dtype, peft_config=lora) if run.trains and not adapters else None
+    plan = estimate_memory(model, run)
+    way = None if memory is None else way_to_fit(model, run, memory, adapted)
     report = {
-        "model": {**asdict(model), "name": name, "config_from": found.source},
+        "model": asdict(model) | {"name": name, "config_from": source},
         "run": asdict(run),
-        "gpu_memory": script_args.gpu_memory,
-        "fits": None if script_args.gpu_memory is None else plan.fits(script_args.gpu_memory),
+        "gpu_memory": memory,
+        "fits": None if memory is None else plan.fits(memory),
         "total_bytes": plan.total_bytes,
         "tensor_bytes": plan.tensor_bytes,
         "reserve_bytes": plan.reserve,
         "host_bytes": plan.host_bytes,
-        "peak": plan.peak.name,
-        "moments": [{"name": m.name, "bytes": m.total, "parts": m.parts} for m in plan.moments],
-        "savings": [_saving(saving) for saving in savings(model, run, adapted)],
-        "way_to_fit": None,
-        "work": {**asdict(work), "total": work.total},
-        "notes": [*_source_note(found, name), *plan.notes],
+        "peak": plan.peak,
+        "moments": [{"name": name, "bytes": sum(m.values()), "parts": m} for name, m in plan.moments.items()],
+        "savings": [saving.told() for saving in savings(model, run, adapted)],
+        "way_to_fit": None if way is None else [saving.told() for saving in way],
+        "work": estimate_work(model, run),
+        "notes": [BUILT_IN] * (source == "table") + plan.notes,
     }
-    if script_args.gpu_memory is not None:
-        way = way_to_fit(model, run, script_args.gpu_memory, adapted)
-        report["way_to_fit"] = None if way is None else [_saving(saving) for saving in way]
     if script_args.json:
         print(json.dumps(report, indent=1))
     else:
-        from .plan_tables import show
-
-        show(report, plan, model, run)
+        show(report, plan.parts)
 
 
 def _count_rows(script_args: Any) -> int | None:
@@ -133,28 +141,48 @@ def _count_rows(script_args: Any) -> int | None:
     return len(load_rows(name, split=script_args.dataset_train_split))
 
 
-def _with_adapters(found: FoundConfig, dtype: str) -> ModelShape:
-    from peft import LoraConfig
+def show(report: dict[str, Any], parts: dict[str, int]) -> None:
+    """One table of memory, of what saves it, and of work; then whether it fits."""
+    from .show import say, table
 
-    from ..planning.models import model_shape
+    model, run, work, memory = report["model"], report["run"], report["work"], report["gpu_memory"]
+    say(
+        f"{model['name']}: {model['parameters'] / 1e9:.2f} billion parameters, "
+        f"{model['trainable'] * run['trains'] / 1e6:.1f} M trained. {run['rows']} rows of {run['tokens']} tokens in a "
+        f"micro-batch, {run['accumulation']} of them in a step, on {run['processes']} x {run['device']}."
+    )
+    sizes = parts | {"CUDA context, fragmentation (assumed)": report["reserve_bytes"]}
+    sizes |= {"total": report["total_bytes"], "paged, in the host's memory": report["host_bytes"]}
+    rows = [(name, f"{size / GIB:.2f} GiB", "") for name, size in sizes.items() if size]
+    for saving in report["savings"]:
+        name = f"{saving['name']} ({saving['price']})"
+        rows.append((name, f"-{saving['saves_bytes'] / GIB:.2f} GiB", _settings([saving])))
+    for name, what in WORK.items():
+        if work[name]:
+            share = f"{work[name] / work['plain']:.2f} x plain SFT" if work["plain"] else ""
+            rows.append((what, f"{work[name] / 1e15:,.2f} petaFLOPs", share))
+    columns = ("what", "computed", "settings")
+    table(f"Memory at the peak ({report['peak']}), what saves some, work", columns, rows, right=columns[1:2])
+    needed = report["total_bytes"] / GIB
+    if memory is None:
+        cards = [f"a device of {card} GiB or more" for card in CARDS if needed <= card]
+        say(f"Needs {needed:.1f} GiB: fits {[*cards, 'no single device'][0]}. Give `--gpu_memory` to check one.")
+    elif report["fits"]:
+        say(f"Fits: {needed:.1f} of {memory:g} GiB.", "bold green")
+    else:
+        say(f"Does not fit: needs {needed:.1f} GiB, the device has {memory:g}.", "bold red")
+        way = report["way_to_fit"]
+        none = "No combination of these makes it fit: take a smaller model or a larger device."
+        say(f"With these it fits:\n{_settings(way)}" if way else none)
+    missing = ["Give `--training_rows` for the work of the whole run."] if work["total"] is None else []
+    for note in missing + report["notes"]:
+        say(f"Note: {note}")
 
-    adapters = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return model_shape(found.config, dtype=dtype, peft_config=adapters)
 
-
-def _saving(saving: Any) -> dict[str, Any]:
-    return {"name": saving.name, "settings": saving.settings, "saves_bytes": saving.saves, "price": saving.price}
-
-
-def _source_note(found: FoundConfig, name: str) -> list[str]:
-    if found.source != "table":
-        return []
-    from ..planning.models import known_name
-
-    return [
-        f"The numbers of {known_name(name)} are those built in here: the model's own config was not read. Give its "
-        "folder by `model_config`, or a hub that can be reached, to be sure."
-    ]
+def _settings(chosen: list[dict[str, Any]]) -> str:
+    """As the config file writes them."""
+    settings = {name: value for saving in chosen for name, value in saving["settings"].items()}
+    return "\n".join(f"{name}: {json.dumps(value).strip(chr(34))}" for name, value in settings.items())
 
 
 def run(arguments: list[str]) -> None:

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from .memory import estimate_memory
 from .shapes import ModelShape, RunShape
 
 
-@dataclass(frozen=True)
-class Saving:
-    """A change of settings that saves memory.
-
-    Attributes:
-        name (`str`): what it does.
-        settings (`dict`): the options to set, as the config file writes them.
-        price (`str`): what it costs.
-        saves (`int`): bytes at the peak, the reserve included.
-        model (`ModelShape`), run (`RunShape`): after the change.
-    """
+class Saving(NamedTuple):
+    """A change of settings that saves memory."""
 
     name: str
-    settings: dict[str, Any]
-    price: str
-    saves: int
-    model: ModelShape
+    price: str  # what it costs
+    settings: dict[str, Any]  # the options to set, as the config file writes them
+    model: ModelShape  # after the change, as `run`
     run: RunShape
+    saves: int = 0  # bytes at the peak, the reserve included
+
+    def told(self) -> dict[str, Any]:
+        """What `plan --json` says of it."""
+        return {"name": self.name, "settings": self.settings, "saves_bytes": self.saves, "price": self.price}
 
 
 def savings(model: ModelShape, run: RunShape, adapted: ModelShape | None = None) -> list[Saving]:
@@ -38,18 +33,16 @@ def savings(model: ModelShape, run: RunShape, adapted: ModelShape | None = None)
         adapted (`ModelShape`, *optional*): the model with LoRA adapters, for runs that fine-tune all parameters.
     """
     now = estimate_memory(model, run).total_bytes
-    found = []
-    for change in _changes(model, run, adapted):
-        saves = now - estimate_memory(change.model, change.run).total_bytes
-        if saves >= 0.01 * now:
-            found.append(replace(change, saves=saves))
-    return sorted(found, key=lambda saving: -saving.saves)
+    found = [
+        x._replace(saves=now - estimate_memory(x.model, x.run).total_bytes) for x in _changes(model, run, adapted)
+    ]
+    return sorted((x for x in found if x.saves >= 0.01 * now), key=lambda saving: -saving.saves)
 
 
 def way_to_fit(
     model: ModelShape, run: RunShape, gibibytes: float, adapted: ModelShape | None = None
 ) -> list[Saving] | None:
-    """Changes after which the run fits, one on top of another, each time the one that saves most.
+    """Changes after which the run fits, one on top of another: the least that is enough, else the one that saves most.
 
     Returns:
         `list[Saving]`: empty if it fits as it is; `None` if no combination was found.
@@ -57,31 +50,29 @@ def way_to_fit(
     chosen: list[Saving] = []
     while not estimate_memory(model, run).fits(gibibytes):
         options = savings(model, run, adapted)
-        if not options or len(chosen) >= 12:
+        if not options:
             return None
-        # Of those that are enough, the one that saves least; else the one that saves most.
         enough = [option for option in options if estimate_memory(option.model, option.run).fits(gibibytes)]
-        saving = enough[-1] if enough else options[0]
-        chosen.append(saving)
-        model, run = saving.model, saving.run
-        adapted = None if model.adapted else adapted
+        chosen.append(enough[-1] if enough else options[0])
+        model, run = chosen[-1].model, chosen[-1].run
     return chosen
 
 
 def _changes(model: ModelShape, run: RunShape, adapted: ModelShape | None) -> Iterator[Saving]:
     def change(name: str, price: str, settings: dict[str, Any], to: ModelShape = model, **changes: Any) -> Saving:
-        return Saving(name, settings, price, 0, to, replace(run, **changes))
+        return Saving(name, price, settings, to, replace(run, **changes))
 
+    frozen = bool(model.adapter_bytes) or not run.trains
     if not run.checkpointing:
         price = "one more forward per step: about a third more time"
         yield change("gradient checkpointing", price, {"gradient_checkpointing": True}, checkpointing=True)
     if run.rows > 1:
         half = run.rows // 2
         steps = -(-run.rows * run.accumulation // half)
-        settings: dict[str, Any] = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
+        settings = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
         price = "the same batch in smaller parts: some speed"
         yield change("smaller micro-batch", price, settings, rows=half, accumulation=steps)
-    if run.pilots:
+    if run.pilots and run.trains:
         price = "choose them before, on a larger device: `trl-bilevel rank`"
         yield change("weights chosen beforehand", price, {"weight_estimator": "none"}, estimator="none")
     if run.evaluation_rows > run.rows:
@@ -94,23 +85,23 @@ def _changes(model: ModelShape, run: RunShape, adapted: ModelShape | None) -> It
         yield change("sdpa attention", "none", {"attn_implementation": "sdpa"}, attention="sdpa")
     small = replace(model, weight_bytes=2, trainable_bytes=2 * model.trainable)
     if model.weight_bytes == 4:
-        price, to = "small updates are lost in rounding; prefer adapters", small
-        if model.adapted:
-            price, to = "rounding of the frozen weights", replace(model, weight_bytes=2)
+        price = "rounding of the frozen weights" if frozen else "small updates are lost in rounding; prefer adapters"
+        to = replace(model, weight_bytes=2) if frozen else small
         yield change("bf16 weights", price, {"dtype": "bfloat16"}, to)
-    nested = {"load_in_4bit": True, "use_bnb_nested_quant": True}
-    if model.adapted and run.quantisation is None:
+    if frozen and run.quantisation != "4bit_nested":
         price = "some quality, time for dequantising; needs bitsandbytes"
+        settings = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
         # TRL makes the adapters bf16, too.
-        to = replace(small, adapter_bytes=2)
-        yield change("4-bit base (QLoRA)", price, {**nested, "dtype": "bfloat16"}, to, quantisation="4bit_nested")
-    if run.quantisation in ("4bit", "8bit"):
-        price = "hardly any" if run.quantisation == "4bit" else "some quality"
-        yield change("nested 4-bit quantisation", price, nested, quantisation="4bit_nested")
+        to = replace(small, adapter_bytes=min(2, model.adapter_bytes))
+        yield change("4-bit base (QLoRA)", price, settings, to, quantisation="4bit_nested")
     rank = max((layer.rank for layer in model.linears), default=0)
     if rank > 4:
-        yield change("smaller rank", "less room to learn", {"lora_r": rank // 2}, _half_rank(model))
-    if adapted is not None and not model.adapted:
+        linears = tuple(layer._replace(rank=layer.rank // 2) for layer in model.linears)
+        less = model.adapter_parameters - replace(model, linears=linears).adapter_parameters
+        size = model.trainable_bytes - less * model.adapter_bytes
+        to = replace(model, linears=linears, trainable=model.trainable - less, trainable_bytes=size)
+        yield change("smaller rank", "less room to learn", {"lora_r": rank // 2}, to)
+    if adapted is not None and not frozen:
         price = "less room to learn; a higher learning rate is needed"
         yield change("LoRA adapters", price, {"use_peft": True, "lora_target_modules": "all-linear"}, adapted)
     if run.optimizer.startswith("adamw") and "8bit" not in run.optimizer:
@@ -119,10 +110,3 @@ def _changes(model: ModelShape, run: RunShape, adapted: ModelShape | None) -> It
     if run.optimizer.startswith("adamw") and run.device == "cuda":
         price = "time for paging when memory is short; needs bitsandbytes"
         yield change("paged 8-bit AdamW", price, {"optim": "paged_adamw_8bit"}, optimizer="paged_adamw_8bit")
-
-
-def _half_rank(model: ModelShape) -> ModelShape:
-    linears = tuple(layer._replace(rank=layer.rank // 2) for layer in model.linears)
-    less = model.adapter_parameters - replace(model, linears=linears).adapter_parameters
-    size = model.trainable_bytes - less * model.adapter_bytes
-    return replace(model, linears=linears, trainable=model.trainable - less, trainable_bytes=size)

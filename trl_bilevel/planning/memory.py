@@ -1,69 +1,65 @@
-"""Peak memory of a run, by component: the arithmetic of docs/planning.md as a pure function."""
+"""Peak memory of a run, by component: the arithmetic of docs/planning.md as pure functions of numbers.
+
+Saved activations follow what the eager code of transformers' Llama family saves for the backward. `n` is the number
+of tokens of a micro-batch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from ..weights.language_model import LOGIT_TOKENS
 from ..weights.pilot import BATCH_ROWS, BATCH_TOKENS
 from ..weights.settings import PILOT_ROWS
-from . import activations, work
-from .models import DESCRIBED
-from .optimizers import state_bytes, step_bytes
 from .shapes import ModelShape, RunShape
+from .work import ATTENTION_INPUTS, pilot_shape
 
 GIB = 2**30
-# What a CUDA process takes beside tensors: context, cuBLAS workspaces. Assumed, not measured here.
-CUDA_CONTEXT = 700 * 2**20
-# Part of the caching allocator's memory that fragmentation leaves unused. Assumed, not measured here.
-FRAGMENTATION = 0.05
+# What a CUDA process takes beside tensors, and the part that fragmentation leaves unused. Assumed, not measured here.
+CUDA_CONTEXT, FRAGMENTATION = 700 * 2**20, 0.05
 # Rows of the selector: an fp32 weight, and a bit more per row in training.
 SELECTOR_BYTES_PER_ROW = 8
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One of the moments at which memory may peak.
-
-    Attributes:
-        name (`str`): what is going on.
-        parts (`dict[str, int]`): bytes by component.
-    """
-
-    name: str
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(self.parts.values())
+# Sets of the pilot's adapters, each with two AdamW states and a gradient, all of it in fp32.
+PILOT_SETS, PILOT_BYTES = 2, 16
+# Families whose saved activations the formulas describe.
+DESCRIBED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# States of an optimizer per value; their dtype is the parameter's unless the name says otherwise.
+STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "ademamix": 3, "stable": 2}
+# Bytes of 8-bit states per value and state: the value, and an fp32 scale per block of 256.
+EIGHT_BIT = 1 + 4 / 256
+# Tokens of a tile of TRL's fused LM head, and bytes per entry that it holds beside the tile, without Triton: forward,
+# backward.
+TILE_TOKENS, TILE_BESIDE = 4096, (13, 29)
+# Layers of which the first one's input is saved for all.
+READ_WITH = dict.fromkeys(ATTENTION_INPUTS, "q_proj") | {"up_proj": "gate_proj"}
+FLOAT = 4
+# Bytes by component.
+Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Estimated memory of a run on one device.
+    """Estimated memory of a run on one device, in bytes."""
 
-    Attributes:
-        moments (`list[Moment]`): the moments that were looked at.
-        reserve (`int`): bytes beside tensors: CUDA context and fragmentation, assumed; 0 on a CPU.
-        host_bytes (`int`): bytes of a paged optimizer's state, which may leave the device.
-        notes (`list[str]`): what the figures leave out or take for granted.
-    """
-
-    moments: list[Moment]
-    reserve: int
-    host_bytes: int = 0
-    notes: list[str] = field(default_factory=list)
+    moments: dict[str, Parts]  # at which memory may peak
+    reserve: int  # beside tensors: CUDA context and fragmentation, assumed; 0 on a CPU
+    host_bytes: int  # of a paged optimizer's states, which may leave the device
+    notes: list[str]  # what the figures leave out or take for granted
 
     @property
-    def peak(self) -> Moment:
-        """The moment of most memory."""
-        return max(self.moments, key=lambda moment: moment.total)
+    def peak(self) -> str:
+        """Name of the moment of most memory."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> Parts:
+        """What is held at the peak."""
+        return self.moments[self.peak]
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of tensors at the peak: what an allocator counts."""
-        return self.peak.total
+        return sum(self.parts.values())
 
     @property
     def total_bytes(self) -> int:
@@ -84,9 +80,188 @@ def weight_memory(model: ModelShape, run: RunShape) -> int:
     if run.quantisation == "8bit":
         # One fp32 scale per output.
         return rest + linear + sum(4 * layer.outputs * layer.number for layer in model.linears)
-    blocks = linear / 64
-    scales = blocks * (1 + 4 / 256) if run.quantisation == "4bit_nested" else blocks * 4
-    return round(rest + linear / 2 + scales)
+    # One per 64 weights, fp32 or in 8 bits.
+    return round(rest + linear / 2 + linear / 64 * (EIGHT_BIT if run.quantisation == "4bit_nested" else FLOAT))
+
+
+def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
+    """Bytes of an optimizer's states on the device, and of those that may be paged out to the host.
+
+    Raises:
+        ValueError: if the optimizer is not known.
+    """
+    plain = name.removeprefix("paged_")
+    if plain == "adafactor":
+        # Row and column means in place of a full second moment.
+        size = sum((x.inputs + x.outputs) * x.number for x in model.linears if x.trained)
+        return 4 * (size + sum((x.inputs + x.outputs + 2 * x.rank) * x.number for x in model.linears if x.rank)), 0
+    states = STATES.get(plain.split("_")[0])
+    if states is None:
+        raise ValueError(
+            f"`optim={name!r}` is not known to the planner, which knows names that start with "
+            f"{', '.join([*STATES, 'adafactor'])}. Plan with the one of them that is nearest."
+        )
+    size = states * model.trainable_bytes
+    if "8bit" in plain:
+        # transformers keeps the states of embeddings in fp32.
+        exempt = model.vocabulary * model.hidden if model.embedding_trained else 0
+        size = round(states * (EIGHT_BIT * (model.trainable - exempt) + 4 * exempt))
+    elif "bnb" in plain or plain.endswith("32bit") or plain != name:
+        size = 4 * states * model.trainable
+    return (0, size) if plain != name else (size, 0)
+
+
+def _intermediate(model: ModelShape) -> int:
+    """Width of the feed-forward part: what its last layer reads."""
+    widths = [layer.inputs for layer in model.linears if layer.name not in (*ATTENTION_INPUTS, "o_proj")]
+    return max(widths, default=4 * model.hidden)
+
+
+def _compute_bytes(model: ModelShape, run: RunShape) -> int:
+    """Bytes per value that the linear layers compute with; quantised ones use the model's own dtype."""
+    return 2 if run.autocast and run.quantisation is None else model.weight_bytes
+
+
+def _casts_weights(model: ModelShape, run: RunShape) -> bool:
+    return run.autocast and model.weight_bytes == FLOAT and run.quantisation is None
+
+
+def _layer_saved(model: ModelShape, run: RunShape, n: int) -> int:
+    """Bytes that one decoder layer saves for its backward, its input among them."""
+    k = _compute_bytes(model, run)
+    width, kv_width = model.heads * model.head_size, model.key_value_heads * model.head_size
+    # Norms compute in fp32; the input is saved as such, and the normalised values if the norm's weight is trained.
+    normed = 2 * model.hidden + (width + kv_width if model.head_norms else 0)
+    saved = normed * (FLOAT + (model.weight_bytes if model.norms_trained else 0))
+    # Queries, keys, values, output; keys and values are repeated for all heads where a mask or `eager` asks it.
+    repeated = run.attention == "eager" or (run.attention == "sdpa" and run.padded)
+    saved += k * 2 * (width + (width if repeated else kv_width))
+    # Log-sum-exp of flash kernels; in `eager`, softmax in fp32 and its result in the compute dtype.
+    eager = run.tokens * (FLOAT if k == FLOAT else FLOAT + k)
+    saved += model.heads * (eager if run.attention == "eager" else FLOAT)
+    # Gate, its activation, and what it is multiplied by.
+    saved += 3 * _intermediate(model) * k + _inputs(model, run, k)
+    cast = 2 * sum(x.inputs * x.outputs for x in model.linears) if _casts_weights(model, run) else 0
+    return n * saved + cast
+
+
+def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
+    """Bytes per token that weight gradients need: inputs of trained layers and of adapters, outputs of `lora_A`."""
+    wanted = 2 if run.autocast else model.adapter_bytes
+    saved, shared = 0, {}
+    for layer in model.linears:
+        # Norms give the model's dtype, the other layers that of compute.
+        source = k if layer.name in ("o_proj", "down_proj") else model.weight_bytes
+        # PEFT casts to the adapter's fp32, and autocast back: a copy of its own, although the dtypes agree.
+        twice = run.autocast and run.quantisation is None and model.adapter_bytes != source
+        if layer.trained and source != k:
+            saved += layer.inputs * k  # autocast casts for every layer anew
+        if layer.rank and (run.dropout or wanted != source or twice):
+            saved += layer.inputs * wanted
+        elif layer.rank or (layer.trained and source == k):
+            shared[READ_WITH.get(layer.name, layer.name)] = layer.inputs * source
+        if layer.rank and run.dropout:
+            own = source if run.quantisation is not None and run.autocast else model.adapter_bytes
+            saved += layer.inputs * (1 if run.device == "cuda" else own)  # its mask
+        saved += layer.rank * wanted
+    # What attention has saved already is not counted twice.
+    return saved + sum(size for name, size in shared.items() if name != "o_proj")
+
+
+def _layer_backward(model: ModelShape, run: RunShape, n: int) -> int:
+    """Bytes that a layer's backward needs beside what was saved: gradients on their way, dequantised weights."""
+    k = _compute_bytes(model, run)
+    feed = 2 * n * (model.hidden * model.weight_bytes + _intermediate(model) * k)
+    if model.adapter_bytes and not run.autocast and model.adapter_bytes > k:
+        feed += n * _intermediate(model) * model.adapter_bytes
+    attention = 2 * n * run.tokens * model.heads * FLOAT if run.attention == "eager" else 0
+    largest = max((layer.inputs * layer.outputs for layer in model.linears), default=0)
+    return max(feed, attention) + (largest * k if run.quantisation is not None else 0)
+
+
+def _layer_forward(model: ModelShape, run: RunShape, n: int) -> int:
+    """Bytes that a layer's forward needs where nothing is saved."""
+    feed = n * (3 * _intermediate(model) * _compute_bytes(model, run) + 2 * model.hidden * model.weight_bytes)
+    return max(feed, 3 * n * run.tokens * model.heads * FLOAT) if run.attention == "eager" else feed
+
+
+def _layer_input(model: ModelShape, n: int) -> int:
+    """Bytes of a decoder layer's input: all that checkpointing keeps of it."""
+    return n * model.hidden * model.weight_bytes
+
+
+def _head(model: ModelShape, run: RunShape, n: int) -> tuple[int, int]:
+    """Working space of the fused LM head, forward and backward: one tile, never the logits of all tokens."""
+    k = 2 if run.autocast else model.weight_bytes
+    tokens, width = min(n, TILE_TOKENS), min(model.vocabulary, run.tile_width)
+    tile = tokens * run.tile_width * k + (width * model.hidden * k if run.autocast and model.weight_bytes == 4 else 0)
+    forward, backward = (tile + (0 if run.device == "cuda" else tokens * width * beside) for beside in TILE_BESIDE)
+    # The gradients in fp32 of the states, and of the weight if it is trained.
+    return forward, backward + FLOAT * model.hidden * (n + (model.vocabulary if model.head_trained else 0))
+
+
+def _training(
+    model: ModelShape, run: RunShape, held: Parts, rows: int, name: str, head_space: tuple[int, int]
+) -> dict[str, Parts]:
+    """Moments of forward and backward; `head_space` is the LM head's working space in these."""
+    n = rows * run.tokens
+    layer, kept = _layer_saved(model, run, n), _layer_input(model, n)
+    # The layer that is computed again; its input is there already.
+    again = layer - (kept if model.weight_bytes == FLOAT else 0)
+    if not run.checkpointing:
+        kept, again = layer, 0
+    norm = FLOAT + (model.weight_bytes if model.norms_trained else 0)
+    # Layers, the final norm, and the states that the LM head reads.
+    saved = model.layers * kept + n * model.hidden * (norm + 2 * model.weight_bytes)
+    mask = rows * run.tokens**2 if run.padded and run.attention in ("sdpa", "eager") else 0
+    # Autocast keeps the casts of trained weights until the forward ends.
+    cast = 2 * (model.copied_bytes // 4 if model.adapter_bytes else model.trainable)
+    before = model.trainable_bytes if run.accumulation > 1 else 0
+    head = model.vocabulary * model.hidden * model.weight_bytes if model.head_trained else 0
+    working = _layer_backward(model, run, n)
+    # What is saved, gradients, working space.
+    moments = {
+        "LM head, forward": (
+            saved + (cast if run.checkpointing and _casts_weights(model, run) else 0),
+            before,
+            head_space[0],
+        ),
+        "LM head, backward": (saved, before, head_space[1]),
+        "backward of the last layer": (saved + again, max(before, head), working),
+        "backward of the first layer": (
+            kept + again,
+            model.trainable_bytes,
+            working + (head if model.embedding_trained else 0),
+        ),
+    }
+    return {
+        f"{name}: {what}": held | {"activations": activations + mask, "gradients": gradients, "working space": space}
+        for what, (activations, gradients, space) in moments.items()
+    }
+
+
+def _without_gradient(model: ModelShape, run: RunShape, held: Parts, rows: int, head_space: int) -> Parts:
+    n = rows * run.tokens
+    states = _layer_input(model, n)
+    return held | {"working space": max(_layer_forward(model, run, n) + states, head_space + 2 * states)}
+
+
+def _pilot(model: ModelShape, run: RunShape, held: Parts) -> dict[str, Parts]:
+    """Moments of the pilot run, which has adapters of its own, whatever the run trains, and of its scoring."""
+    top = pilot_shape(model)
+    held = held | {"pilot run": PILOT_SETS * PILOT_BYTES * top.adapter_parameters}
+    run = replace(run, accumulation=1, dropout=0.0)
+    read = min(BATCH_ROWS, max(1, BATCH_TOKENS // run.tokens))
+    rows = min(read, PILOT_ROWS)
+    if run.training_rows is not None:
+        # Scored rows and the others are read apart.
+        read = min(read, max(run.rows_scored, run.training_rows - run.rows_scored))
+    # Logits of a few positions, in fp32 too, log-probabilities, their gradient.
+    k = 2 if run.autocast else model.weight_bytes
+    space = min(LOGIT_TOKENS, rows * run.tokens) * model.vocabulary * (k + (2 if k == FLOAT else 3) * FLOAT)
+    return _training(top, run, held, rows, "pilot run", (space, space)) | {
+        "scoring of rows": _without_gradient(model, run, held, read, space)
+    }
 
 
 def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
@@ -97,102 +272,42 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
 
     Args:
         model (`ModelShape`): see `models.model_shape`.
-        run (`RunShape`): see `settings.run_shape`.
+        run (`RunShape`): see `shapes.run_shape`.
 
     Returns:
         `MemoryPlan`: bytes, for one device of `run.processes`.
+
+    Raises:
+        ValueError: if the optimizer is not known.
     """
-    full = model.trainable == model.parameters and not model.adapted
     fixed = {"weights": weight_memory(model, run)}
-    if not full:
-        fixed["adapters and trained copies"] = model.trainable_bytes if model.adapted else model.copied_bytes
-    states, paged = state_bytes(run.optimizer, model)
+    if model.adapter_bytes or model.trainable < model.parameters:
+        fixed["adapters and trained copies"] = model.trainable_bytes if model.adapter_bytes else model.copied_bytes
     if run.estimator != "none" and run.training_rows:
         fixed["selector"] = SELECTOR_BYTES_PER_ROW * run.training_rows
-    running = fixed | {"optimizer states": states}
-    if run.estimator == "sparse_centred":
-        # A second set of trained parameters and its two AdamW states.
-        running["tracker"] = 3 * model.trainable_bytes
-    if run.processes > 1:
-        running["DDP buckets"] = model.trainable_bytes
-    n = (run.rows + run.joined_rows) * run.tokens
-    head = (activations.head_forward(model, run, n), activations.head_backward(model, run, n))
-    moments = _training(model, run, running, run.rows + run.joined_rows, "training", head)
-    step = {"gradients": model.trainable_bytes, "working space": step_bytes(run.optimizer, model, run.device)}
-    moments.append(Moment("training: optimizer step", running | step))
-    if run.evaluates:
-        space = activations.head_forward(model, run, run.evaluation_rows * run.tokens)
-        moments.append(_without_gradient(model, run, running, run.evaluation_rows, "evaluation", space))
+    states, paged = state_bytes(run.optimizer, model) if run.trains else (0, 0)
+    moments: dict[str, Parts] = {}
+    if run.trains:
+        running = fixed | {"optimizer states": states}
+        if run.estimator == "sparse_centred":
+            # A second set of trained parameters and its two AdamW states.
+            running["tracker"] = 3 * model.trainable_bytes
+        if run.processes > 1:
+            running["DDP buckets"] = model.trainable_bytes
+        rows = run.rows + run.joined_rows
+        moments = _training(model, run, running, rows, "training", _head(model, run, rows * run.tokens))
+        # Fused and bitsandbytes steps need no space; the others a temporary per value, as all are stepped at once.
+        small = "fused" in run.optimizer or "bit" in run.optimizer or run.optimizer.startswith("sgd")
+        space = 0 if small or run.device == "cpu" else model.trainable_bytes
+        moments["training: optimizer step"] = running | {"gradients": model.trainable_bytes, "working space": space}
+        if run.evaluates:
+            space = _head(model, run, run.evaluation_rows * run.tokens)[0]
+            moments["evaluation"] = _without_gradient(model, run, running, run.evaluation_rows, space)
     if run.pilots:
-        moments += _pilot(model, run, fixed)
-    reserve = 0
-    if run.device == "cuda":
-        reserve = CUDA_CONTEXT + round(FRAGMENTATION * max(moment.total for moment in moments))
+        moments |= _pilot(model, run, fixed)
+    most = max(sum(parts.values()) for parts in moments.values())
+    reserve = CUDA_CONTEXT + round(FRAGMENTATION * most) if run.device == "cuda" else 0
     return MemoryPlan(moments, reserve, paged, _notes(model, run))
-
-
-def _pilot(model: ModelShape, run: RunShape, fixed: dict[str, int]) -> list[Moment]:
-    """Moments of the pilot run, which has adapters of its own, whatever the run trains, and of its scoring."""
-    top = work.pilot_shape(model)
-    held = fixed | {"pilot run": work.PILOT_SETS * work.PILOT_BYTES * top.adapter_parameters}
-    run = replace(run, accumulation=1, dropout=0.0)
-    read = min(BATCH_ROWS, max(1, BATCH_TOKENS // run.tokens))
-    rows = min(read, PILOT_ROWS)
-    if run.training_rows is not None:
-        # Scored rows and the others are read apart.
-        read = min(read, max(run.rows_scored, run.training_rows - run.rows_scored))
-    space = activations.positions_working(model, run, min(LOGIT_TOKENS, rows * run.tokens))
-    return [
-        *_training(top, run, held, rows, "pilot run", (space, space)),
-        _without_gradient(model, run, held, read, "scoring of rows", space),
-    ]
-
-
-def _training(
-    model: ModelShape, run: RunShape, held: dict[str, int], rows: int, name: str, head_space: tuple[int, int]
-) -> list[Moment]:
-    """Moments of forward and backward; `head_space` is the LM head's working space in these."""
-    n = rows * run.tokens
-    layer = activations.layer_saved(model, run, n)
-    kept = activations.layer_input(model, n) if run.checkpointing else layer
-    saved = model.layers * kept + activations.head_saved(model, n)
-    mask = rows * run.tokens**2 if run.padded and run.attention in ("sdpa", "eager") else 0
-    weights = 0
-    if run.autocast and model.weight_bytes == 4 and run.quantisation is None and run.checkpointing:
-        # Autocast keeps the casts of trained weights until the forward ends.
-        weights = 2 * (model.trainable if not model.adapted else model.copied_bytes // 4)
-    before = model.trainable_bytes if run.accumulation > 1 else 0
-    head = model.vocabulary * model.hidden * model.weight_bytes if activations.head_is_trained(model) else 0
-    one_layer = layer if run.checkpointing else 0
-    working = activations.layer_working(model, run, n)
-    # The input of a layer that is recomputed is there already.
-    if run.checkpointing and model.weight_bytes == 4:
-        one_layer -= activations.layer_input(model, n)
-    first = layer if not run.checkpointing else kept + one_layer
-    last = working + (head if model.embedding_trained else 0)
-    # What is saved, gradients, working space.
-    moments = {
-        "LM head, forward": (saved + weights, before, head_space[0]),
-        "LM head, backward": (saved, before, head_space[1]),
-        "backward of the last layer": (saved + one_layer, max(before, head), working),
-        "backward of the first layer": (first, model.trainable_bytes, last),
-    }
-    return [
-        Moment(
-            f"{name}: {what}",
-            held | {"activations": activation + mask, "gradients": gradients, "working space": space},
-        )
-        for what, (activation, gradients, space) in moments.items()
-    ]
-
-
-def _without_gradient(
-    model: ModelShape, run: RunShape, held: dict[str, int], rows: int, name: str, head_space: int
-) -> Moment:
-    n = rows * run.tokens
-    states = activations.layer_input(model, n)
-    space = max(activations.layer_forward(model, run, n) + states, head_space + 2 * states)
-    return Moment(name, held | {"working space": space})
 
 
 def _notes(model: ModelShape, run: RunShape) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,21 +27,12 @@ KNOWN: dict[str, dict[str, Any]] = {
         ("Qwen3-1.7B", "qwen3", 151936, 2048, 6144, 28, 16, 8, 128, 40960, True),
     )
 }
-# Families whose saved activations the formulas describe.
-DESCRIBED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
-@dataclass(frozen=True)
-class FoundConfig:
-    """A model's config, and where it is from.
-
-    Attributes:
-        config: of transformers.
-        source (`str`): `"folder"`, `"hub"` (or its cache) or `"table"`, the numbers built in here.
-    """
-
-    config: PretrainedConfig
-    source: str
+BUILT_IN = (
+    "The numbers of the model are those built in here: its own config was not read. Give its folder by "
+    "`model_config`, or a hub that can be reached, to be sure."
+)
 
 
 def known_name(name: str) -> str | None:
@@ -51,20 +41,21 @@ def known_name(name: str) -> str | None:
     return next((known for known in KNOWN if known.lower() == plain), None)
 
 
-def find_config(name: str, **kwargs: Any) -> FoundConfig:
+def find_config(name: str, **kwargs: Any) -> tuple[PretrainedConfig, str]:
     """The config of a folder, of a hub model, or of a well-known model if the hub cannot be reached.
+
+    Returns:
+        The config, and where it is from: `"folder"`, `"hub"` (or its cache), or `"table"`, the numbers built in here.
 
     Raises:
         ValueError: if there is none.
     """
     from transformers import AutoConfig
 
-    if Path(name).is_dir():
-        return FoundConfig(AutoConfig.from_pretrained(name, **kwargs), "folder")
-    known = known_name(name)
-    if known != name:
+    known, source = known_name(name), "folder" if Path(name).is_dir() else "hub"
+    if source == "folder" or known != name:
         try:
-            return FoundConfig(AutoConfig.from_pretrained(name, **kwargs), "hub")
+            return AutoConfig.from_pretrained(name, **kwargs), source
         except (OSError, ValueError) as error:
             if known is None:
                 raise ValueError(
@@ -73,7 +64,7 @@ def find_config(name: str, **kwargs: Any) -> FoundConfig:
                 ) from error
     assert known is not None
     numbers = dict(KNOWN[known])
-    return FoundConfig(AutoConfig.for_model(numbers.pop("model_type"), **numbers), "table")
+    return AutoConfig.for_model(numbers.pop("model_type"), **numbers), "table"
 
 
 def model_shape(
@@ -97,16 +88,15 @@ def model_shape(
         model = AutoModelForCausalLM.from_config(config, dtype=kind)
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         parameters = sum(p.numel() for p in model.parameters())
-        # Names as they are before adapters wrap them.
-        modules = dict(model.named_modules())
         if peft_config is not None:
             model = get_peft_model(model, peft_config, autocast_adapter_dtype=not quantised)
-    text = config.get_text_config()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    size = 2 if quantised else None
-    adapters = [p for n, p in model.named_parameters() if "lora_" in n]
-    copies = [p for n, p in model.named_parameters() if "modules_to_save" in n]
-    heads = text.num_attention_heads
+    text, size = config.get_text_config(), 2 if quantised else None
+    heads, trained = text.num_attention_heads, {n: p for n, p in model.named_parameters() if p.requires_grad}
+    adapters = [p for name, p in trained.items() if "lora_" in name]
+    head, embedding = (
+        any(p.requires_grad for p in module.parameters())
+        for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
     return ModelShape(
         family=config.model_type,
         vocabulary=text.vocab_size,
@@ -117,37 +107,28 @@ def model_shape(
         head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
         linears=_linears(model),
         parameters=parameters,
-        trainable=sum(p.numel() for p in trained),
-        trainable_bytes=sum(p.numel() * (size or p.itemsize) for p in trained),
-        copied_bytes=sum(p.numel() * (size or p.itemsize) for p in copies),
+        trainable=sum(p.numel() for p in trained.values()),
+        trainable_bytes=sum(p.numel() * (size or p.itemsize) for p in trained.values()),
+        copied_bytes=sum(p.numel() * (size or p.itemsize) for n, p in trained.items() if "modules_to_save" in n),
         adapter_bytes=(size or adapters[0].itemsize) if adapters else 0,
         weight_bytes=kind.itemsize,
-        tied=tied,
-        head_trained=_is_trained(model.get_output_embeddings()),
-        embedding_trained=_is_trained(model.get_input_embeddings()),
-        norms_trained=any(p.requires_grad for n, p in model.named_parameters() if "norm" in n),
-        head_norms=any(name.endswith("q_norm") for name in modules),
+        head_trained=head or (tied and embedding),
+        embedding_trained=embedding,
+        norms_trained=any("norm" in name for name in trained),
+        head_norms=any("q_norm" in name for name, _ in model.named_parameters()),
     )
-
-
-def _is_trained(module: Any) -> bool:
-    return any(p.requires_grad for p in module.parameters())
 
 
 def _linears(model: Any) -> tuple[Linear, ...]:
     """Linear layers inside the decoder's layers, by name; those of mixtures of experts count all experts."""
     import torch
-    from peft.tuners.lora import LoraLayer
 
     found: Counter[Linear] = Counter()
     for path, module in model.named_modules():
-        adapted = isinstance(module, LoraLayer)
-        if ".layers." not in f".{path}." or adapted is isinstance(module, torch.nn.Linear):
-            continue
-        if any(part in path for part in ("lora_", "base_layer", "original_module")):
-            continue
-        base = module.get_base_layer() if adapted else module
-        rank = sum(module.r.values()) if adapted else 0
-        name = next(part for part in reversed(path.split(".")) if part not in ("default", "modules_to_save"))
-        found[Linear(name, base.in_features, base.out_features, 0, rank, base.weight.requires_grad)] += 1
+        parts, base = path.split("."), getattr(module, "base_layer", module)
+        inner = any(part.startswith(("lora_", "base_layer", "original_module")) for part in parts)
+        if "layers" in parts and isinstance(base, torch.nn.Linear) and not inner:
+            name = next(part for part in reversed(parts) if part not in ("default", "modules_to_save"))
+            rank = sum(getattr(module, "r", {}).values())
+            found[Linear(name, base.in_features, base.out_features, 0, rank, base.weight.requires_grad)] += 1
     return tuple(layer._replace(number=number) for layer, number in found.items())

@@ -3,101 +3,49 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..data.trusted import HELD_BACK_SHARE
 from ..trainer.record import FOLLOWED_ROWS
 from ..weights.adapters import RANK, upper_layers
 from ..weights.prediction import SMOOTHING_DEPTH
 from ..weights.settings import MOST_PILOT_STEPS, PILOT_ROWS, default_pilot_steps, lookahead_steps
-from .activations import ATTENTION_INPUTS, head_is_trained
 from .shapes import Linear, ModelShape, RunShape
 
-# Sets of the pilot's adapters, each with two AdamW states and a gradient, all of it in fp32.
-PILOT_SETS, PILOT_BYTES = 2, 16
-# Products of the LM head's size for the losses of a row outside of TRL's trainer and their gradient: logits, logits
-# again in the backward, gradient.
-HEAD_PRODUCTS = 3
+# Layers that read the input of attention.
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
-@dataclass(frozen=True)
-class WorkPlan:
-    """Estimated work, FLOPs over all processes.
-
-    Attributes:
-        step (`float`): of an optimizer step, validation rows and a tracker included.
-        training (`float`, *optional*): of all steps; `None` if the length of the run is not known.
-        pilot (`float`): of the pilot run's steps.
-        scoring (`float`): of scoring rows after it.
-        prediction (`float`, *optional*): of reading hidden states, to smooth the weights of scored rows and to predict
-            the others'; `None` if the number of rows is not known.
-        following (`float`): of the trusted rows' losses before and after training, for the report.
-        plain (`float`, *optional*): of as many steps of plain SFT.
-    """
-
-    step: float
-    training: float | None
-    pilot: float
-    scoring: float
-    prediction: float | None
-    following: float
-    plain: float | None
-
-    @property
-    def total(self) -> float | None:
-        """Of the whole run."""
-        if self.training is None or self.prediction is None:
-            return None
-        return self.training + self.pilot + self.scoring + self.prediction + self.following
+def _forward(model: ModelShape, tokens: float) -> tuple[float, float, float]:
+    """FLOPs of one row's forward through the decoder: of its linear layers, of their adapters, of attention."""
+    linear, adapters = 2 * tokens * model.linear_parameters, 2 * tokens * model.adapter_parameters
+    # As if every token saw every other: kernels skip up to half of it.
+    return linear, adapters, 4 * tokens**2 * model.heads * model.head_size * model.layers
 
 
-def forward_parts(model: ModelShape, tokens: float, layers: int | None = None) -> dict[str, float]:
-    """FLOPs of one row's forward, by part; through the lowest `layers` only, without LM head, if given."""
-    share = 1.0 if layers is None else layers / model.layers
-    return {
-        "linear layers": 2 * tokens * model.linear_parameters * share,
-        "adapters": 2 * tokens * model.adapter_parameters * share,
-        # As if every token saw every other: kernels skip up to half of it.
-        "attention": 4 * tokens**2 * model.heads * model.head_size * model.layers * share,
-        "LM head": 0.0 if layers is not None else 2 * (tokens - 1) * model.hidden * model.vocabulary,
-    }
+def _backward(run: RunShape) -> tuple[int, float]:
+    """Forwards that checkpointing adds, and that attention's backward takes: flash kernels compute scores again."""
+    return int(run.checkpointing), 2.0 if run.attention == "eager" else 2.5
 
 
-def training_parts(model: ModelShape, run: RunShape, tokens: float) -> dict[str, float]:
-    """FLOPs of one row's forward and backward, by part, with what checkpointing and the LM head compute again."""
-    forward = forward_parts(model, tokens)
-    again = 1 if run.checkpointing else 0
-    trained = sum(x.inputs * x.outputs * x.number for x in model.linears if x.trained)
-    return {
-        "linear layers": forward["linear layers"] * (2 + again) + 2 * tokens * trained,
-        "adapters": forward["adapters"] * (3 + again),
-        "attention": forward["attention"] * (1 + _attention_backward(run) + again),
-        "LM head": forward["LM head"] * (3 + head_is_trained(model)),
-    }
+def _scored(run: RunShape, tokens: float) -> float:
+    """Positions of which choosing computes logits."""
+    return tokens - 1 if run.scored_tokens is None else min(run.scored_tokens, tokens - 1)
 
 
-def _attention_backward(run: RunShape) -> float:
-    """Backward of attention in forwards: flash kernels compute the scores again."""
-    return 2.0 if run.attention == "eager" else 2.5
+def _trained_row(model: ModelShape, run: RunShape, tokens: float, positions: float) -> float:
+    """FLOPs of one row's forward and backward, with what checkpointing and the LM head compute again."""
+    (again, scores), (linear, adapters, attention) = _backward(run), _forward(model, tokens)
+    own = sum(x.inputs * x.outputs * x.number for x in model.linears if x.trained)
+    decoder = linear * (2 + again) + 2 * tokens * own + adapters * (3 + again) + attention * (1 + scores + again)
+    # Logits, logits again in the backward, gradient, and the weight's if it has one.
+    return decoder + 2 * positions * model.hidden * model.vocabulary * (3 + model.head_trained)
 
 
-def scored_head(model: ModelShape, run: RunShape, tokens: float) -> float:
-    """FLOPs of the logits of a row's scored positions, which are all that choosing computes."""
-    scored = tokens - 1 if run.scored_tokens is None else min(run.scored_tokens, tokens - 1)
-    return 2 * scored * model.hidden * model.vocabulary
-
-
-def read_row(model: ModelShape, run: RunShape, tokens: float) -> float:
+def _read_row(model: ModelShape, run: RunShape, tokens: float) -> float:
     """FLOPs of a row's loss without gradient, as choosing computes it."""
     # The model's own forward makes logits of one position, which nobody reads.
-    head = scored_head(model, run, tokens) + 2 * model.hidden * model.vocabulary
-    return sum((forward_parts(model, tokens) | {"LM head": head}).values())
-
-
-def tracker_row(model: ModelShape, run: RunShape, tokens: float) -> float:
-    """FLOPs of a row's forward and backward under the tracker of the published update."""
-    head = scored_head(model, run, tokens) * (HEAD_PRODUCTS + head_is_trained(model))
-    return sum((training_parts(model, run, tokens) | {"LM head": head}).values())
+    return sum(_forward(model, tokens)) + 2 * (_scored(run, tokens) + 1) * model.hidden * model.vocabulary
 
 
 def pilot_shape(model: ModelShape) -> ModelShape:
@@ -110,11 +58,10 @@ def pilot_shape(model: ModelShape) -> ModelShape:
     numbers: Counter[tuple[str, int, int]] = Counter()
     for x in model.linears:
         numbers[x.name, x.inputs, x.outputs] += x.number
-    linears = tuple(Linear(*key, round(number * top / model.layers), RANK) for key, number in numbers.items())
     return replace(
         model,
         layers=top,
-        linears=linears,
+        linears=tuple(Linear(*key, round(number * top / model.layers), RANK) for key, number in numbers.items()),
         trainable_bytes=0,
         copied_bytes=0,
         adapter_bytes=model.weight_bytes,
@@ -126,57 +73,17 @@ def pilot_shape(model: ModelShape) -> ModelShape:
 
 def pilot_row(model: ModelShape, run: RunShape, tokens: float) -> tuple[float, float]:
     """FLOPs of one row's forward, and of its forward and backward, under the pilot run's adapters."""
-    top = pilot_shape(model)
-    back = forward_parts(top, tokens)
+    top, (again, scores) = pilot_shape(model), _backward(run)
+    linear, adapters, attention = _forward(top, tokens)
+    forward = _read_row(model, run, tokens) + adapters
+    # The model's own adapters are frozen here, as its layers are.
+    frozen = _forward(model, tokens)[1] * top.layers / model.layers
     # What the lowest of these layers reads needs no gradient.
     lowest = sum(x.inputs * x.outputs for x in top.linears if x.name in ATTENTION_INPUTS)
-    forward = read_row(model, run, tokens) + back["adapters"]
-    # The model's own adapters are frozen here, as its layers are.
-    frozen = forward_parts(model, tokens)["adapters"] * top.layers / model.layers
-    again = 1 if run.checkpointing else 0
-    backward = (back["linear layers"] + frozen) * (1 + again) - 2 * tokens * lowest
-    backward += back["adapters"] * (2 + again) + back["attention"] * (_attention_backward(run) + again)
-    backward += scored_head(model, run, tokens) * (HEAD_PRODUCTS - 1)
+    backward = (linear + frozen) * (1 + again) - 2 * tokens * lowest
+    backward += adapters * (2 + again) + attention * (scores + again)
+    backward += 4 * _scored(run, tokens) * model.hidden * model.vocabulary
     return forward, forward + backward
-
-
-def estimate_work(model: ModelShape, run: RunShape) -> WorkPlan:
-    """FLOPs of a step, and of the run with its pilot.
-
-    Args:
-        model (`ModelShape`), run (`RunShape`): as for `memory.estimate_memory`; rows count `run.mean_tokens` tokens.
-    """
-    tokens = run.mean_tokens or run.tokens
-    trained = sum(training_parts(model, run, tokens).values())
-    plain = run.rows_per_step * trained
-    step = plain + run.joined_per_step * trained
-    if run.estimator == "sparse_centred":
-        step += run.rows_per_step * tracker_row(model, run, tokens)
-    steps, known = run.steps, run.training_rows
-    pilot, scoring, prediction = 0.0, 0.0, None if run.pilots and known is None else 0.0
-    # Of what every process does for itself.
-    trusted = run.processes * run.validation_rows
-    if run.pilots:
-        scored = run.rows_scored
-        passed, pilot_trained = pilot_row(model, run, tokens)
-        pilot = run.processes * pilot_rows(run) * pilot_trained
-        scoring = 2 * (scored + HELD_BACK_SHARE * trusted) * passed
-        if known is not None:
-            others = known - scored
-            prediction = (scored + trusted) * _lower(model, tokens, SMOOTHING_DEPTH)
-            prediction += (others + trusted) * _lower(model, tokens, run.read_depth) if others else 0.0
-    following = 0.0
-    if run.estimator != "none" or run.joins:
-        following = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * read_row(model, run, tokens)
-    return WorkPlan(
-        step=step,
-        training=None if steps is None else steps * step,
-        pilot=pilot,
-        scoring=scoring,
-        prediction=prediction,
-        following=following,
-        plain=None if steps is None else steps * plain,
-    )
 
 
 def pilot_rows(run: RunShape) -> int:
@@ -190,6 +97,52 @@ def pilot_rows(run: RunShape) -> int:
     return 3 * PILOT_ROWS * steps
 
 
-def _lower(model: ModelShape, tokens: float, depth: float) -> float:
-    """FLOPs of one row's forward through a share of the layers."""
-    return sum(forward_parts(model, tokens, max(1, round(depth * model.layers))).values())
+def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
+    """FLOPs of a run over all processes.
+
+    Args:
+        model (`ModelShape`), run (`RunShape`): as for `memory.estimate_memory`; rows count `run.mean_tokens` tokens.
+
+    Returns:
+        `dict`: of an optimizer `step`, trusted rows and a tracker included; of `training`, all steps; of the `pilot`
+            run; of `scoring` rows after it; of `prediction`, the reading of hidden states for the weights of rows that
+            are scored and of the others; of `following`, the trusted rows' losses before and after for the report; of
+            the run in `total`; and of as many steps of `plain` SFT. `None` where the length of the run or the number
+            of rows must be known and is not.
+    """
+    tokens, known, trusted = run.mean_tokens or run.tokens, run.training_rows, run.processes * run.validation_rows
+    trained = _trained_row(model, run, tokens, tokens - 1)
+    plain = run.rows_per_step * trained
+    step = plain + run.joined_per_step * trained
+    if run.estimator == "sparse_centred":
+        step += run.rows_per_step * _trained_row(model, run, tokens, _scored(run, tokens))
+    steps = run.steps if run.trains else 0
+    work: dict[str, float | None] = {
+        "step": step,
+        "training": None if steps is None else steps * step,
+        "plain": None if steps is None else steps * plain,
+        "pilot": 0.0,
+        "scoring": 0.0,
+        "prediction": 0.0,
+        "following": 0.0,
+    }
+    if run.pilots:
+        passed, pilot_trained = pilot_row(model, run, tokens)
+        work["pilot"] = run.processes * pilot_rows(run) * pilot_trained
+        work["scoring"] = 2 * (run.rows_scored + HELD_BACK_SHARE * trusted) * passed
+        others = None if known is None else known - run.rows_scored
+        work["prediction"] = None
+        if others is not None:
+            read = (run.rows_scored + trusted) * _share(model, SMOOTHING_DEPTH)
+            read += (others + trusted) * _share(model, run.read_depth) if others else 0
+            work["prediction"] = read * sum(_forward(model, tokens))
+    if run.trains and (run.estimator != "none" or run.joins):
+        work["following"] = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * _read_row(model, run, tokens)
+    parts = [work[name] for name in ("training", "pilot", "scoring", "prediction", "following")]
+    whole = [part for part in parts if part is not None]
+    return work | {"total": sum(whole) if len(whole) == len(parts) else None}
+
+
+def _share(model: ModelShape, depth: float) -> float:
+    """Share of the forward that the layers up to a depth take."""
+    return max(1, round(depth * model.layers)) / model.layers
