@@ -90,7 +90,7 @@ def _changes(model: ModelShape, run: RunShape, adapted: ModelShape | None) -> It
         yield change("bf16 weights", price, {"dtype": "bfloat16"}, to)
     if frozen and run.quantisation != "4bit_nested":
         price = "some quality, time for dequantising; needs bitsandbytes"
-        settings = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
+        settings: dict[str, Any] = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
         # TRL makes the adapters bf16, too.
         to = replace(small, adapter_bytes=min(2, model.adapter_bytes))
         yield change("4-bit base (QLoRA)", price, settings, to, quantisation="4bit_nested")

@@ -240,13 +240,6 @@ class RecordCallback(TrainerCallback):
         }
         self.seconds["validation"] += time.perf_counter() - start
 
-    def overhead(self) -> float | None:
-        """Share of the time so far that went into choosing weights and following losses; None at rest."""
-        if self._began is None or not self.seconds.get("selection"):
-            return None
-        spent = self.seconds["selection"] + self.seconds["validation"]
-        return spent / max(time.perf_counter() - self._began, 1e-9)
-
     def facts(self) -> dict[str, Any]:
         """The record as it is now."""
         return self._tell().told() | {"validation": self.validation, "evaluation": self.evaluation}
