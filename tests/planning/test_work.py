@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, PrinterCallback
 
 from benchmarks import cost
 from benchmarks.memory import adapters, make_config, make_model
-from trl_bilevel import BilevelSFTTrainer
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.planning import work
 from trl_bilevel.planning.models import model_shape
 from trl_bilevel.planning.shapes import RunShape, run_shape
@@ -115,3 +115,9 @@ def test_the_published_update_with_a_tracker_trains_on_every_batch_twice(small_c
     assert moving["training"] == pytest.approx(2.25 * moving["plain"])
     assert moving["total"] == moving["training"] + moving["following"]
     assert work.estimate_work(model, replace(run, estimator="seal")) == uniform
+
+
+def test_length_of_the_run_may_be_unknown(small_config, tmp_path):
+    args = BilevelSFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    found = work.estimate_work(model_shape(small_config), run_shape(args, tokens=64))
+    assert found["step"] > 0 and found["training"] is None and found["total"] is None

@@ -69,7 +69,7 @@ def _changes(model: ModelShape, run: RunShape, adapted: ModelShape | None) -> It
     if run.rows > 1:
         half = run.rows // 2
         steps = -(-run.rows * run.accumulation // half)
-        settings = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
+        settings: dict[str, Any] = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
         price = "the same batch in smaller parts: some speed"
         yield change("smaller micro-batch", price, settings, rows=half, accumulation=steps)
     if run.pilots and run.trains:
@@ -90,7 +90,7 @@ def _changes(model: ModelShape, run: RunShape, adapted: ModelShape | None) -> It
         yield change("bf16 weights", price, {"dtype": "bfloat16"}, to)
     if frozen and run.quantisation != "4bit_nested":
         price = "some quality, time for dequantising; needs bitsandbytes"
-        settings: dict[str, Any] = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
+        settings = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
         # TRL makes the adapters bf16, too.
         to = replace(small, adapter_bytes=min(2, model.adapter_bytes))
         yield change("4-bit base (QLoRA)", price, settings, to, quantisation="4bit_nested")
