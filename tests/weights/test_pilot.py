@@ -9,7 +9,7 @@ from tests.weights.conftest import prepare, trained_pilot, trusted_sets
 from trl_bilevel.weights.adapters import SCALE
 from trl_bilevel.weights.errors import NonFiniteScoreError
 from trl_bilevel.weights.language_model import LanguageModel, left_as_it_was
-from trl_bilevel.weights.pilot import Pilot, PilotRecipe
+from trl_bilevel.weights.pilot import Pilot, PilotRecipe, train_step
 from trl_bilevel.weights.settings import lookahead_steps
 
 
@@ -150,7 +150,8 @@ def test_small_gradients_survive_float16(tokens, tiny_model, prepared):
             value.data += 0.05
         noting = Noting(pilot.pulled)
         with left_as_it_was(model):
-            pilot._step(pilot.pulled, noting, [(prepared.batch(range(6)), torch.full((6,), 1 / tokens))])
+            parts = [(prepared.batch(range(6)), torch.full((6,), 1 / tokens))]
+            train_step(pilot.model, pilot.pulled, noting, parts)
         found[dtype] = noting.gradients
     lost = (found[torch.float16] - found[torch.float32]).norm() / found[torch.float32].norm()
     assert float(lost) < 0.01

@@ -22,6 +22,7 @@ from ..data.identity import (
     DATA_WEIGHT,
     RESERVED_COLUMNS,
     SAMPLE_ID,
+    SAMPLE_LENGTHS,
     SampleIdCollator,
     add_sample_ids,
     count_overlap,
@@ -414,14 +415,15 @@ def scored_tokens(rows: Dataset, packed: Dataset | None, count: int) -> Tensor:
     """
     out = torch.zeros(count, dtype=torch.float64)
     source = rows if packed is None else packed
-    names = [name for name in (SAMPLE_ID, "sample_lengths", "labels") if name in source.column_names]
+    names = [name for name in (SAMPLE_ID, SAMPLE_LENGTHS, "labels") if name in source.column_names]
+    # Rows that are wrapped see those before them, so that their first token is scored as well.
+    sees_others = packed is not None and "seq_lengths" not in packed.column_names
     for batch in source.select_columns(names).with_format(None).iter(1000):
-        lengths = batch.get("sample_lengths", [[len(labels)] for labels in batch["labels"]])
+        lengths = batch.get(SAMPLE_LENGTHS, [[len(labels)] for labels in batch["labels"]])
         for ids, parts, labels in zip(batch[SAMPLE_ID], lengths, batch["labels"], strict=True):
             place = 0
             for number, length in zip(ids if isinstance(ids, list) else [ids], parts, strict=True):
-                own = labels[place : place + length]
-                # The first token of a packed row has nothing before it; TRL masks that of every document.
-                out[number] += sum(label != -100 for label in own[1:])
+                first = max(place, 1) if sees_others else place + 1
+                out[number] += sum(label != -100 for label in labels[first : place + length])
                 place += length
     return out
