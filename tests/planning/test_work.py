@@ -117,16 +117,13 @@ def test_rows_of_the_pilot_run(settings, rows):
 
 
 def test_the_published_update_with_a_tracker_trains_on_every_batch_twice(small_config):
-    model, run = model_shape(small_config), RunShape(rows=4, tokens=64, joins=True, max_steps=3)
+    model, run = model_shape(small_config), RunShape(rows=4, tokens=64, joins=True, steps=3)
     uniform = work.estimate_work(model, run)
     assert uniform["training"] == pytest.approx(1.25 * uniform["plain"])
     assert uniform["total"] == uniform["training"] + uniform["following"]
     moving = work.estimate_work(model, replace(run, estimator="sparse_centred"))
-    assert (
-        moving["training"] == pytest.approx(2.25 * moving["plain"])
-       
+    assert moving["training"] == pytest.approx(2.25 * moving["plain"])
     assert moving["total"] == moving["training"] + moving["following"]
-    )
     assert work.estimate_work(model, replace(run, estimator="seal")) == uniform
 
 

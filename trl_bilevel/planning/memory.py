@@ -6,7 +6,11 @@ of tokens of a micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
 
 from ..weights.language_model import LOGIT_TOKENS
 from ..weights.pilot import BATCH_ROWS, BATCH_TOKENS
@@ -14,6 +18,7 @@ from ..weights.settings import PILOT_ROWS
 from .shapes import ModelShape, RunShape
 from .work import ATTENTION_INPUTS, pilot_shape
 
+TEXTS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "text" / "plan.yaml").read_text())
 GIB = 2**30
 # What a CUDA process takes beside tensors, and the part that fragmentation leaves unused. Assumed, not measured here.
 CUDA_CONTEXT, FRAGMENTATION = 700 * 2**20, 0.05
@@ -24,7 +29,9 @@ PILOT_SETS, PILOT_BYTES = 2, 16
 # Families whose saved activations the formulas describe.
 DESCRIBED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # States of an optimizer per value; their dtype is the parameter's unless the name says otherwise.
+# Adafactor's row and column means are next to nothing.
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "ademamix": 3, "stable": 2}
+STATES |= {"adafactor": 0}
 # Bytes of 8-bit states per value and state: the value, and an fp32 scale per block of 256.
 EIGHT_BIT = 1 + 4 / 256
 # Tokens of a tile of TRL's fused LM head, and bytes per entry that it holds beside the tile, without Triton: forward,
@@ -37,34 +44,16 @@ FLOAT = 4
 Parts = dict[str, int]
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(NamedTuple):
     """Estimated memory of a run on one device, in bytes."""
 
-    moments: dict[str, Parts]  # at which memory may peak
-    reserve: int  # beside tensors: CUDA context and fragmentation, assumed; 0 on a CPU
+    total_bytes: int  # that the device needs to have
+    tensor_bytes: int  # of tensors at the peak: what an allocator counts
+    reserve_bytes: int  # beside tensors: CUDA context and fragmentation, assumed; 0 on a CPU
     host_bytes: int  # of a paged optimizer's states, which may leave the device
+    peak: str  # the moment of most memory
+    moments: dict[str, Parts]  # at which memory may peak
     notes: list[str]  # what the figures leave out or take for granted
-
-    @property
-    def peak(self) -> str:
-        """Name of the moment of most memory."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
-
-    @property
-    def parts(self) -> Parts:
-        """What is held at the peak."""
-        return self.moments[self.peak]
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of tensors at the peak: what an allocator counts."""
-        return sum(self.parts.values())
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes that the device needs to have."""
-        return self.tensor_bytes + self.reserve
 
     def fits(self, gibibytes: float) -> bool:
         """Whether it fits a device of so much memory."""
@@ -91,15 +80,11 @@ def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
         ValueError: if the optimizer is not known.
     """
     plain = name.removeprefix("paged_")
-    if plain == "adafactor":
-        # Row and column means in place of a full second moment.
-        size = sum((x.inputs + x.outputs) * x.number for x in model.linears if x.trained)
-        return 4 * (size + sum((x.inputs + x.outputs + 2 * x.rank) * x.number for x in model.linears if x.rank)), 0
     states = STATES.get(plain.split("_")[0])
     if states is None:
         raise ValueError(
-            f"`optim={name!r}` is not known to the planner, which knows names that start with "
-            f"{', '.join([*STATES, 'adafactor'])}. Plan with the one of them that is nearest."
+            f"`optim={name!r}` is not known to the planner, which knows names that start with {', '.join(STATES)}. "
+            "Plan with the one of them that is nearest."
         )
     size = states * model.trainable_bytes
     if "8bit" in plain:
@@ -111,19 +96,9 @@ def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
     return (0, size) if plain != name else (size, 0)
 
 
-def _intermediate(model: ModelShape) -> int:
-    """Width of the feed-forward part: what its last layer reads."""
-    widths = [layer.inputs for layer in model.linears if layer.name not in (*ATTENTION_INPUTS, "o_proj")]
-    return max(widths, default=4 * model.hidden)
-
-
 def _compute_bytes(model: ModelShape, run: RunShape) -> int:
     """Bytes per value that the linear layers compute with; quantised ones use the model's own dtype."""
-    return 2 if run.autocast and run.quantisation is None else model.weight_bytes
-
-
-def _casts_weights(model: ModelShape, run: RunShape) -> bool:
-    return run.autocast and model.weight_bytes == FLOAT and run.quantisation is None
+    return 2 if run.casts else model.weight_bytes
 
 
 def _layer_saved(model: ModelShape, run: RunShape, n: int) -> int:
@@ -137,12 +112,10 @@ def _layer_saved(model: ModelShape, run: RunShape, n: int) -> int:
     repeated = run.attention == "eager" or (run.attention == "sdpa" and run.padded)
     saved += k * 2 * (width + (width if repeated else kv_width))
     # Log-sum-exp of flash kernels; in `eager`, softmax in fp32 and its result in the compute dtype.
-    eager = run.tokens * (FLOAT if k == FLOAT else FLOAT + k)
-    saved += model.heads * (eager if run.attention == "eager" else FLOAT)
+    saved += model.heads * (run.tokens * (FLOAT + k % FLOAT) if run.attention == "eager" else FLOAT)
     # Gate, its activation, and what it is multiplied by.
-    saved += 3 * _intermediate(model) * k + _inputs(model, run, k)
-    cast = 2 * sum(x.inputs * x.outputs for x in model.linears) if _casts_weights(model, run) else 0
-    return n * saved + cast
+    saved += 3 * model.intermediate * k + _inputs(model, run, k)
+    return n * saved + run.casts * (model.weight_bytes == FLOAT) * 2 * sum(x.inputs * x.outputs for x in model.linears)
 
 
 def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
@@ -153,7 +126,7 @@ def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
         # Norms give the model's dtype, the other layers that of compute.
         source = k if layer.name in ("o_proj", "down_proj") else model.weight_bytes
         # PEFT casts to the adapter's fp32, and autocast back: a copy of its own, although the dtypes agree.
-        twice = run.autocast and run.quantisation is None and model.adapter_bytes != source
+        twice = run.casts and model.adapter_bytes != source
         if layer.trained and source != k:
             saved += layer.inputs * k  # autocast casts for every layer anew
         if layer.rank and (run.dropout or wanted != source or twice):
@@ -161,8 +134,7 @@ def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
         elif layer.rank or (layer.trained and source == k):
             shared[READ_WITH.get(layer.name, layer.name)] = layer.inputs * source
         if layer.rank and run.dropout:
-            own = source if run.quantisation is not None and run.autocast else model.adapter_bytes
-            saved += layer.inputs * (1 if run.device == "cuda" else own)  # its mask
+            saved += layer.inputs * (1 if run.device == "cuda" else model.adapter_bytes)  # its mask
         saved += layer.rank * wanted
     # What attention has saved already is not counted twice.
     return saved + sum(size for name, size in shared.items() if name != "o_proj")
@@ -171,23 +143,10 @@ def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
 def _layer_backward(model: ModelShape, run: RunShape, n: int) -> int:
     """Bytes that a layer's backward needs beside what was saved: gradients on their way, dequantised weights."""
     k = _compute_bytes(model, run)
-    feed = 2 * n * (model.hidden * model.weight_bytes + _intermediate(model) * k)
-    if model.adapter_bytes and not run.autocast and model.adapter_bytes > k:
-        feed += n * _intermediate(model) * model.adapter_bytes
+    feed = 2 * n * (model.hidden * model.weight_bytes + model.intermediate * k)
     attention = 2 * n * run.tokens * model.heads * FLOAT if run.attention == "eager" else 0
-    largest = max((layer.inputs * layer.outputs for layer in model.linears), default=0)
+    largest = max(layer.inputs * layer.outputs for layer in model.linears)
     return max(feed, attention) + (largest * k if run.quantisation is not None else 0)
-
-
-def _layer_forward(model: ModelShape, run: RunShape, n: int) -> int:
-    """Bytes that a layer's forward needs where nothing is saved."""
-    feed = n * (3 * _intermediate(model) * _compute_bytes(model, run) + 2 * model.hidden * model.weight_bytes)
-    return max(feed, 3 * n * run.tokens * model.heads * FLOAT) if run.attention == "eager" else feed
-
-
-def _layer_input(model: ModelShape, n: int) -> int:
-    """Bytes of a decoder layer's input: all that checkpointing keeps of it."""
-    return n * model.hidden * model.weight_bytes
 
 
 def _head(model: ModelShape, run: RunShape, n: int) -> tuple[int, int]:
@@ -205,34 +164,26 @@ def _training(
 ) -> dict[str, Parts]:
     """Moments of forward and backward; `head_space` is the LM head's working space in these."""
     n = rows * run.tokens
-    layer, kept = _layer_saved(model, run, n), _layer_input(model, n)
-    # The layer that is computed again; its input is there already.
-    again = layer - (kept if model.weight_bytes == FLOAT else 0)
-    if not run.checkpointing:
-        kept, again = layer, 0
+    layer = _layer_saved(model, run, n)
+    # Of every layer its input and of one layer all, which is computed again; or all of every layer.
+    kept, again = (n * model.hidden * model.weight_bytes, layer) if run.checkpointing else (layer, 0)
     norm = FLOAT + (model.weight_bytes if model.norms_trained else 0)
     # Layers, the final norm, and the states that the LM head reads.
     saved = model.layers * kept + n * model.hidden * (norm + 2 * model.weight_bytes)
     mask = rows * run.tokens**2 if run.padded and run.attention in ("sdpa", "eager") else 0
-    # Autocast keeps the casts of trained weights until the forward ends.
-    cast = 2 * (model.copied_bytes // 4 if model.adapter_bytes else model.trainable)
+    # With checkpointing, autocast keeps the casts of trained weights until the forward ends.
+    trained = model.copied_bytes // FLOAT if model.adapter_bytes else model.trainable
+    cast = 2 * trained * (run.checkpointing and run.casts and model.weight_bytes == FLOAT)
     before = model.trainable_bytes if run.accumulation > 1 else 0
     head = model.vocabulary * model.hidden * model.weight_bytes if model.head_trained else 0
     working = _layer_backward(model, run, n)
+    last = working + (head if model.embedding_trained else 0)
     # What is saved, gradients, working space.
     moments = {
-        "LM head, forward": (
-            saved + (cast if run.checkpointing and _casts_weights(model, run) else 0),
-            before,
-            head_space[0],
-        ),
+        "LM head, forward": (saved + cast, before, head_space[0]),
         "LM head, backward": (saved, before, head_space[1]),
         "backward of the last layer": (saved + again, max(before, head), working),
-        "backward of the first layer": (
-            kept + again,
-            model.trainable_bytes,
-            working + (head if model.embedding_trained else 0),
-        ),
+        "backward of the first layer": (kept + again, model.trainable_bytes, last),
     }
     return {
         f"{name}: {what}": held | {"activations": activations + mask, "gradients": gradients, "working space": space}
@@ -241,9 +192,10 @@ def _training(
 
 
 def _without_gradient(model: ModelShape, run: RunShape, held: Parts, rows: int, head_space: int) -> Parts:
-    n = rows * run.tokens
-    states = _layer_input(model, n)
-    return held | {"working space": max(_layer_forward(model, run, n) + states, head_space + 2 * states)}
+    n, scores = rows * run.tokens, 3 * run.tokens * model.heads * FLOAT if run.attention == "eager" else 0
+    states = n * model.hidden * model.weight_bytes
+    layer = max(3 * n * model.intermediate * _compute_bytes(model, run) + 2 * states, n * scores)
+    return held | {"working space": states + max(layer, head_space + states)}
 
 
 def _pilot(model: ModelShape, run: RunShape, held: Parts) -> dict[str, Parts]:
@@ -259,9 +211,8 @@ def _pilot(model: ModelShape, run: RunShape, held: Parts) -> dict[str, Parts]:
     # Logits of a few positions, in fp32 too, log-probabilities, their gradient.
     k = 2 if run.autocast else model.weight_bytes
     space = min(LOGIT_TOKENS, rows * run.tokens) * model.vocabulary * (k + (2 if k == FLOAT else 3) * FLOAT)
-    return _training(top, run, held, rows, "pilot run", (space, space)) | {
-        "scoring of rows": _without_gradient(model, run, held, read, space)
-    }
+    scoring = _without_gradient(model, run, held, read, space)
+    return _training(top, run, held, rows, "pilot run", (space, space)) | {"scoring of rows": scoring}
 
 
 def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
@@ -271,11 +222,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
     bitsandbytes 0.50; docs/planning.md compares with measurements.
 
     Args:
-        model (`ModelShape`): see `models.model_shape`.
-        run (`RunShape`): see `shapes.run_shape`.
-
-    Returns:
-        `MemoryPlan`: bytes, for one device of `run.processes`.
+        model (`ModelShape`), run (`RunShape`): see `models.model_shape`, `shapes.run_shape`.
 
     Raises:
         ValueError: if the optimizer is not known.
@@ -305,26 +252,14 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
             moments["evaluation"] = _without_gradient(model, run, running, run.evaluation_rows, space)
     if run.pilots:
         moments |= _pilot(model, run, fixed)
-    most = max(sum(parts.values()) for parts in moments.values())
-    reserve = CUDA_CONTEXT + round(FRAGMENTATION * most) if run.device == "cuda" else 0
-    return MemoryPlan(moments, reserve, paged, _notes(model, run))
-
-
-def _notes(model: ModelShape, run: RunShape) -> list[str]:
-    notes = []
-    if model.family not in DESCRIBED:
-        notes.append(
-            f"Activations follow the formulas for {', '.join(DESCRIBED)}; {model.family!r} may save more or less. "
-            "Weights, gradients and optimizer states are counted exactly."
-        )
-    if run.quantisation is not None and model.weight_bytes == 4:
-        notes.append(
-            "The quantised layers compute in fp32 here, since `dtype` is float32: set `dtype: bfloat16` to halve "
-            "what is not quantised and the activations."
-        )
-    if run.device == "cuda":
-        notes.append(
-            f"Computed, not measured on a GPU. Assumed: {CUDA_CONTEXT / GIB:.1f} GiB for the CUDA context, "
-            f"{FRAGMENTATION:.0%} lost to fragmentation, every row as long as the longest, every token scored."
-        )
-    return notes
+    peak = max(moments, key=lambda name: sum(moments[name].values()))
+    tensors = sum(moments[peak].values())
+    reserve = CUDA_CONTEXT + round(FRAGMENTATION * tensors) if run.device == "cuda" else 0
+    notes = {
+        "family": model.family not in DESCRIBED,
+        "dtype": run.quantisation is not None and model.weight_bytes == FLOAT,
+        "cuda": run.device == "cuda",
+    }
+    facts = {"described": ", ".join(DESCRIBED), "family": model.family, "context": CUDA_CONTEXT / GIB}
+    texts = [TEXTS["notes"][x].format(**facts, fragmentation=FRAGMENTATION) for x, holds in notes.items() if holds]
+    return MemoryPlan(tensors + reserve, tensors, reserve, paged, peak, moments, texts)

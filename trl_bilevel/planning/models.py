@@ -7,32 +7,16 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from .shapes import Linear, ModelShape
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PretrainedConfig
 
-# What the hub says of well-known models, for when it cannot be reached. Numbers of the models' own config.json.
-NUMBERS = (
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
-)
-KNOWN: dict[str, dict[str, Any]] = {
-    name: dict(zip(NUMBERS, numbers, strict=True))
-    for name, *numbers in (
-        ("Llama-3-8B", "llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, False),
-        ("SmolLM2-1.7B", "llama", 49152, 2048, 8192, 24, 32, 32, 64, 8192, True),
-        ("SmolLM2-135M", "llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, True),
-        ("Qwen3-1.7B", "qwen3", 151936, 2048, 6144, 28, 16, 8, 128, 40960, True),
-    )
-}
-
-
-BUILT_IN = (
-    "The numbers of the model are those built in here: its own config was not read. Give its folder by "
-    "`model_config`, or a hub that can be reached, to be sure."
-)
+# What the hub says of well-known models, for when it cannot be reached.
+KNOWN: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "text" / "models.yaml").read_text())
 
 
 def known_name(name: str) -> str | None:
@@ -90,9 +74,10 @@ def model_shape(
         parameters = sum(p.numel() for p in model.parameters())
         if peft_config is not None:
             model = get_peft_model(model, peft_config, autocast_adapter_dtype=not quantised)
-    text, size = config.get_text_config(), 2 if quantised else None
-    heads, trained = text.num_attention_heads, {n: p for n, p in model.named_parameters() if p.requires_grad}
-    adapters = [p for name, p in trained.items() if "lora_" in name]
+    text, heads = config.get_text_config(), config.get_text_config().num_attention_heads
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sizes = {name: p.numel() * (2 if quantised else p.itemsize) for name, p in trained.items()}
+    adapters = [2 if quantised else p.itemsize for name, p in trained.items() if "lora_" in name]
     head, embedding = (
         any(p.requires_grad for p in module.parameters())
         for module in (model.get_output_embeddings(), model.get_input_embeddings())
@@ -101,6 +86,7 @@ def model_shape(
         family=config.model_type,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
         layers=text.num_hidden_layers,
         heads=heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -108,9 +94,9 @@ def model_shape(
         linears=_linears(model),
         parameters=parameters,
         trainable=sum(p.numel() for p in trained.values()),
-        trainable_bytes=sum(p.numel() * (size or p.itemsize) for p in trained.values()),
-        copied_bytes=sum(p.numel() * (size or p.itemsize) for n, p in trained.items() if "modules_to_save" in n),
-        adapter_bytes=(size or adapters[0].itemsize) if adapters else 0,
+        trainable_bytes=sum(sizes.values()),
+        copied_bytes=sum(size for name, size in sizes.items() if "modules_to_save" in name),
+        adapter_bytes=max(adapters, default=0),
         weight_bytes=kind.itemsize,
         head_trained=head or (tied and embedding),
         embedding_trained=embedding,

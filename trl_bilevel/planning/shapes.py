@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..weights.settings import ESTIMATORS
@@ -29,6 +29,7 @@ class ModelShape:
     family: str  # `model_type` of its config
     vocabulary: int
     hidden: int
+    intermediate: int  # width of the feed-forward part
     layers: int
     heads: int
     key_value_heads: int
@@ -79,8 +80,7 @@ class RunShape:
     optimizer: str = "adamw_torch_fused"  # `optim` as transformers names it
     device: str = "cuda"
     training_rows: int | None = None  # None if not known
-    epochs: float = 3.0
-    max_steps: int = -1  # in place of `epochs` if above 0
+    steps: int | None = None  # of the optimizer; None if not known
     validation_rows: int = 32  # trusted rows
     joins: bool = False  # whether the model is trained on trusted rows, too (`validation_loss_weight` above 0)
     evaluation_rows: int = 8  # of a batch without gradient
@@ -103,6 +103,11 @@ class RunShape:
         return self.estimator in ESTIMATORS
 
     @property
+    def casts(self) -> bool:
+        """Whether the linear layers compute in another dtype than the model's."""
+        return self.autocast and self.quantisation is None
+
+    @property
     def rows_scored(self) -> int:
         """Training rows that the pilot scores; 0 for all of an unknown number."""
         known = self.training_rows
@@ -122,15 +127,6 @@ class RunShape:
     def joined_rows(self) -> int:
         """Trusted rows that join a micro-batch, at most."""
         return -(-self.joined_per_step // (self.accumulation * self.processes))
-
-    @property
-    def steps(self) -> int | None:
-        """Optimizer steps of the run; `None` if they are not known."""
-        if self.max_steps > 0:
-            return self.max_steps
-        if self.training_rows is None:
-            return None
-        return max(1, round(self.training_rows * self.epochs / self.rows_per_step))
 
 
 def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: Any) -> RunShape:
@@ -156,8 +152,6 @@ def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: A
         "checkpointing": bool(args.gradient_checkpointing),
         "padded": not (args.padding_free or args.packing),
         "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "epochs": args.num_train_epochs,
-        "max_steps": args.max_steps,
         "joins": args.validation_loss_weight > 0,
         "evaluation_rows": args.per_device_eval_batch_size,
         "evaluates": str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
@@ -166,4 +160,7 @@ def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: A
         "scored_rows": args.pilot_scored_rows,
         "read_depth": args.feature_depth,
     }
-    return RunShape(**(known | further))
+    run = RunShape(**(known | further))
+    if args.max_steps > 0 or run.training_rows is None:
+        return replace(run, steps=args.max_steps if args.max_steps > 0 else None)
+    return replace(run, steps=max(1, round(run.training_rows * args.num_train_epochs / run.rows_per_step)))
