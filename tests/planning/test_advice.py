@@ -95,8 +95,8 @@ def test_run_shape_reads_the_config(make_args):
     run = run_shape(args, processes=2)
     assert (run.rows, run.tokens, run.rows_per_step, run.steps) == (4, 300, 24, 7)
     assert run.autocast and not run.checkpointing and run.optimizer == "adamw_bnb_8bit" and run.padded
-    # A quarter of 24 rows over six micro-batches.
-    assert (run.joined_rows, run.estimator, run.scored_rows, run.read_depth) == (1, "lookahead", 512, 0.3)
+    # A quarter of 24 rows.
+    assert (run.joined, run.estimator, run.scored_rows, run.read_depth) == (6, "lookahead", 512, 0.3)
     assert run.pilots and run.training_rows is None
 
 

@@ -110,7 +110,7 @@ def test_what_more_of_something_adds(small_config):
         {"padded": True},
         {"attention": "eager"},
         {"processes": 2},
-        {"joins": True},
+        {"joined": 1},
         {"tokens": 1024, "estimator": "value_function"},
         {"estimator": "sparse_centred"},
         {"estimator": "value_function", "training_rows": 10**6},

@@ -117,7 +117,7 @@ def test_rows_of_the_pilot_run(settings, rows):
 
 
 def test_the_published_update_with_a_tracker_trains_on_every_batch_twice(small_config):
-    model, run = model_shape(small_config), RunShape(rows=4, tokens=64, joins=True, steps=3)
+    model, run = model_shape(small_config), RunShape(rows=4, tokens=64, joined=1, steps=3)
     uniform = work.estimate_work(model, run)
     assert uniform["training"] == pytest.approx(1.25 * uniform["plain"])
     assert uniform["total"] == uniform["training"] + uniform["following"]

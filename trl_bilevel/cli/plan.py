@@ -58,6 +58,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from peft import LoraConfig
     from trl import get_peft_config
 
+    from ..data.loading import FILE_FORMATS, load_rows
     from ..planning.advice import savings, way_to_fit
     from ..planning.memory import TEXTS, estimate_memory
     from ..planning.models import find_config, model_shape
@@ -77,11 +78,14 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         raise ValueError("A quantised model can only be trained with adapters: set `use_peft: true`.")
     dtype = model_args.dtype or "float32"
     model = model_shape(config, dtype=dtype, peft_config=adapters, quantised=quantisation is not None)
+    rows, path = script_args.training_rows, Path(script_args.dataset_name or "")
+    if rows is None and path.suffix in FILE_FORMATS and path.is_file():
+        rows = len(load_rows(str(path), split=script_args.dataset_train_split))
     same = ("tokens", "processes", "validation_rows", "mean_tokens", "scored_tokens")
     run = run_shape(
         training_args,
         device=script_args.device or ("cpu" if training_args.wants_cpu else "cuda"),
-        training_rows=script_args.training_rows or _count_rows(script_args),
+        training_rows=rows,
         quantisation=quantisation,
         attention=model_args.attn_implementation or "sdpa",
         dropout=model_args.lora_dropout if adapters else 0.0,
@@ -111,15 +115,6 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         show(report, plan.moments[plan.peak], TEXTS["work"])
 
 
-def _count_rows(script_args: Any) -> int | None:
-    from ..data.loading import FILE_FORMATS, load_rows
-
-    name = script_args.dataset_name
-    if not name or Path(name).suffix not in FILE_FORMATS or not Path(name).is_file():
-        return None
-    return len(load_rows(name, split=script_args.dataset_train_split))
-
-
 def show(report: dict[str, Any], parts: dict[str, int], labels: dict[str, str]) -> None:
     """One table of memory, of what saves it, and of work; then whether it fits."""
     from .show import say, table
@@ -138,8 +133,8 @@ def show(report: dict[str, Any], parts: dict[str, int], labels: dict[str, str]) 
         rows.append((name, f"-{saving['saves_bytes'] / GIB:.2f} GiB", _settings([saving])))
     for name, what in labels.items():
         if work[name]:
-            share = f"{work[name] / work['plain']:.2f} x plain SFT" if work["plain"] else ""
-            rows.append((what, f"{work[name] / 1e15:,.2f} petaFLOPs", share))
+            share = f"{work[name] / work['plain']:.2f} x plain SFT" if work["plain"] and name != "step" else ""
+            rows.append((what, f"{work[name] / 1e15:,.3g} petaFLOPs", share))
     columns = ("what", "computed", "settings")
     table(f"Memory at the peak ({report['peak']}), what saves some, work", columns, rows, right=columns[1:2])
     needed = report["total_bytes"] / GIB
@@ -171,8 +166,7 @@ def run(arguments: list[str]) -> None:
     except ValueError as error:
         if "--num_rounds" not in str(error):
             raise
-        raise ValueError(
-            "This is a config of `trl-bilevel refine`; only the offline run is planned. Plan the file of the run that "
-            "the rounds go on from. What generation adds is in docs/recipes.md, 'Memory, as the headers compute it'."
-        ) from error
+        from ..planning.memory import TEXTS
+
+        raise ValueError(TEXTS["refine"]) from error
     main(*parts)

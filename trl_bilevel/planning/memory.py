@@ -125,11 +125,10 @@ def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
     for layer in model.linears:
         # Norms give the model's dtype, the other layers that of compute.
         source = k if layer.name in ("o_proj", "down_proj") else model.weight_bytes
-        # PEFT casts to the adapter's fp32, and autocast back: a copy of its own, although the dtypes agree.
-        twice = run.casts and model.adapter_bytes != source
         if layer.trained and source != k:
             saved += layer.inputs * k  # autocast casts for every layer anew
-        if layer.rank and (run.dropout or wanted != source or twice):
+        # PEFT casts to the adapter's fp32, and autocast back: a copy of its own, although the dtypes agree.
+        if layer.rank and (run.dropout or wanted != source or (run.casts and model.adapter_bytes != source)):
             saved += layer.inputs * wanted
         elif layer.rank or (layer.trained and source == k):
             shared[READ_WITH.get(layer.name, layer.name)] = layer.inputs * source
@@ -241,7 +240,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
             running["tracker"] = 3 * model.trainable_bytes
         if run.processes > 1:
             running["DDP buckets"] = model.trainable_bytes
-        rows = run.rows + run.joined_rows
+        rows = run.rows - (-run.joined // (run.accumulation * run.processes))
         moments = _training(model, run, running, rows, "training", _head(model, run, rows * run.tokens))
         # Fused and bitsandbytes steps need no space; the others a temporary per value, as all are stepped at once.
         small = "fused" in run.optimizer or "bit" in run.optimizer or run.optimizer.startswith("sgd")

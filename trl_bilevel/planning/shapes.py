@@ -82,7 +82,7 @@ class RunShape:
     training_rows: int | None = None  # None if not known
     steps: int | None = None  # of the optimizer; None if not known
     validation_rows: int = 32  # trusted rows
-    joins: bool = False  # whether the model is trained on trusted rows, too (`validation_loss_weight` above 0)
+    joined: int = 0  # trusted rows of an optimizer step, over all processes (`validation_loss_weight`)
     evaluation_rows: int = 8  # of a batch without gradient
     evaluates: bool = False  # whether such batches come in mid-training
     estimator: str = "none"  # `weight_estimator`, or the preset where weights move in training
@@ -118,16 +118,6 @@ class RunShape:
         """Training rows of an optimizer step, over all processes."""
         return self.rows * self.accumulation * self.processes
 
-    @property
-    def joined_per_step(self) -> int:
-        """Trusted rows of an optimizer step, over all processes."""
-        return max(1, self.rows_per_step // 4) if self.joins else 0
-
-    @property
-    def joined_rows(self) -> int:
-        """Trusted rows that join a micro-batch, at most."""
-        return -(-self.joined_per_step // (self.accumulation * self.processes))
-
 
 def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: Any) -> RunShape:
     """The numbers of a run.
@@ -152,7 +142,6 @@ def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: A
         "checkpointing": bool(args.gradient_checkpointing),
         "padded": not (args.padding_free or args.packing),
         "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "joins": args.validation_loss_weight > 0,
         "evaluation_rows": args.per_device_eval_batch_size,
         "evaluates": str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
         "estimator": args.selector_preset if args.published else args.weight_estimator,
@@ -161,6 +150,8 @@ def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: A
         "read_depth": args.feature_depth,
     }
     run = RunShape(**(known | further))
-    if args.max_steps > 0 or run.training_rows is None:
-        return replace(run, steps=args.max_steps if args.max_steps > 0 else None)
-    return replace(run, steps=max(1, round(run.training_rows * args.num_train_epochs / run.rows_per_step)))
+    joined = max(1, run.rows_per_step // 4) if args.validation_loss_weight > 0 else 0
+    steps = args.max_steps if args.max_steps > 0 else None
+    if steps is None and run.training_rows is not None:
+        steps = max(1, round(run.training_rows * args.num_train_epochs / run.rows_per_step))
+    return replace(run, joined=joined, steps=steps)

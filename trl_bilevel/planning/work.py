@@ -108,7 +108,7 @@ def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
     tokens, known, trusted = run.mean_tokens or run.tokens, run.training_rows, run.processes * run.validation_rows
     trained = _trained_row(model, run, tokens, tokens - 1)
     plain = run.rows_per_step * trained
-    step = plain + run.joined_per_step * trained
+    step = plain + run.joined * trained
     if run.estimator == "sparse_centred":
         step += run.rows_per_step * _trained_row(model, run, tokens, _scored(run, tokens))
     steps = run.steps if run.trains else 0
@@ -122,7 +122,7 @@ def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
         read = ((SMOOTHING_DEPTH, run.rows_scored + trusted), (run.read_depth, others + trusted if others else 0))
         layers = sum(rows * max(1, round(depth * model.layers)) for depth, rows in read)
         work["prediction"] = layers / model.layers * sum(_forward(model, tokens))
-    if run.trains and (run.estimator != "none" or run.joins):
+    if run.trains and (run.estimator != "none" or run.joined):
         work["following"] = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * _read_row(model, run, tokens)
     work |= {"step": step, "training": (steps or 0) * step, "plain": (steps or 0) * plain}
     work["total"] = sum(work[name] for name in ("training", "pilot", "scoring", "prediction", "following"))
