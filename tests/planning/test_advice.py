@@ -4,10 +4,8 @@ import pytest
 from peft import LoraConfig
 
 from trl_bilevel import BilevelSFTConfig
-from trl_bilevel.planning.advice import savings, way_to_fit
-from trl_bilevel.planning.memory import estimate_memory
-from trl_bilevel.planning.models import find_config, model_shape
-from trl_bilevel.planning.shapes import RunShape, run_shape
+from trl_bilevel.planning.memory import estimate_memory, savings, way_to_fit
+from trl_bilevel.planning.shapes import RunShape, find_config, model_shape, run_shape
 
 LORA = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
 

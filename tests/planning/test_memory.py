@@ -10,8 +10,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import memory as benchmark
 from trl_bilevel.planning.memory import estimate_memory, state_bytes, weight_memory
-from trl_bilevel.planning.models import model_shape
-from trl_bilevel.planning.shapes import RunShape
+from trl_bilevel.planning.shapes import RunShape, model_shape
 
 TOKENS = 128
 LORA = {"lora_r": 8, "tile_width": 256}

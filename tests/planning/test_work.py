@@ -12,8 +12,7 @@ from benchmarks import cost
 from benchmarks.memory import adapters, make_config, make_model
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.planning import work
-from trl_bilevel.planning.models import model_shape
-from trl_bilevel.planning.shapes import RunShape, run_shape
+from trl_bilevel.planning.shapes import RunShape, model_shape, run_shape
 from trl_bilevel.weights.language_model import LanguageModel, checkpointed, left_as_it_was
 from trl_bilevel.weights.pilot import Pilot, PilotRecipe
 

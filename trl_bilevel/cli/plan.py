@@ -59,10 +59,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from trl import get_peft_config
 
     from ..data.loading import FILE_FORMATS, load_rows
-    from ..planning.advice import savings, way_to_fit
-    from ..planning.memory import TEXTS, estimate_memory
-    from ..planning.models import find_config, model_shape
-    from ..planning.shapes import run_shape
+    from ..planning.memory import TEXTS, estimate_memory, savings, way_to_fit
+    from ..planning.shapes import find_config, model_shape, run_shape
     from ..planning.work import estimate_work
 
     name, memory = script_args.model_config or model_args.model_name_or_path, script_args.gpu_memory

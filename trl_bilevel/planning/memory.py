@@ -1,4 +1,4 @@
-"""Peak memory of a run, by component: the arithmetic of docs/planning.md as pure functions of numbers.
+"""Peak memory of a run, and what saves some: the arithmetic of docs/planning.md as pure functions of numbers.
 
 Saved activations follow what the eager code of transformers' Llama family saves for the backward. `n` is the number
 of tokens of a micro-batch.
@@ -6,6 +6,7 @@ of tokens of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +31,7 @@ PILOT_SETS, PILOT_BYTES = 2, 16
 DESCRIBED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # States of an optimizer per value; their dtype is the parameter's unless the name says otherwise.
 # Adafactor's row and column means are next to nothing.
-STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "ademamix": 3, "stable": 2}
-STATES |= {"adafactor": 0}
+STATES = dict(adamw=2, adam=2, lion=1, rmsprop=1, adagrad=1, sgd=0, ademamix=3, stable=2, adafactor=0)  # noqa: C408
 # Bytes of 8-bit states per value and state: the value, and an fp32 scale per block of 256.
 EIGHT_BIT = 1 + 4 / 256
 # Tokens of a tile of TRL's fused LM head, and bytes per entry that it holds beside the tile, without Triton: forward,
@@ -42,6 +42,8 @@ READ_WITH = dict.fromkeys(ATTENTION_INPUTS, "q_proj") | {"up_proj": "gate_proj"}
 FLOAT = 4
 # Bytes by component.
 Parts = dict[str, int]
+# What `plan --json` says of a saving, and model and run after it.
+Saving = tuple[dict[str, Any], ModelShape, RunShape]
 
 
 class MemoryPlan(NamedTuple):
@@ -139,15 +141,6 @@ def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
     return saved + sum(size for name, size in shared.items() if name != "o_proj")
 
 
-def _layer_backward(model: ModelShape, run: RunShape, n: int) -> int:
-    """Bytes that a layer's backward needs beside what was saved: gradients on their way, dequantised weights."""
-    k = _compute_bytes(model, run)
-    feed = 2 * n * (model.hidden * model.weight_bytes + model.intermediate * k)
-    attention = 2 * n * run.tokens * model.heads * FLOAT if run.attention == "eager" else 0
-    largest = max(layer.inputs * layer.outputs for layer in model.linears)
-    return max(feed, attention) + (largest * k if run.quantisation is not None else 0)
-
-
 def _head(model: ModelShape, run: RunShape, n: int) -> tuple[int, int]:
     """Working space of the fused LM head, forward and backward: one tile, never the logits of all tokens."""
     k = 2 if run.autocast else model.weight_bytes
@@ -175,7 +168,11 @@ def _training(
     cast = 2 * trained * (run.checkpointing and run.casts and model.weight_bytes == FLOAT)
     before = model.trainable_bytes if run.accumulation > 1 else 0
     head = model.vocabulary * model.hidden * model.weight_bytes if model.head_trained else 0
-    working = _layer_backward(model, run, n)
+    # Gradients on their way through a layer, and its largest weight dequantised.
+    k = _compute_bytes(model, run)
+    feed = 2 * n * (model.hidden * model.weight_bytes + model.intermediate * k)
+    working = max(feed, 2 * n * run.tokens * model.heads * FLOAT) if run.attention == "eager" else feed
+    working += k * max(x.inputs * x.outputs for x in model.linears) if run.quantisation is not None else 0
     last = working + (head if model.embedding_trained else 0)
     # What is saved, gradients, working space.
     moments = {
@@ -254,11 +251,96 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
     peak = max(moments, key=lambda name: sum(moments[name].values()))
     tensors = sum(moments[peak].values())
     reserve = CUDA_CONTEXT + round(FRAGMENTATION * tensors) if run.device == "cuda" else 0
-    notes = {
-        "family": model.family not in DESCRIBED,
-        "dtype": run.quantisation is not None and model.weight_bytes == FLOAT,
-        "cuda": run.device == "cuda",
-    }
     facts = {"described": ", ".join(DESCRIBED), "family": model.family, "context": CUDA_CONTEXT / GIB}
-    texts = [TEXTS["notes"][x].format(**facts, fragmentation=FRAGMENTATION) for x, holds in notes.items() if holds]
-    return MemoryPlan(tensors + reserve, tensors, reserve, paged, peak, moments, texts)
+    names = ["family"] if model.family not in DESCRIBED else []
+    names += ["dtype"] if run.quantisation is not None and model.weight_bytes == FLOAT else []
+    names += ["cuda"] if run.device == "cuda" else []
+    notes = [TEXTS["notes"][name].format(**facts, fragmentation=FRAGMENTATION) for name in names]
+    return MemoryPlan(tensors + reserve, tensors, reserve, paged, peak, moments, notes)
+
+
+def savings(model: ModelShape, run: RunShape, adapted: ModelShape | None = None) -> list[Saving]:
+    """What can be changed, most saving first; only what saves at least 1% of the whole.
+
+    Args:
+        model, run: as they are now.
+        adapted (`ModelShape`, *optional*): the model with LoRA adapters, for runs that fine-tune all parameters.
+
+    Returns:
+        For each, its `name`, `settings` as the config file writes them, `saves_bytes` at the peak and `price`; then
+        model and run after it.
+    """
+    now, found = estimate_memory(model, run).total_bytes, []
+    for name, settings, other, changes in _changes(model, run, adapted):
+        after = replace(run, **changes)
+        saves = now - estimate_memory(other, after).total_bytes
+        if saves >= 0.01 * now:
+            told = {"name": name, "settings": settings, "saves_bytes": saves, "price": TEXTS["prices"][name]}
+            found.append((told, other, after))
+    return sorted(found, key=lambda saving: -saving[0]["saves_bytes"])
+
+
+def way_to_fit(
+    model: ModelShape, run: RunShape, gibibytes: float, adapted: ModelShape | None = None
+) -> list[Saving] | None:
+    """Changes after which the run fits, one on top of another: the least that is enough, else the one that saves most.
+
+    Returns:
+        As `savings`: empty if it fits as it is; `None` if no combination was found.
+    """
+    chosen: list[Saving] = []
+    while not estimate_memory(model, run).fits(gibibytes):
+        options = savings(model, run, adapted)
+        if not options:
+            return None
+        enough = [option for option in options if estimate_memory(*option[1:]).fits(gibibytes)]
+        chosen.append(enough[-1] if enough else options[0])
+        _, model, run = chosen[-1]
+    return chosen
+
+
+def _changes(
+    model: ModelShape, run: RunShape, adapted: ModelShape | None
+) -> Iterator[tuple[str, dict[str, Any], ModelShape, dict[str, Any]]]:
+    """Names, settings, the model after it, and what changes of the run."""
+    frozen = model.adapter_bytes > 0 or not run.trains
+    small = replace(model, weight_bytes=2, trainable_bytes=2 * model.trainable)
+    half, settings = run.rows // 2, dict[str, Any]()
+    if not run.checkpointing:
+        yield "gradient checkpointing", {"gradient_checkpointing": True}, model, {"checkpointing": True}
+    if half:
+        steps = -(-run.rows * run.accumulation // half)
+        settings = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
+        yield "smaller micro-batch", settings, model, {"rows": half, "accumulation": steps}
+    if run.pilots and run.trains:
+        yield "weights chosen beforehand", {"weight_estimator": "none"}, model, {"estimator": "none"}
+    if run.evaluation_rows > run.rows:
+        settings = {"per_device_eval_batch_size": run.rows}
+        yield "smaller evaluation batch", settings, model, {"evaluation_rows": run.rows}
+    if run.tokens > 256:
+        yield "shorter rows", {"max_length": run.tokens // 2}, model, {"tokens": run.tokens // 2}
+    if run.attention == "eager":
+        yield "sdpa attention", {"attn_implementation": "sdpa"}, model, {"attention": "sdpa"}
+    if model.weight_bytes == 4:
+        to = replace(model, weight_bytes=2) if frozen else small
+        yield f"bf16 weights{', frozen' if frozen else ''}", {"dtype": "bfloat16"}, to, {}
+    if frozen and run.quantisation != "4bit_nested":
+        settings = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
+        settings |= {"load_in_8bit": False} if run.quantisation == "8bit" else {}
+        # TRL makes the adapters bf16, too.
+        to = replace(small, adapter_bytes=min(2, model.adapter_bytes))
+        yield "4-bit base (QLoRA)", settings, to, {"quantisation": "4bit_nested"}
+    rank = max(layer.rank for layer in model.linears)
+    if rank > 4:
+        linears = tuple(layer._replace(rank=layer.rank // 2) for layer in model.linears)
+        less = model.adapter_parameters - replace(model, linears=linears).adapter_parameters
+        size = model.trainable_bytes - less * model.adapter_bytes
+        to = replace(model, linears=linears, trainable=model.trainable - less, trainable_bytes=size)
+        yield "smaller rank", {"lora_r": rank // 2}, to, {}
+    if adapted is not None and not frozen:
+        yield "LoRA adapters", {"use_peft": True, "lora_target_modules": "all-linear"}, adapted, {}
+    if run.optimizer.startswith("adamw"):
+        if "8bit" not in run.optimizer:
+            yield "8-bit AdamW", {"optim": "adamw_bnb_8bit"}, model, {"optimizer": "adamw_bnb_8bit"}
+        if run.device == "cuda":
+            yield "paged 8-bit AdamW", {"optim": "paged_adamw_8bit"}, model, {"optimizer": "paged_adamw_8bit"}

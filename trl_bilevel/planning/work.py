@@ -13,6 +13,8 @@ from .shapes import ModelShape, RunShape
 
 # Layers that read the input of attention.
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+# Forwards that attention's backward takes; flash kernels, 2.5, compute the scores again.
+SCORES = {"eager": 2.0}
 
 
 def _forward(model: ModelShape, tokens: float) -> tuple[float, float, float]:
@@ -20,11 +22,6 @@ def _forward(model: ModelShape, tokens: float) -> tuple[float, float, float]:
     linear, adapters = 2 * tokens * model.linear_parameters, 2 * tokens * model.adapter_parameters
     # As if every token saw every other: kernels skip up to half of it.
     return linear, adapters, 4 * tokens**2 * model.heads * model.head_size * model.layers
-
-
-def _scores(run: RunShape) -> float:
-    """Forwards that attention's backward takes: flash kernels compute the scores again."""
-    return 2.0 if run.attention == "eager" else 2.5
 
 
 def _scored(run: RunShape, tokens: float) -> float:
@@ -36,7 +33,9 @@ def _trained_row(model: ModelShape, run: RunShape, tokens: float, positions: flo
     """FLOPs of one row's forward and backward, with what checkpointing and the LM head compute again."""
     again, (linear, adapters, attention) = run.checkpointing, _forward(model, tokens)
     own = 2 * tokens * sum(x.inputs * x.outputs * x.number for x in model.linears if x.trained)
-    decoder = linear * (2 + again) + own + adapters * (3 + again) + attention * (1 + _scores(run) + again)
+    decoder = (
+        linear * (2 + again) + own + adapters * (3 + again) + attention * (1 + SCORES.get(run.attention, 2.5) + again)
+    )
     # Logits, logits again in the backward, gradient, and the weight's if it has one.
     return decoder + 2 * positions * model.hidden * model.vocabulary * (3 + model.head_trained)
 
@@ -55,17 +54,10 @@ def pilot_shape(model: ModelShape) -> ModelShape:
     """
     top = upper_layers(model.layers)
     share = top / model.layers
-    return replace(
-        model,
-        layers=top,
-        linears=tuple(x._replace(number=round(x.number * share), rank=RANK, trained=False) for x in model.linears),
-        trainable_bytes=0,
-        copied_bytes=0,
-        adapter_bytes=model.weight_bytes,
-        head_trained=False,
-        embedding_trained=False,
-        norms_trained=False,
-    )
+    linears = tuple(x._replace(number=round(x.number * share), rank=RANK, trained=False) for x in model.linears)
+    frozen = dict.fromkeys(("head_trained", "embedding_trained", "norms_trained"), False)
+    sizes = {"trainable_bytes": 0, "copied_bytes": 0, "adapter_bytes": model.weight_bytes}
+    return replace(model, layers=top, linears=linears, **sizes, **frozen)
 
 
 def pilot_row(model: ModelShape, run: RunShape, tokens: float) -> tuple[float, float]:
@@ -78,7 +70,7 @@ def pilot_row(model: ModelShape, run: RunShape, tokens: float) -> tuple[float, f
     # What the lowest of these layers reads needs no gradient.
     lowest = sum(x.inputs * x.outputs for x in top.linears if x.name in ATTENTION_INPUTS)
     backward = (linear + frozen) * (1 + again) - 2 * tokens * lowest
-    backward += adapters * (2 + again) + attention * (_scores(run) + again)
+    backward += adapters * (2 + again) + attention * (SCORES.get(run.attention, 2.5) + again)
     backward += 4 * _scored(run, tokens) * model.hidden * model.vocabulary
     return forward, forward + backward
 
