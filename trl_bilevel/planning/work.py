@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..data.trusted import HELD_BACK_SHARE
 from ..trainer.record import FOLLOWED_ROWS
@@ -55,9 +56,9 @@ def pilot_shape(model: ModelShape) -> ModelShape:
     top = upper_layers(model.layers)
     share = top / model.layers
     linears = tuple(x._replace(number=round(x.number * share), rank=RANK, trained=False) for x in model.linears)
-    frozen = dict.fromkeys(("head_trained", "embedding_trained", "norms_trained"), False)
-    sizes = {"trainable_bytes": 0, "copied_bytes": 0, "adapter_bytes": model.weight_bytes}
-    return replace(model, layers=top, linears=linears, **sizes, **frozen)
+    frozen: dict[str, Any] = dict.fromkeys(("head_trained", "embedding_trained", "norms_trained"), False)
+    frozen |= {"trainable_bytes": 0, "copied_bytes": 0, "adapter_bytes": model.weight_bytes}
+    return replace(model, layers=top, linears=linears, **frozen)
 
 
 def pilot_row(model: ModelShape, run: RunShape, tokens: float) -> tuple[float, float]:
@@ -116,7 +117,7 @@ def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
         work["prediction"] = layers / model.layers * sum(_forward(model, tokens))
     if run.trains and (run.estimator != "none" or run.joined):
         work["following"] = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * _read_row(model, run, tokens)
-    work |= {"step": step, "training": (steps or 0) * step, "plain": (steps or 0) * plain}
+    work |= {"step": run.trains * step, "training": (steps or 0) * step, "plain": (steps or 0) * plain}
     work["total"] = sum(work[name] for name in ("training", "pilot", "scoring", "prediction", "following"))
     unknown = {"training", "plain", "total"} if steps is None else set()
     unknown |= {"prediction", "total"} if run.pilots and known is None else set()
