@@ -31,7 +31,7 @@ from tests.recipes.test_recipes import FAMILIES, header, save_tiny_model
 from trl_bilevel.cli import plan, refine, sft
 from trl_bilevel.cli.arguments import parse
 from trl_bilevel.data.assets import docstrings
-from trl_bilevel.planning.models import KNOWN, known_name
+from trl_bilevel.planning.shapes import KNOWN, known_name
 
 TARGET = Path(__file__).parent / "results" / "gpu_memory.json"
 RECIPES = ("quality/llama3-8b-24gb", "quality/qwen3-1.7b-12gb")

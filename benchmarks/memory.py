@@ -29,8 +29,7 @@ from benchmarks.run import machine, versions
 from benchmarks.speed import forget_peak, peak
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.planning.memory import MemoryPlan, estimate_memory
-from trl_bilevel.planning.models import find_config, model_shape
-from trl_bilevel.planning.shapes import run_shape
+from trl_bilevel.planning.shapes import find_config, model_shape, run_shape
 
 HERE = Path(__file__).parent
 ROWS, TOKENS, BATCH, VALIDATION, STEPS = 32, 256, 2, 8, 2

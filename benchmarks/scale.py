@@ -9,8 +9,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from trl_bilevel import BilevelSFTConfig
-from trl_bilevel.planning.models import find_config, model_shape
-from trl_bilevel.planning.shapes import run_shape
+from trl_bilevel.planning.shapes import find_config, model_shape, run_shape
 from trl_bilevel.planning.work import estimate_work
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -86,6 +86,7 @@ def small_folder(tiny_model, tmp_path):
         (["--model_name_or_path", "nobody/nothing"], "no config of the model 'nobody/nothing'"),
         (["--model_config", "Llama-3-8B", "--load_in_4bit", "true"], "can only be trained with adapters"),
         (["--model_config", "Llama-3-8B", "--max_length", "None"], "max_length"),
+        (["--model_config", "Llama-3-8B", "--rank", "true", "--weight_estimator", "none"], "weight_estimator"),
         (["--model_config", "Llama-3-8B", "--pilot_stepz", "3"], "pilot_stepz"),
     ],
 )

@@ -4,10 +4,8 @@ import pytest
 from peft import LoraConfig
 
 from trl_bilevel import BilevelSFTConfig
-from trl_bilevel.planning.advice import savings, way_to_fit
-from trl_bilevel.planning.memory import estimate_memory
-from trl_bilevel.planning.models import find_config, model_shape
-from trl_bilevel.planning.shapes import RunShape, run_shape
+from trl_bilevel.planning.memory import estimate_memory, savings, way_to_fit
+from trl_bilevel.planning.shapes import RunShape, find_config, model_shape, run_shape
 
 LORA = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -25,33 +23,37 @@ def adapted():
 def test_savings_save_what_they_say_and_the_best_comes_first(adapted):
     run = RunShape(rows=8, tokens=1024, checkpointing=False, attention="eager", estimator="value_function")
     found = savings(adapted, run)
-    assert [saving.saves for saving in found] == sorted((saving.saves for saving in found), reverse=True)
+    saved = [told["saves_bytes"] for told, *_ in found]
+    assert saved == sorted(saved, reverse=True)
     before = estimate_memory(adapted, run).total_bytes
-    for saving in found:
-        assert before - estimate_memory(saving.model, saving.run).total_bytes == saving.saves > 0
-    names = {saving.name for saving in found}
+    for told, *after in found:
+        assert before - estimate_memory(*after).total_bytes == told["saves_bytes"] > 0
+    names = {told["name"] for told, *_ in found}
     assert {"gradient checkpointing", "smaller micro-batch", "shorter rows", "sdpa attention"} <= names
 
 
+def one(found, name):
+    return next(saving for saving in found if saving[0]["name"] == name)
+
+
 def test_a_micro_batch_is_made_smaller_without_changing_the_batch(adapted):
-    found = savings(adapted, RunShape(rows=6, tokens=512, accumulation=2))
-    saving = next(saving for saving in found if saving.name == "smaller micro-batch")
-    assert saving.settings == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    told, *_ = one(savings(adapted, RunShape(rows=6, tokens=512, accumulation=2)), "smaller micro-batch")
+    assert told["settings"] == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
 
 
 def test_half_the_rank_is_what_a_model_with_half_the_rank_has():
     config = find_config("SmolLM2-1.7B")[0]
     big, real = (model_shape(config, peft_config=replace(LORA, r=rank)) for rank in (256, 128))
-    saving = next(saving for saving in savings(big, RunShape(rows=1, tokens=256)) if saving.name == "smaller rank")
-    assert saving.settings == {"lora_r": 128} and saving.model == real
+    told, model, _ = one(savings(big, RunShape(rows=1, tokens=256)), "smaller rank")
+    assert told["settings"] == {"lora_r": 128} and model == real
 
 
 def test_way_to_fit(full, adapted):
     run = RunShape(rows=8, tokens=2048, estimator="value_function")
     assert way_to_fit(full, run, 10**6, adapted) == []
     way = way_to_fit(full, run, 12, adapted)
-    assert way and estimate_memory(way[-1].model, way[-1].run).fits(12)
-    assert not any(estimate_memory(saving.model, saving.run).fits(12) for saving in way[:-1])
+    assert way and estimate_memory(*way[-1][1:]).fits(12)
+    assert not any(estimate_memory(*saving[1:]).fits(12) for saving in way[:-1])
     assert way_to_fit(full, run, 0.5, adapted) is None
 
 
@@ -91,8 +93,8 @@ def test_run_shape_reads_the_config(make_args):
     run = run_shape(args, processes=2)
     assert (run.rows, run.tokens, run.rows_per_step, run.steps) == (4, 300, 24, 7)
     assert run.autocast and not run.checkpointing and run.optimizer == "adamw_bnb_8bit" and run.padded
-    # A quarter of 24 rows over six micro-batches.
-    assert (run.joined_rows, run.estimator, run.scored_rows, run.read_depth) == (1, "lookahead", 512, 0.3)
+    # A quarter of 24 rows.
+    assert (run.joined, run.estimator, run.scored_rows, run.read_depth) == (6, "lookahead", 512, 0.3)
     assert run.pilots and run.training_rows is None
 
 

@@ -10,8 +10,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import memory as benchmark
 from trl_bilevel.planning.memory import estimate_memory, state_bytes, weight_memory
-from trl_bilevel.planning.models import model_shape
-from trl_bilevel.planning.shapes import RunShape
+from trl_bilevel.planning.shapes import RunShape, model_shape
 
 TOKENS = 128
 LORA = {"lora_r": 8, "tile_width": 256}
@@ -92,7 +91,7 @@ def test_states_have_the_dtype_of_the_parameters(small_config):
 def test_paged_states_leave_the_device(small_config):
     model = model_shape(small_config)
     plan = estimate_memory(model, RunShape(rows=1, tokens=8, optimizer="paged_adamw_32bit"))
-    assert plan.parts.get("optimizer states") == 0 and plan.host_bytes == 8 * model.trainable
+    assert plan.moments[plan.peak].get("optimizer states") == 0 and plan.host_bytes == 8 * model.trainable
 
 
 def test_unknown_optimizer_is_named(small_config):
@@ -110,7 +109,7 @@ def test_what_more_of_something_adds(small_config):
         {"padded": True},
         {"attention": "eager"},
         {"processes": 2},
-        {"joins": True},
+        {"joined": 1},
         {"tokens": 1024, "estimator": "value_function"},
         {"estimator": "sparse_centred"},
         {"estimator": "value_function", "training_rows": 10**6},
@@ -122,7 +121,7 @@ def test_what_more_of_something_adds(small_config):
 def test_selector_takes_8_bytes_a_row(small_config):
     model = model_shape(small_config)
     run = RunShape(rows=1, tokens=8, estimator="value_function", training_rows=1000)
-    assert estimate_memory(model, run).parts["selector"] == 8000
+    assert all(parts["selector"] == 8000 for parts in estimate_memory(model, run).moments.values())
 
 
 @pytest.mark.parametrize("name", ["rows", "tokens", "accumulation", "processes"])

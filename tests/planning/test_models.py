@@ -1,6 +1,6 @@
 import pytest
 
-from trl_bilevel.planning.models import KNOWN, find_config, known_name, model_shape
+from trl_bilevel.planning.shapes import KNOWN, find_config, known_name, model_shape
 
 
 @pytest.mark.parametrize(

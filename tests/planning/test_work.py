@@ -12,8 +12,7 @@ from benchmarks import cost
 from benchmarks.memory import adapters, make_config, make_model
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.planning import work
-from trl_bilevel.planning.models import model_shape
-from trl_bilevel.planning.shapes import RunShape, run_shape
+from trl_bilevel.planning.shapes import RunShape, model_shape, run_shape
 from trl_bilevel.weights.language_model import LanguageModel, checkpointed, left_as_it_was
 from trl_bilevel.weights.pilot import Pilot, PilotRecipe
 
@@ -107,7 +106,7 @@ def test_rows_of_the_pilot_run(settings, rows):
 
 
 def test_the_published_update_with_a_tracker_trains_on_every_batch_twice(small_config):
-    model, run = model_shape(small_config), RunShape(rows=4, tokens=64, joins=True, max_steps=3)
+    model, run = model_shape(small_config), RunShape(rows=4, tokens=64, joined=1, steps=3)
     uniform = work.estimate_work(model, run)
     assert uniform["training"] == pytest.approx(1.25 * uniform["plain"])
     assert uniform["total"] == uniform["training"] + uniform["following"]

@@ -18,16 +18,6 @@ from .arguments import BilevelScriptArguments, option, parse, training_parser
 EXAMPLE = "example: trl-bilevel plan --config run.yaml --gpu_memory 24"
 CARDS = (8, 12, 16, 24, 40, 48, 80, 141)
 GIB = 2**30
-# What the table says of the parts of the work.
-WORK = {
-    "step": "an optimizer step",
-    "training": "training",
-    "pilot": "pilot run",
-    "scoring": "scoring of rows",
-    "prediction": "reading of hidden states (weights of rows like it, of rows not scored)",
-    "following": "losses of trusted rows before and after, for the report",
-    "total": "the whole run",
-}
 
 
 @dataclass
@@ -35,21 +25,13 @@ class PlanArguments(BilevelScriptArguments):
     """What to plan for. The help of each field says what it is."""
 
     gpu_memory: float | None = option(None, "Memory of the device in GiB: 24, say.")
-    model_config: str | None = option(
-        None, "Folder, hub name or built-in name of the model's config. Default: the model."
-    )
+    model_config: str | None = option(None, "Folder, hub name or built-in name of the config. Default: the model.")
     rank: bool = option(False, "Plan `trl-bilevel rank`: rows are weighted, no model is trained.")
-    device: str | None = option(
-        None, "'cuda' or 'cpu'. Default: 'cuda', or 'cpu' if the config says `use_cpu`.", choices=["cuda", "cpu"]
-    )
+    device: str | None = option(None, "Default: 'cuda', or 'cpu' with `use_cpu`.", choices=["cuda", "cpu"])
     processes: int = option(1, "Devices that share the work (DDP).")
     tokens: int | None = option(None, "Tokens of the longest row. Default: max_length.")
-    mean_tokens: float | None = option(
-        None, "Tokens of a row on average, for the work. Default: those of the longest."
-    )
-    scored_tokens: float | None = option(
-        None, "Those of them that the loss counts, for the work of choosing. Default: all."
-    )
+    mean_tokens: float | None = option(None, "Tokens of a row on average, for the work. Default: of the longest.")
+    scored_tokens: float | None = option(None, "Those of them that the loss counts, for the work. Default: all.")
     training_rows: int | None = option(None, "Training rows. Default: counted, if they are in a local file.")
     validation_rows: int = option(32, "Trusted rows.")
     json: bool = option(False, "Print JSON.")
@@ -76,10 +58,9 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from peft import LoraConfig
     from trl import get_peft_config
 
-    from ..planning.advice import savings, way_to_fit
-    from ..planning.memory import estimate_memory
-    from ..planning.models import BUILT_IN, find_config, model_shape
-    from ..planning.shapes import run_shape
+    from ..data.loading import FILE_FORMATS, load_rows
+    from ..planning.memory import TEXTS, estimate_memory, savings, way_to_fit
+    from ..planning.shapes import find_config, model_shape, run_shape
     from ..planning.work import estimate_work
 
     name, memory = script_args.model_config or model_args.model_name_or_path, script_args.gpu_memory
@@ -95,53 +76,44 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         raise ValueError("A quantised model can only be trained with adapters: set `use_peft: true`.")
     dtype = model_args.dtype or "float32"
     model = model_shape(config, dtype=dtype, peft_config=adapters, quantised=quantisation is not None)
+    rows, path = script_args.training_rows, Path(script_args.dataset_name or "")
+    if rows is None and path.suffix in FILE_FORMATS and path.is_file():
+        rows = len(load_rows(str(path), split=script_args.dataset_train_split))
     same = ("tokens", "processes", "validation_rows", "mean_tokens", "scored_tokens")
     run = run_shape(
         training_args,
         device=script_args.device or ("cpu" if training_args.wants_cpu else "cuda"),
-        training_rows=script_args.training_rows or _count_rows(script_args),
+        training_rows=rows,
         quantisation=quantisation,
         attention=model_args.attn_implementation or "sdpa",
         dropout=model_args.lora_dropout if adapters else 0.0,
         trains=not script_args.rank,
         **{field: getattr(script_args, field) for field in same},
     )
+    if script_args.rank and not run.pilots:
+        raise ValueError(f"`rank` learns weights: `{run.estimator}` does not. Set `weight_estimator: value_function`.")
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = model_shape(config, dtype=dtype, peft_config=lora) if run.trains and not adapters else None
     plan = estimate_memory(model, run)
     way = None if memory is None else way_to_fit(model, run, memory, adapted)
-    report = {
+    report = plan._asdict() | {
         "model": asdict(model) | {"name": name, "config_from": source},
         "run": asdict(run),
         "gpu_memory": memory,
         "fits": None if memory is None else plan.fits(memory),
-        "total_bytes": plan.total_bytes,
-        "tensor_bytes": plan.tensor_bytes,
-        "reserve_bytes": plan.reserve,
-        "host_bytes": plan.host_bytes,
-        "peak": plan.peak,
         "moments": [{"name": name, "bytes": sum(m.values()), "parts": m} for name, m in plan.moments.items()],
-        "savings": [saving.told() for saving in savings(model, run, adapted)],
-        "way_to_fit": None if way is None else [saving.told() for saving in way],
+        "savings": [told for told, *_ in savings(model, run, adapted)],
+        "way_to_fit": None if way is None else [told for told, *_ in way],
         "work": estimate_work(model, run),
-        "notes": [BUILT_IN] * (source == "table") + plan.notes,
+        "notes": [TEXTS["notes"]["table"]] * (source == "table") + plan.notes,
     }
     if script_args.json:
         print(json.dumps(report, indent=1))
     else:
-        show(report, plan.parts)
+        show(report, plan.moments[plan.peak], TEXTS["work"])
 
 
-def _count_rows(script_args: Any) -> int | None:
-    from ..data.loading import FILE_FORMATS, load_rows
-
-    name = script_args.dataset_name
-    if not name or Path(name).suffix not in FILE_FORMATS or not Path(name).is_file():
-        return None
-    return len(load_rows(name, split=script_args.dataset_train_split))
-
-
-def show(report: dict[str, Any], parts: dict[str, int]) -> None:
+def show(report: dict[str, Any], parts: dict[str, int], labels: dict[str, str]) -> None:
     """One table of memory, of what saves it, and of work; then whether it fits."""
     from .show import say, table
 
@@ -157,10 +129,10 @@ def show(report: dict[str, Any], parts: dict[str, int]) -> None:
     for saving in report["savings"]:
         name = f"{saving['name']} ({saving['price']})"
         rows.append((name, f"-{saving['saves_bytes'] / GIB:.2f} GiB", _settings([saving])))
-    for name, what in WORK.items():
+    for name, what in labels.items():
         if work[name]:
-            share = f"{work[name] / work['plain']:.2f} x plain SFT" if work["plain"] else ""
-            rows.append((what, f"{work[name] / 1e15:,.2f} petaFLOPs", share))
+            share = f"{work[name] / work['plain']:.2f} x plain SFT" if work["plain"] and name != "step" else ""
+            rows.append((what, f"{work[name] / 1e15:,.3g} petaFLOPs", share))
     columns = ("what", "computed", "settings")
     table(f"Memory at the peak ({report['peak']}), what saves some, work", columns, rows, right=columns[1:2])
     needed = report["total_bytes"] / GIB
@@ -192,8 +164,7 @@ def run(arguments: list[str]) -> None:
     except ValueError as error:
         if "--num_rounds" not in str(error):
             raise
-        raise ValueError(
-            "This is a config of `trl-bilevel refine`; only the offline run is planned. Plan the file of the run that "
-            "the rounds go on from. What generation adds is in docs/recipes.md, 'Memory, as the headers compute it'."
-        ) from error
+        from ..planning.memory import TEXTS
+
+        raise ValueError(TEXTS["refine"]) from error
     main(*parts)

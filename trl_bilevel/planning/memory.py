@@ -1,4 +1,4 @@
-"""Peak memory of a run, by component: the arithmetic of docs/planning.md as pure functions of numbers.
+"""Peak memory of a run, and what saves some: the arithmetic of docs/planning.md as pure functions of numbers.
 
 Saved activations follow what the eager code of transformers' Llama family saves for the backward. `n` is the number
 of tokens of a micro-batch.
@@ -6,7 +6,12 @@ of tokens of a micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
 
 from ..weights.language_model import LOGIT_TOKENS
 from ..weights.pilot import BATCH_ROWS, BATCH_TOKENS
@@ -14,6 +19,7 @@ from ..weights.settings import PILOT_ROWS
 from .shapes import ModelShape, RunShape
 from .work import ATTENTION_INPUTS, pilot_shape
 
+TEXTS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "text" / "plan.yaml").read_text())
 GIB = 2**30
 # What a CUDA process takes beside tensors, and the part that fragmentation leaves unused. Assumed, not measured here.
 CUDA_CONTEXT, FRAGMENTATION = 700 * 2**20, 0.05
@@ -24,7 +30,8 @@ PILOT_SETS, PILOT_BYTES = 2, 16
 # Families whose saved activations the formulas describe.
 DESCRIBED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # States of an optimizer per value; their dtype is the parameter's unless the name says otherwise.
-STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "ademamix": 3, "stable": 2}
+# Adafactor's row and column means are next to nothing.
+STATES = dict(adamw=2, adam=2, lion=1, rmsprop=1, adagrad=1, sgd=0, ademamix=3, stable=2, adafactor=0)  # noqa: C408
 # Bytes of 8-bit states per value and state: the value, and an fp32 scale per block of 256.
 EIGHT_BIT = 1 + 4 / 256
 # Tokens of a tile of TRL's fused LM head, and bytes per entry that it holds beside the tile, without Triton: forward,
@@ -35,36 +42,20 @@ READ_WITH = dict.fromkeys(ATTENTION_INPUTS, "q_proj") | {"up_proj": "gate_proj"}
 FLOAT = 4
 # Bytes by component.
 Parts = dict[str, int]
+# What `plan --json` says of a saving, and model and run after it.
+Saving = tuple[dict[str, Any], ModelShape, RunShape]
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(NamedTuple):
     """Estimated memory of a run on one device, in bytes."""
 
-    moments: dict[str, Parts]  # at which memory may peak
-    reserve: int  # beside tensors: CUDA context and fragmentation, assumed; 0 on a CPU
+    total_bytes: int  # that the device needs to have
+    tensor_bytes: int  # of tensors at the peak: what an allocator counts
+    reserve_bytes: int  # beside tensors: CUDA context and fragmentation, assumed; 0 on a CPU
     host_bytes: int  # of a paged optimizer's states, which may leave the device
+    peak: str  # the moment of most memory
+    moments: dict[str, Parts]  # at which memory may peak
     notes: list[str]  # what the figures leave out or take for granted
-
-    @property
-    def peak(self) -> str:
-        """Name of the moment of most memory."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
-
-    @property
-    def parts(self) -> Parts:
-        """What is held at the peak."""
-        return self.moments[self.peak]
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of tensors at the peak: what an allocator counts."""
-        return sum(self.parts.values())
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes that the device needs to have."""
-        return self.tensor_bytes + self.reserve
 
     def fits(self, gibibytes: float) -> bool:
         """Whether it fits a device of so much memory."""
@@ -91,15 +82,11 @@ def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
         ValueError: if the optimizer is not known.
     """
     plain = name.removeprefix("paged_")
-    if plain == "adafactor":
-        # Row and column means in place of a full second moment.
-        size = sum((x.inputs + x.outputs) * x.number for x in model.linears if x.trained)
-        return 4 * (size + sum((x.inputs + x.outputs + 2 * x.rank) * x.number for x in model.linears if x.rank)), 0
     states = STATES.get(plain.split("_")[0])
     if states is None:
         raise ValueError(
-            f"`optim={name!r}` is not known to the planner, which knows names that start with "
-            f"{', '.join([*STATES, 'adafactor'])}. Plan with the one of them that is nearest."
+            f"`optim={name!r}` is not known to the planner, which knows names that start with {', '.join(STATES)}. "
+            "Plan with the one of them that is nearest."
         )
     size = states * model.trainable_bytes
     if "8bit" in plain:
@@ -111,19 +98,9 @@ def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
     return (0, size) if plain != name else (size, 0)
 
 
-def _intermediate(model: ModelShape) -> int:
-    """Width of the feed-forward part: what its last layer reads."""
-    widths = [layer.inputs for layer in model.linears if layer.name not in (*ATTENTION_INPUTS, "o_proj")]
-    return max(widths, default=4 * model.hidden)
-
-
 def _compute_bytes(model: ModelShape, run: RunShape) -> int:
     """Bytes per value that the linear layers compute with; quantised ones use the model's own dtype."""
-    return 2 if run.autocast and run.quantisation is None else model.weight_bytes
-
-
-def _casts_weights(model: ModelShape, run: RunShape) -> bool:
-    return run.autocast and model.weight_bytes == FLOAT and run.quantisation is None
+    return 2 if run.casts else model.weight_bytes
 
 
 def _layer_saved(model: ModelShape, run: RunShape, n: int) -> int:
@@ -137,12 +114,10 @@ def _layer_saved(model: ModelShape, run: RunShape, n: int) -> int:
     repeated = run.attention == "eager" or (run.attention == "sdpa" and run.padded)
     saved += k * 2 * (width + (width if repeated else kv_width))
     # Log-sum-exp of flash kernels; in `eager`, softmax in fp32 and its result in the compute dtype.
-    eager = run.tokens * (FLOAT if k == FLOAT else FLOAT + k)
-    saved += model.heads * (eager if run.attention == "eager" else FLOAT)
+    saved += model.heads * (run.tokens * (FLOAT + k % FLOAT) if run.attention == "eager" else FLOAT)
     # Gate, its activation, and what it is multiplied by.
-    saved += 3 * _intermediate(model) * k + _inputs(model, run, k)
-    cast = 2 * sum(x.inputs * x.outputs for x in model.linears) if _casts_weights(model, run) else 0
-    return n * saved + cast
+    saved += 3 * model.intermediate * k + _inputs(model, run, k)
+    return n * saved + run.casts * (model.weight_bytes == FLOAT) * 2 * sum(x.inputs * x.outputs for x in model.linears)
 
 
 def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
@@ -152,42 +127,18 @@ def _inputs(model: ModelShape, run: RunShape, k: int) -> int:
     for layer in model.linears:
         # Norms give the model's dtype, the other layers that of compute.
         source = k if layer.name in ("o_proj", "down_proj") else model.weight_bytes
-        # PEFT casts to the adapter's fp32, and autocast back: a copy of its own, although the dtypes agree.
-        twice = run.autocast and run.quantisation is None and model.adapter_bytes != source
         if layer.trained and source != k:
             saved += layer.inputs * k  # autocast casts for every layer anew
-        if layer.rank and (run.dropout or wanted != source or twice):
+        # PEFT casts to the adapter's fp32, and autocast back: a copy of its own, although the dtypes agree.
+        if layer.rank and (run.dropout or wanted != source or (run.casts and model.adapter_bytes != source)):
             saved += layer.inputs * wanted
         elif layer.rank or (layer.trained and source == k):
             shared[READ_WITH.get(layer.name, layer.name)] = layer.inputs * source
         if layer.rank and run.dropout:
-            own = source if run.quantisation is not None and run.autocast else model.adapter_bytes
-            saved += layer.inputs * (1 if run.device == "cuda" else own)  # its mask
+            saved += layer.inputs * (1 if run.device == "cuda" else model.adapter_bytes)  # its mask
         saved += layer.rank * wanted
     # What attention has saved already is not counted twice.
     return saved + sum(size for name, size in shared.items() if name != "o_proj")
-
-
-def _layer_backward(model: ModelShape, run: RunShape, n: int) -> int:
-    """Bytes that a layer's backward needs beside what was saved: gradients on their way, dequantised weights."""
-    k = _compute_bytes(model, run)
-    feed = 2 * n * (model.hidden * model.weight_bytes + _intermediate(model) * k)
-    if model.adapter_bytes and not run.autocast and model.adapter_bytes > k:
-        feed += n * _intermediate(model) * model.adapter_bytes
-    attention = 2 * n * run.tokens * model.heads * FLOAT if run.attention == "eager" else 0
-    largest = max((layer.inputs * layer.outputs for layer in model.linears), default=0)
-    return max(feed, attention) + (largest * k if run.quantisation is not None else 0)
-
-
-def _layer_forward(model: ModelShape, run: RunShape, n: int) -> int:
-    """Bytes that a layer's forward needs where nothing is saved."""
-    feed = n * (3 * _intermediate(model) * _compute_bytes(model, run) + 2 * model.hidden * model.weight_bytes)
-    return max(feed, 3 * n * run.tokens * model.heads * FLOAT) if run.attention == "eager" else feed
-
-
-def _layer_input(model: ModelShape, n: int) -> int:
-    """Bytes of a decoder layer's input: all that checkpointing keeps of it."""
-    return n * model.hidden * model.weight_bytes
 
 
 def _head(model: ModelShape, run: RunShape, n: int) -> tuple[int, int]:
@@ -205,34 +156,30 @@ def _training(
 ) -> dict[str, Parts]:
     """Moments of forward and backward; `head_space` is the LM head's working space in these."""
     n = rows * run.tokens
-    layer, kept = _layer_saved(model, run, n), _layer_input(model, n)
-    # The layer that is computed again; its input is there already.
-    again = layer - (kept if model.weight_bytes == FLOAT else 0)
-    if not run.checkpointing:
-        kept, again = layer, 0
+    layer = _layer_saved(model, run, n)
+    # Of every layer its input and of one layer all, which is computed again; or all of every layer.
+    kept, again = (n * model.hidden * model.weight_bytes, layer) if run.checkpointing else (layer, 0)
     norm = FLOAT + (model.weight_bytes if model.norms_trained else 0)
     # Layers, the final norm, and the states that the LM head reads.
     saved = model.layers * kept + n * model.hidden * (norm + 2 * model.weight_bytes)
     mask = rows * run.tokens**2 if run.padded and run.attention in ("sdpa", "eager") else 0
-    # Autocast keeps the casts of trained weights until the forward ends.
-    cast = 2 * (model.copied_bytes // 4 if model.adapter_bytes else model.trainable)
+    # With checkpointing, autocast keeps the casts of trained weights until the forward ends.
+    trained = model.copied_bytes // FLOAT if model.adapter_bytes else model.trainable
+    cast = 2 * trained * (run.checkpointing and run.casts and model.weight_bytes == FLOAT)
     before = model.trainable_bytes if run.accumulation > 1 else 0
     head = model.vocabulary * model.hidden * model.weight_bytes if model.head_trained else 0
-    working = _layer_backward(model, run, n)
+    # Gradients on their way through a layer, and its largest weight dequantised.
+    k = _compute_bytes(model, run)
+    feed = 2 * n * (model.hidden * model.weight_bytes + model.intermediate * k)
+    working = max(feed, 2 * n * run.tokens * model.heads * FLOAT) if run.attention == "eager" else feed
+    working += k * max(x.inputs * x.outputs for x in model.linears) if run.quantisation is not None else 0
+    last = working + (head if model.embedding_trained else 0)
     # What is saved, gradients, working space.
     moments = {
-        "LM head, forward": (
-            saved + (cast if run.checkpointing and _casts_weights(model, run) else 0),
-            before,
-            head_space[0],
-        ),
+        "LM head, forward": (saved + cast, before, head_space[0]),
         "LM head, backward": (saved, before, head_space[1]),
         "backward of the last layer": (saved + again, max(before, head), working),
-        "backward of the first layer": (
-            kept + again,
-            model.trainable_bytes,
-            working + (head if model.embedding_trained else 0),
-        ),
+        "backward of the first layer": (kept + again, model.trainable_bytes, last),
     }
     return {
         f"{name}: {what}": held | {"activations": activations + mask, "gradients": gradients, "working space": space}
@@ -241,9 +188,10 @@ def _training(
 
 
 def _without_gradient(model: ModelShape, run: RunShape, held: Parts, rows: int, head_space: int) -> Parts:
-    n = rows * run.tokens
-    states = _layer_input(model, n)
-    return held | {"working space": max(_layer_forward(model, run, n) + states, head_space + 2 * states)}
+    n, scores = rows * run.tokens, 3 * run.tokens * model.heads * FLOAT if run.attention == "eager" else 0
+    states = n * model.hidden * model.weight_bytes
+    layer = max(3 * n * model.intermediate * _compute_bytes(model, run) + 2 * states, n * scores)
+    return held | {"working space": states + max(layer, head_space + states)}
 
 
 def _pilot(model: ModelShape, run: RunShape, held: Parts) -> dict[str, Parts]:
@@ -259,9 +207,8 @@ def _pilot(model: ModelShape, run: RunShape, held: Parts) -> dict[str, Parts]:
     # Logits of a few positions, in fp32 too, log-probabilities, their gradient.
     k = 2 if run.autocast else model.weight_bytes
     space = min(LOGIT_TOKENS, rows * run.tokens) * model.vocabulary * (k + (2 if k == FLOAT else 3) * FLOAT)
-    return _training(top, run, held, rows, "pilot run", (space, space)) | {
-        "scoring of rows": _without_gradient(model, run, held, read, space)
-    }
+    scoring = _without_gradient(model, run, held, read, space)
+    return _training(top, run, held, rows, "pilot run", (space, space)) | {"scoring of rows": scoring}
 
 
 def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
@@ -271,11 +218,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
     bitsandbytes 0.50; docs/planning.md compares with measurements.
 
     Args:
-        model (`ModelShape`): see `models.model_shape`.
-        run (`RunShape`): see `shapes.run_shape`.
-
-    Returns:
-        `MemoryPlan`: bytes, for one device of `run.processes`.
+        model (`ModelShape`), run (`RunShape`): see `models.model_shape`, `shapes.run_shape`.
 
     Raises:
         ValueError: if the optimizer is not known.
@@ -294,7 +237,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
             running["tracker"] = 3 * model.trainable_bytes
         if run.processes > 1:
             running["DDP buckets"] = model.trainable_bytes
-        rows = run.rows + run.joined_rows
+        rows = run.rows - (-run.joined // (run.accumulation * run.processes))
         moments = _training(model, run, running, rows, "training", _head(model, run, rows * run.tokens))
         # Fused and bitsandbytes steps need no space; the others a temporary per value, as all are stepped at once.
         small = "fused" in run.optimizer or "bit" in run.optimizer or run.optimizer.startswith("sgd")
@@ -305,26 +248,99 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
             moments["evaluation"] = _without_gradient(model, run, running, run.evaluation_rows, space)
     if run.pilots:
         moments |= _pilot(model, run, fixed)
-    most = max(sum(parts.values()) for parts in moments.values())
-    reserve = CUDA_CONTEXT + round(FRAGMENTATION * most) if run.device == "cuda" else 0
-    return MemoryPlan(moments, reserve, paged, _notes(model, run))
+    peak = max(moments, key=lambda name: sum(moments[name].values()))
+    tensors = sum(moments[peak].values())
+    reserve = CUDA_CONTEXT + round(FRAGMENTATION * tensors) if run.device == "cuda" else 0
+    facts = {"described": ", ".join(DESCRIBED), "family": model.family, "context": CUDA_CONTEXT / GIB}
+    names = ["family"] if model.family not in DESCRIBED else []
+    names += ["dtype"] if run.quantisation is not None and model.weight_bytes == FLOAT else []
+    names += ["cuda"] if run.device == "cuda" else []
+    notes = [TEXTS["notes"][name].format(**facts, fragmentation=FRAGMENTATION) for name in names]
+    return MemoryPlan(tensors + reserve, tensors, reserve, paged, peak, moments, notes)
 
 
-def _notes(model: ModelShape, run: RunShape) -> list[str]:
-    notes = []
-    if model.family not in DESCRIBED:
-        notes.append(
-            f"Activations follow the formulas for {', '.join(DESCRIBED)}; {model.family!r} may save more or less. "
-            "Weights, gradients and optimizer states are counted exactly."
-        )
-    if run.quantisation is not None and model.weight_bytes == 4:
-        notes.append(
-            "The quantised layers compute in fp32 here, since `dtype` is float32: set `dtype: bfloat16` to halve "
-            "what is not quantised and the activations."
-        )
-    if run.device == "cuda":
-        notes.append(
-            f"Computed, not measured on a GPU. Assumed: {CUDA_CONTEXT / GIB:.1f} GiB for the CUDA context, "
-            f"{FRAGMENTATION:.0%} lost to fragmentation, every row as long as the longest, every token scored."
-        )
-    return notes
+def savings(model: ModelShape, run: RunShape, adapted: ModelShape | None = None) -> list[Saving]:
+    """What can be changed, most saving first; only what saves at least 1% of the whole.
+
+    Args:
+        model, run: as they are now.
+        adapted (`ModelShape`, *optional*): the model with LoRA adapters, for runs that fine-tune all parameters.
+
+    Returns:
+        For each, its `name`, `settings` as the config file writes them, `saves_bytes` at the peak and `price`; then
+        model and run after it.
+    """
+    now, found = estimate_memory(model, run).total_bytes, []
+    for name, settings, other, changes in _changes(model, run, adapted):
+        after = replace(run, **changes)
+        saves = now - estimate_memory(other, after).total_bytes
+        if saves >= 0.01 * now:
+            told = {"name": name, "settings": settings, "saves_bytes": saves, "price": TEXTS["prices"][name]}
+            found.append((told, other, after))
+    return sorted(found, key=lambda saving: -saving[0]["saves_bytes"])
+
+
+def way_to_fit(
+    model: ModelShape, run: RunShape, gibibytes: float, adapted: ModelShape | None = None
+) -> list[Saving] | None:
+    """Changes after which the run fits, one on top of another: the least that is enough, else the one that saves most.
+
+    Returns:
+        As `savings`: empty if it fits as it is; `None` if no combination was found.
+    """
+    chosen: list[Saving] = []
+    while not estimate_memory(model, run).fits(gibibytes):
+        options = savings(model, run, adapted)
+        if not options:
+            return None
+        enough = [option for option in options if estimate_memory(*option[1:]).fits(gibibytes)]
+        chosen.append(enough[-1] if enough else options[0])
+        _, model, run = chosen[-1]
+    return chosen
+
+
+def _changes(
+    model: ModelShape, run: RunShape, adapted: ModelShape | None
+) -> Iterator[tuple[str, dict[str, Any], ModelShape, dict[str, Any]]]:
+    """Names, settings, the model after it, and what changes of the run."""
+    frozen = model.adapter_bytes > 0 or not run.trains
+    small = replace(model, weight_bytes=2, trainable_bytes=2 * model.trainable)
+    half, settings = run.rows // 2, dict[str, Any]()
+    if not run.checkpointing:
+        yield "gradient checkpointing", {"gradient_checkpointing": True}, model, {"checkpointing": True}
+    if half:
+        steps = -(-run.rows * run.accumulation // half)
+        settings = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
+        yield "smaller micro-batch", settings, model, {"rows": half, "accumulation": steps}
+    if run.pilots and run.trains:
+        yield "weights chosen beforehand", {"weight_estimator": "none"}, model, {"estimator": "none"}
+    if run.evaluation_rows > run.rows:
+        settings = {"per_device_eval_batch_size": run.rows}
+        yield "smaller evaluation batch", settings, model, {"evaluation_rows": run.rows}
+    if run.tokens > 256:
+        yield "shorter rows", {"max_length": run.tokens // 2}, model, {"tokens": run.tokens // 2}
+    if run.attention == "eager":
+        yield "sdpa attention", {"attn_implementation": "sdpa"}, model, {"attention": "sdpa"}
+    if model.weight_bytes == 4:
+        to = replace(model, weight_bytes=2) if frozen else small
+        yield f"bf16 weights{', frozen' if frozen else ''}", {"dtype": "bfloat16"}, to, {}
+    if frozen and run.quantisation != "4bit_nested":
+        settings = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
+        settings |= {"load_in_8bit": False} if run.quantisation == "8bit" else {}
+        # TRL makes the adapters bf16, too.
+        to = replace(small, adapter_bytes=min(2, model.adapter_bytes))
+        yield "4-bit base (QLoRA)", settings, to, {"quantisation": "4bit_nested"}
+    rank = max(layer.rank for layer in model.linears)
+    if rank > 4:
+        linears = tuple(layer._replace(rank=layer.rank // 2) for layer in model.linears)
+        less = model.adapter_parameters - replace(model, linears=linears).adapter_parameters
+        size = model.trainable_bytes - less * model.adapter_bytes
+        to = replace(model, linears=linears, trainable=model.trainable - less, trainable_bytes=size)
+        yield "smaller rank", {"lora_r": rank // 2}, to, {}
+    if adapted is not None and not frozen:
+        yield "LoRA adapters", {"use_peft": True, "lora_target_modules": "all-linear"}, adapted, {}
+    if run.optimizer.startswith("adamw"):
+        if "8bit" not in run.optimizer:
+            yield "8-bit AdamW", {"optim": "adamw_bnb_8bit"}, model, {"optimizer": "adamw_bnb_8bit"}
+        if run.device == "cuda":
+            yield "paged 8-bit AdamW", {"optim": "paged_adamw_8bit"}, model, {"optimizer": "paged_adamw_8bit"}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from ..data.trusted import HELD_BACK_SHARE
 from ..trainer.record import FOLLOWED_ROWS
 from ..weights.adapters import RANK, upper_layers
 from ..weights.prediction import SMOOTHING_DEPTH
 from ..weights.settings import MOST_PILOT_STEPS, PILOT_ROWS, default_pilot_steps, lookahead_steps
-from .shapes import Linear, ModelShape, RunShape
+from .shapes import ModelShape, RunShape
 
 # Layers that read the input of attention.
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+# Forwards that attention's backward takes; flash kernels, 2.5, compute the scores again.
+SCORES = {"eager": 2.0}
 
 
 def _forward(model: ModelShape, tokens: float) -> tuple[float, float, float]:
@@ -23,11 +25,6 @@ def _forward(model: ModelShape, tokens: float) -> tuple[float, float, float]:
     return linear, adapters, 4 * tokens**2 * model.heads * model.head_size * model.layers
 
 
-def _backward(run: RunShape) -> tuple[int, float]:
-    """Forwards that checkpointing adds, and that attention's backward takes: flash kernels compute scores again."""
-    return int(run.checkpointing), 2.0 if run.attention == "eager" else 2.5
-
-
 def _scored(run: RunShape, tokens: float) -> float:
     """Positions of which choosing computes logits."""
     return tokens - 1 if run.scored_tokens is None else min(run.scored_tokens, tokens - 1)
@@ -35,9 +32,11 @@ def _scored(run: RunShape, tokens: float) -> float:
 
 def _trained_row(model: ModelShape, run: RunShape, tokens: float, positions: float) -> float:
     """FLOPs of one row's forward and backward, with what checkpointing and the LM head compute again."""
-    (again, scores), (linear, adapters, attention) = _backward(run), _forward(model, tokens)
-    own = sum(x.inputs * x.outputs * x.number for x in model.linears if x.trained)
-    decoder = linear * (2 + again) + 2 * tokens * own + adapters * (3 + again) + attention * (1 + scores + again)
+    again, (linear, adapters, attention) = run.checkpointing, _forward(model, tokens)
+    own = 2 * tokens * sum(x.inputs * x.outputs * x.number for x in model.linears if x.trained)
+    decoder = (
+        linear * (2 + again) + own + adapters * (3 + again) + attention * (1 + SCORES.get(run.attention, 2.5) + again)
+    )
     # Logits, logits again in the backward, gradient, and the weight's if it has one.
     return decoder + 2 * positions * model.hidden * model.vocabulary * (3 + model.head_trained)
 
@@ -55,25 +54,16 @@ def pilot_shape(model: ModelShape) -> ModelShape:
     the dtype of the layer that they are on.
     """
     top = upper_layers(model.layers)
-    numbers: Counter[tuple[str, int, int]] = Counter()
-    for x in model.linears:
-        numbers[x.name, x.inputs, x.outputs] += x.number
-    return replace(
-        model,
-        layers=top,
-        linears=tuple(Linear(*key, round(number * top / model.layers), RANK) for key, number in numbers.items()),
-        trainable_bytes=0,
-        copied_bytes=0,
-        adapter_bytes=model.weight_bytes,
-        head_trained=False,
-        embedding_trained=False,
-        norms_trained=False,
-    )
+    share = top / model.layers
+    linears = tuple(x._replace(number=round(x.number * share), rank=RANK, trained=False) for x in model.linears)
+    frozen: dict[str, Any] = dict.fromkeys(("head_trained", "embedding_trained", "norms_trained"), False)
+    frozen |= {"trainable_bytes": 0, "copied_bytes": 0, "adapter_bytes": model.weight_bytes}
+    return replace(model, layers=top, linears=linears, **frozen)
 
 
 def pilot_row(model: ModelShape, run: RunShape, tokens: float) -> tuple[float, float]:
     """FLOPs of one row's forward, and of its forward and backward, under the pilot run's adapters."""
-    top, (again, scores) = pilot_shape(model), _backward(run)
+    top, again = pilot_shape(model), run.checkpointing
     linear, adapters, attention = _forward(top, tokens)
     forward = _read_row(model, run, tokens) + adapters
     # The model's own adapters are frozen here, as its layers are.
@@ -81,7 +71,7 @@ def pilot_row(model: ModelShape, run: RunShape, tokens: float) -> tuple[float, f
     # What the lowest of these layers reads needs no gradient.
     lowest = sum(x.inputs * x.outputs for x in top.linears if x.name in ATTENTION_INPUTS)
     backward = (linear + frozen) * (1 + again) - 2 * tokens * lowest
-    backward += adapters * (2 + again) + attention * (scores + again)
+    backward += adapters * (2 + again) + attention * (SCORES.get(run.attention, 2.5) + again)
     backward += 4 * _scored(run, tokens) * model.hidden * model.vocabulary
     return forward, forward + backward
 
@@ -104,45 +94,31 @@ def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
         model (`ModelShape`), run (`RunShape`): as for `memory.estimate_memory`; rows count `run.mean_tokens` tokens.
 
     Returns:
-        `dict`: of an optimizer `step`, trusted rows and a tracker included; of `training`, all steps; of the `pilot`
-            run; of `scoring` rows after it; of `prediction`, the reading of hidden states for the weights of rows that
-            are scored and of the others; of `following`, the trusted rows' losses before and after for the report; of
-            the run in `total`; and of as many steps of `plain` SFT. `None` where the length of the run or the number
-            of rows must be known and is not.
+        `dict`: of an optimizer `step`, trusted rows and a tracker included; of `training`; of the `pilot` run; of
+            `scoring` rows after it; of `prediction`, the reading of hidden states; of `following`, the trusted rows'
+            losses for the report; `total`; and of as many steps of `plain` SFT. `None` where it is not known.
     """
     tokens, known, trusted = run.mean_tokens or run.tokens, run.training_rows, run.processes * run.validation_rows
     trained = _trained_row(model, run, tokens, tokens - 1)
     plain = run.rows_per_step * trained
-    step = plain + run.joined_per_step * trained
+    step = plain + run.joined * trained
     if run.estimator == "sparse_centred":
         step += run.rows_per_step * _trained_row(model, run, tokens, _scored(run, tokens))
     steps = run.steps if run.trains else 0
-    work: dict[str, float | None] = {
-        "step": step,
-        "training": None if steps is None else steps * step,
-        "plain": None if steps is None else steps * plain,
-        "pilot": 0.0,
-        "scoring": 0.0,
-        "prediction": 0.0,
-        "following": 0.0,
-    }
+    work = dict.fromkeys(("pilot", "scoring", "prediction", "following"), 0.0)
     if run.pilots:
         passed, pilot_trained = pilot_row(model, run, tokens)
         work["pilot"] = run.processes * pilot_rows(run) * pilot_trained
         work["scoring"] = 2 * (run.rows_scored + HELD_BACK_SHARE * trusted) * passed
-        others = None if known is None else known - run.rows_scored
-        work["prediction"] = None
-        if others is not None:
-            read = (run.rows_scored + trusted) * _share(model, SMOOTHING_DEPTH)
-            read += (others + trusted) * _share(model, run.read_depth) if others else 0
-            work["prediction"] = read * sum(_forward(model, tokens))
-    if run.trains and (run.estimator != "none" or run.joins):
+        # Rows that are read through a share of the layers, for the weights of scored rows and of the others.
+        others = (known or 0) - run.rows_scored
+        read = ((SMOOTHING_DEPTH, run.rows_scored + trusted), (run.read_depth, others + trusted if others else 0))
+        layers = sum(rows * max(1, round(depth * model.layers)) for depth, rows in read)
+        work["prediction"] = layers / model.layers * sum(_forward(model, tokens))
+    if run.trains and (run.estimator != "none" or run.joined):
         work["following"] = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * _read_row(model, run, tokens)
-    parts = [work[name] for name in ("training", "pilot", "scoring", "prediction", "following")]
-    whole = [part for part in parts if part is not None]
-    return work | {"total": sum(whole) if len(whole) == len(parts) else None}
-
-
-def _share(model: ModelShape, depth: float) -> float:
-    """Share of the forward that the layers up to a depth take."""
-    return max(1, round(depth * model.layers)) / model.layers
+    work |= {"step": run.trains * step, "training": (steps or 0) * step, "plain": (steps or 0) * plain}
+    work["total"] = sum(work[name] for name in ("training", "pilot", "scoring", "prediction", "following"))
+    unknown = {"training", "plain", "total"} if steps is None else set()
+    unknown |= {"prediction", "total"} if run.pilots and known is None else set()
+    return {name: None if name in unknown else flops for name, flops in work.items()}
