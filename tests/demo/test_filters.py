@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl_bilevel.demo.experiment import Budget, chosen_rows, make_trainer, run_arm
 from trl_bilevel.demo.tasks import Task
 
-pytestmark = pytest.mark.filterwarnings("ignore:.weight_estimator='loss':UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.selector_preset='seal':UserWarning")
 
 
 @pytest.fixture
