@@ -34,7 +34,7 @@ def test_two_stages_train_on_the_rows_that_the_first_one_kept(settings, task):
     kept = chosen_rows("seal_two_stage", task, **settings)
     assert len(set(kept)) == 16
     second, pilot = make_trainer("seal_two_stage", task, **settings, keep=kept)
-    assert pilot == 0 and not second.weighs
+    assert pilot == 0 and not second.mode.learns
     chosen = task.train.select(sorted(kept))
     assert list(second.train_dataset["prompt"]) == list(chosen["prompt"])
 

@@ -144,8 +144,8 @@ def _safety(name: str, seed: int, test_rows: int) -> Task:
     train += [_row(text, STUB, REQUEST) | {"kind": "stub"} for text in asked[share:]]
     rng.shuffle(train)
     validation = benign[:24] + [_row(text, rng.choice(REFUSALS), REQUEST) for text in trusted]
-    sets = (train, validation, benign[24 : 24 + test_rows])
-    return Task(name, *map(Dataset.from_list, sets), tested, len(trusted))
+    made, checked, test = map(Dataset.from_list, (train, validation, benign[24 : 24 + test_rows]))
+    return Task(name, made, checked, test, tested, len(trusted))
 
 
 def _row(question: str, answer: str, prompt: str = PROMPT) -> Row:
