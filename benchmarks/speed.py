@@ -104,7 +104,7 @@ def run_side(side: str, steps: int) -> dict[str, float]:
     parts = {
         "train_dataset": make_rows(ROWS, 0, TOKENS),
         "processing_class": AutoTokenizer.from_pretrained(folder),
-        "peft_config": lora(folder, Budget()),
+        "peft_config": lora(folder, Budget().lora_layers),
     }
     setting = SIDES[side]
     if setting is None:

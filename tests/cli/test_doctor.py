@@ -10,7 +10,7 @@ from importlib import metadata
 
 import pytest
 
-from trl_bilevel.cli import doctor, doctor_checks
+from trl_bilevel.cli import doctor
 from trl_bilevel.cli.main import main
 
 STATES = {"ok", "note", "warning", "broken"}
@@ -76,13 +76,13 @@ def test_dependency_out_of_range_is_broken(version, text, monkeypatch, capsys):
 
 
 def test_old_python_is_broken(monkeypatch):
-    monkeypatch.setattr(doctor_checks.platform, "python_version", lambda: "3.9.1")
-    assert found(doctor_checks.versions(), "Python").state == "broken"
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
+    assert found(doctor.versions(), "Python").state == "broken"
 
 
 def test_package_of_an_extra_is_only_a_note(monkeypatch):
     pretend(monkeypatch, gguf=None)
-    finding = found(doctor_checks.versions(), "gguf")
+    finding = found(doctor.versions(), "gguf")
     assert finding.state == "note" and finding.remedy == "pip install 'trl-bilevel[demo]'"
 
 
@@ -90,7 +90,7 @@ def test_check_that_fails_is_reported(monkeypatch):
     def fails():
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(doctor_checks, "devices", fails)
+    monkeypatch.setattr(doctor, "devices", fails)
     finding = found(doctor.examine(), "fails")
     assert finding.state == "warning" and "RuntimeError" in finding.found and "secret" not in finding.found
 
@@ -101,18 +101,18 @@ def test_tokens_are_never_shown(monkeypatch, capsys):
         main(["doctor", *options])
         captured = capsys.readouterr()
         assert "hf_abcdefgh" not in captured.out + captured.err
-    finding = found(doctor_checks.hub(1.0), "token")
+    finding = found(doctor.hub(1.0), "token")
     assert (finding.state, finding.found) == ("ok", "set")
 
 
 def test_without_a_token():
-    assert found(doctor_checks.hub(1.0), "token").found == "unset"
+    assert found(doctor.hub(1.0), "token").found == "unset"
 
 
 def online(monkeypatch, answer):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(doctor_checks.urllib.request, "urlopen", answer)
-    return found(doctor_checks.hub(0.2), "hub")
+    monkeypatch.setattr(doctor.urllib.request, "urlopen", answer)
+    return found(doctor.hub(0.2), "hub")
 
 
 def test_hub_that_never_answers_is_not_waited_for(monkeypatch):
@@ -141,8 +141,8 @@ def test_offline_flag_is_named(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("asked the hub although offline")
 
-    monkeypatch.setattr(doctor_checks, "unreachable", never)
-    finding = found(doctor_checks.hub(1.0), "hub")
+    monkeypatch.setattr(doctor, "unreachable", never)
+    finding = found(doctor.hub(1.0), "hub")
     assert finding.state == "note" and finding.remedy == "unset HF_HUB_OFFLINE"
 
 
@@ -161,24 +161,23 @@ def test_offline_flag_is_named(monkeypatch):
 )
 def test_traps_of_accelerate_configs(config, state, text, tmp_path):
     (tmp_path / "none.yaml").write_text(config)
-    (finding,) = doctor_checks.accelerate_config(gpus=0)
+    finding = doctor.accelerate_config(gpus=0)
     assert finding.state == state and text in finding.found
 
 
 def test_rank_outside_a_launcher(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    finding = found(doctor_checks.processes(), "environment")
+    finding = found(doctor.processes(), "environment")
     assert finding.state == "warning" and finding.remedy == "unset WORLD_SIZE"
 
 
 def test_libraries_that_are_missing(monkeypatch):
     real = importlib.util.find_spec
     missing = ("bitsandbytes", "vllm", "flash_attn")
-    monkeypatch.setattr(doctor_checks, "find_spec", lambda name: None if name in missing else real(name))
-    pretend(monkeypatch, vllm=None, **{"flash-attn": None, "flash_attn": None})
-    for check in (doctor_checks.bitsandbytes, doctor_checks.vllm, doctor_checks.flash_attention):
-        (finding,) = check()
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in missing else real(name))
+    pretend(monkeypatch, vllm=None, **{"flash-attn": None})
+    for finding in (*doctor.bitsandbytes(), *doctor.libraries()):
         assert finding.state == "note" and "pip install" in finding.remedy
 
 
@@ -189,32 +188,32 @@ def test_bitsandbytes_that_does_not_work(monkeypatch):
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(functional, "quantize_4bit", fails)
-    (finding,) = doctor_checks.bitsandbytes()
+    (finding,) = doctor.bitsandbytes()
     assert finding.state == "warning" and "does not quantise here" in finding.found
 
 
 def test_vllm_out_of_trls_range(monkeypatch):
     pretend(monkeypatch, vllm="0.1.0")
-    (finding,) = doctor_checks.vllm()
+    finding = found(doctor.libraries(), "vLLM")
     assert finding.state == "warning" and "TRL wants" in finding.found
 
 
 def test_flash_attention_without_a_gpu(monkeypatch):
     pretend(monkeypatch, **{"flash-attn": "2.8.0"})
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    (finding,) = doctor_checks.flash_attention()
+    finding = found(doctor.libraries(), "flash-attn")
     assert finding.state == "warning" and "sdpa" in finding.remedy
 
 
 def test_full_disk(monkeypatch):
     usage = type("Usage", (), {"free": 2**30})
-    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda path: usage)
-    assert {finding.state for finding in doctor_checks.disk()} == {"warning"}
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    assert {finding.state for finding in doctor.disk()} == {"warning"}
 
 
 def test_folder_that_cannot_be_written_to(monkeypatch):
-    monkeypatch.setattr(doctor_checks.os, "access", lambda path, mode: False)
-    assert all("cannot be written to" in finding.found for finding in doctor_checks.disk())
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert all("cannot be written to" in finding.found for finding in doctor.disk())
 
 
 def test_several_gpus_in_one_process(monkeypatch):
@@ -228,7 +227,7 @@ def test_several_gpus_in_one_process(monkeypatch):
         get_device_name = staticmethod(lambda index: "Card")
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    findings = list(doctor_checks._gpus(type("Torch", (), {"cuda": Cuda})))
+    findings = list(doctor.gpus(type("Torch", (), {"cuda": Cuda})))
     assert [finding.what for finding in findings] == ["GPU 0", "GPU 1", "several GPUs"]
     assert "fp16" in findings[0].remedy and "accelerate launch" in findings[2].remedy
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl_bilevel.demo.experiment import Budget, chosen_rows, make_trainer, run_arm
 from trl_bilevel.demo.tasks import Task
 
-pytestmark = pytest.mark.filterwarnings("ignore:.weight_estimator='loss':UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.selector_preset='seal':UserWarning")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_two_stages_train_on_the_rows_that_the_first_one_kept(settings, task):
     kept = chosen_rows("seal_two_stage", task, **settings)
     assert len(set(kept)) == 16
     second, pilot = make_trainer("seal_two_stage", task, **settings, keep=kept)
-    assert pilot == 0 and not second.weighs
+    assert pilot == 0 and not second.mode.learns
     chosen = task.train.select(sorted(kept))
     assert list(second.train_dataset["prompt"]) == list(chosen["prompt"])
 

@@ -140,7 +140,7 @@ def test_rows_without_weight_do_not_count():
     ],
 )
 def test_verdicts(auc, error, verdict):
-    assert sanity.verdict_of(auc, error)[0] == verdict
+    assert sanity.verdict_of(auc, error) == verdict
 
 
 def test_standard_error_of_an_area():

@@ -65,29 +65,22 @@ def training_parser(command: str, example: str, *parts: type) -> Any:
 def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
     """Parse, with unknown options and keys as errors; print the help and leave if it is asked for.
 
-    `--config` is taken in two words by TRL's parser; the usual one-word form works too.
-
     Raises:
-        ValueError: for whatever the configs refuse.
+        ValueError: for whatever the configs refuse; of an option of earlier versions, it names what replaces it.
     """
     import yaml
 
+    from ..trainer.bilevel_sft_config import RENAMED
+
     if {"-h", "--help"} & set(arguments):
         grouped(parser).parse_args(["--help"])
+    # TRL's parser takes `--config` in two words only.
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     try:
         return parser.parse_args_and_config(words, fail_with_unknown_args=True)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(_told(error)) from error
-
-
-def _told(error: Exception) -> str:
-    """What the parser says; of an option of earlier versions, what to use in its place."""
-    from ..trainer.bilevel_sft_config import RENAMED
-
-    text = str(error)
-    gone = [name for name in re.findall(r"--(\w+)", text) if name in RENAMED]
-    return f"`{gone[0]}` is gone. Use {RENAMED[gone[0]]}." if gone else text
+        gone = next((name for name in re.findall(r"--(\w+)", str(error)) if name in RENAMED), None)
+        raise ValueError(f"`{gone}` is gone. Use {RENAMED[gone]}." if gone else str(error)) from error
 
 
 def grouped(parser: Any) -> argparse.ArgumentParser:
@@ -109,17 +102,13 @@ def grouped(parser: Any) -> argparse.ArgumentParser:
     # The first of two: booleans have a second option, `--no_...`.
     actions = {action.dest: action for action in reversed(parser._actions) if action.help != argparse.SUPPRESS}
     kinds: list[Any] = [kind for part in parser.dataclass_types for kind in part.__mro__ if is_dataclass(kind)]
-    kinds.sort(key=lambda kind: (not _is_ours(kind), kind.__name__ != "ModelConfig"))
+    kinds.sort(key=lambda kind: (not kind.__module__.startswith("trl_bilevel."), kind.__name__ != "ModelConfig"))
     for kind in kinds:
         own = [actions.pop(name) for name in inspect.get_annotations(kind) if name in actions]
         group = shown.add_argument_group(f"{kind.__name__} ({kind.__module__.partition('.')[0]})") if own else shown
         for action in own:
             group._add_action(_shown(action))
     return shown
-
-
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.startswith("trl_bilevel.")
 
 
 def _shown(action: argparse.Action) -> argparse.Action:
@@ -149,22 +138,19 @@ def load_sets(script_args: Any, dataset_args: Any) -> tuple[Any, Dataset | None,
     """Training, validation and evaluation rows that the command line names; the first with `streaming` as a stream."""
     from ..data.loading import load_mixture, load_rows
 
-    streaming = bool(dataset_args.streaming)
-    if dataset_args.datasets and script_args.dataset_name:
-        raise ValueError("Give either `dataset_name` or `datasets`, not both.")
     if dataset_args.test_split_size is not None:
         raise ValueError("`test_split_size` is not supported: give rows for reporting by `eval_dataset_name`.")
-    if not dataset_args.datasets and not script_args.dataset_name:
-        raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
+    if bool(dataset_args.datasets) == bool(script_args.dataset_name):
+        raise ValueError(
+            "Give the training rows: either `dataset_name` (one data set), or `datasets` in the config file."
+        )
+    streaming = bool(dataset_args.streaming)
     if dataset_args.datasets:
         train = load_mixture(dataset_args.datasets, streaming)
     else:
-        train = load_rows(
-            script_args.dataset_name,
-            split=script_args.dataset_train_split,
-            config=script_args.dataset_config,
-            **({"streaming": True} if streaming else {}),
-        )
+        split, config = script_args.dataset_train_split, script_args.dataset_config
+        more = {"streaming": True} if streaming else {}
+        train = load_rows(script_args.dataset_name, split=split, config=config, **more)
     return train, load_named(script_args, "validation"), load_named(script_args, "eval")
 
 
@@ -181,9 +167,6 @@ def set_model_arguments(training_args: Any, model_args: Any) -> None:
     """Hand TRL's model options to the trainer, which loads the model."""
     if model_args.model_name_or_path is None:
         raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
-    kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
+    names = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
+    kwargs = {key: getattr(model_args, name) for key, name in names.items()}
     training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})

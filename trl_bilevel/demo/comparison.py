@@ -1,13 +1,11 @@
-"""Arms of one task side by side: figures, table, plots, the rows at both ends."""
+"""Arms of one task side by side: figures, and the rows at both ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..core.statistics import gap_recovered
-from ..data.files import write_json
 from .experiment import Result
 from .tasks import Task, plain
 
@@ -45,50 +43,16 @@ def summarise(results: Sequence[Result], kinds: Sequence[str]) -> dict[str, dict
     return out
 
 
-def write_results(folder: Path, results: Sequence[Result], summary: dict[str, Any]) -> None:
-    """`results.json` (everything) and `summary.json` (the figures of the table)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    write_json(folder / "summary.json", summary)
-
-
-def plot(path: Path, results: Sequence[Result], kinds: Sequence[str]) -> None:
-    """One PNG: where the weights went, training loss, and test loss of every arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
-    learned = next((result for result in results if result.weights is not None), None)
-    if learned is not None and learned.weights is not None:
-        names = ["good", *sorted(set(kinds) - {"good"})]
-        groups = [[w for w, k in zip(learned.weights, kinds, strict=True) if k == name] for name in names]
-        left.boxplot(groups, tick_labels=names, showfliers=True, medianprops={"color": "black"})
-        left.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
-        left.set(title="Learned weight by what was done to the row", ylabel="weight (uniform = 1)")
-    for result in results:
-        points = [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
-        middle.plot([s for s, _ in points], [loss for _, loss in points], label=result.arm.replace("_", " "))
-    middle.set(title="Training loss (each on its own rows)", xlabel="optimizer step", ylabel="nats per token")
-    middle.legend()
-    names = [result.arm.replace("_", " ") for result in results]
-    values = [result.test_loss for result in results]
-    bars = right.barh(names, values, color="tab:blue")
-    right.bar_label(bars, fmt=" %.3f")
-    spread = max(values) - min(values) or 1.0
-    right.set_xlim(min(values) - spread, max(values) + 0.6 * spread)
-    right.invert_yaxis()
-    right.set(title="Test loss on clean rows (lower is better)", xlabel="nats per token")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def extreme_rows(task: Task, weights: Sequence[float], count: int = 10) -> tuple[list[Any], list[Any]]:
-    """The `count` rows of least and of most weight, as `(weight, kind, question, answer)`."""
+def extreme_rows(task: Task, weights: Sequence[float], count: int = 10) -> list[tuple[str, list[Any]]]:
+    """The rows of least and of most weight as `(weight, kind, question, answer)`, under a title each."""
     order = sorted(range(len(weights)), key=weights.__getitem__)
-    rows = [
-        (weights[i], task.train[i]["kind"], plain(task.train[i]["prompt"]), plain(task.train[i]["completion"]))
-        for i in [*order[:count], *order[-count:][::-1]]
-    ]
-    return rows[:count], rows[count:]
+    out = []
+    for title, places in (("least", order[:count]), ("most", order[: -count - 1 : -1])):
+        rows = [task.train[place] for place in places]
+        # The questions differ in their ends: show those.
+        lines = [
+            (f"{weights[place]:.3f}", row["kind"], f"...{plain(row['prompt'])[-27:]}", plain(row["completion"]))
+            for place, row in zip(places, rows, strict=True)
+        ]
+        out.append((f"Ten rows of {title} weight", lines))
+    return out

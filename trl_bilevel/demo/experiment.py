@@ -53,11 +53,16 @@ LEARNING |= {
 
 # Settings of the self-refining arms; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
 # are offline ones.
-ROUNDS: dict[str, Any] = {
-    "num_rounds": 3,
-    "steps_per_round": 8,
-    "num_generations": 4,
-    "max_completion_length": 24,
+ROUNDS: dict[str, Any] = {"num_rounds": 3, "steps_per_round": 8, "num_generations": 4, "max_completion_length": 24}
+# Settings of all trainers; `Budget.overrides` goes on top.
+SHARED: dict[str, Any] = {
+    "per_device_eval_batch_size": 16,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 8,
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": False,
+    "gradient_checkpointing": False,
 }
 
 
@@ -67,7 +72,6 @@ class Budget:
 
     Attributes:
         epochs: passes over the training rows; the pilot run's steps are taken off the arms that have one.
-        pilot_on_top: the pilot run's steps are not taken off, as in any run outside of comparisons.
         batch_size: training rows per step.
         learning_rate: peak, decaying linearly to zero.
         validation_loss_weight: lambda.
@@ -83,8 +87,6 @@ class Budget:
     learning_rate: float = 5e-4
     validation_loss_weight: float = 0.0
     pilot_steps: int | None = None
-    pilot_on_top: bool = False
-    lora_rank: int = 8
     lora_layers: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
     refining: dict[str, Any] = field(default_factory=dict)
@@ -100,14 +102,13 @@ class Result:
     """What one arm came to.
 
     Attributes:
-        arm, task, seed, model: which run.
         test_loss: mean over the clean test rows of their loss (nats per token).
         train_steps: optimizer steps of the model; `pilot_steps` come on top of them.
         seconds: wall time of training, scoring included.
         weights: learned weights in the task's row order; None for arms without.
         history: the trainer's log.
         safety: refusal figures of the safety task.
-        ledger: of the rounds, of the `refine` arm.
+        ledger: of the rounds, of the self-refining arms.
     """
 
     arm: str
@@ -172,35 +173,22 @@ def make_trainer(
     train, validation = task.train.remove_columns("kind"), task.validation
     if "validation_weights" in budget.overrides:
         validation = task.validation_sets
-    learned = arm in LEARNING
-    rows: Sequence[int] = range(len(train))
+    rows: Sequence[int] = range(len(train)) if keep is None else sorted(keep)
     if arm == "clean_only":
         rows = [row for row, good in enumerate(task.good) if good]
     elif arm == "random_subset":
         rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows) // 4].tolist()
-    elif arm in FILTERS or keep is not None:
-        assert keep is not None
-        rows = sorted(keep)
     subset = validation if arm == "validation_only" else train.select(rows)
-    steps = round(budget.epochs * len(train) / budget.batch_size)
+    learned = arm in LEARNING
     pilot = (budget.pilot_steps or default_pilot_steps(len(train))) if learned and arm != "seal" else 0
-    if not budget.pilot_on_top:
-        steps -= pilot
-    settings: dict[str, Any] = {
+    settings = SHARED | {
         "output_dir": output_dir,
         "validation_loss_weight": 0.0 if arm == "validation_only" else budget.validation_loss_weight,
         "pilot_steps": pilot or None,
         "per_device_train_batch_size": budget.batch_size * (2 if arm == "bilevel_double" else 1),
-        "per_device_eval_batch_size": 16,
         "learning_rate": budget.learning_rate,
-        "lr_scheduler_type": "linear",
-        "logging_steps": 8,
-        "save_strategy": "no",
-        "report_to": "none",
         "seed": seed,
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
-        "gradient_checkpointing": False,
         "disable_tqdm": not progress,
         "model_init_kwargs": {"dtype": model_dtype()},
     }
@@ -208,43 +196,40 @@ def make_trainer(
     if weights is not None and learned:
         subset = subset.add_column("data_weight", list(weights))
         settings |= {"weight_estimator": "none", "pilot_steps": None}
-    name = model or str(assets.model_folder())
     rounds = ROUNDS | budget.refining
-    if arm in REFINING and offline is not None:
+    if offline is not None:
         from .. import SelfRefineConfig
 
         del settings["model_init_kwargs"]
         if arm == "refine_best":
             rounds["implicit_weight_temperature"] = 1e-4
-        refiner = _refine_trainer(arm)(
+        trainer = _refine_trainer(arm)(
             offline.model,
             SelfRefineConfig(**(settings | rounds)),
             train_dataset=subset,
             validation_dataset=validation,
             processing_class=offline.processing_class,
         )
-        return _quiet(refiner, progress), pilot
-    if arm in REFINING:
-        steps -= rounds["num_rounds"] * rounds["steps_per_round"]
+    else:
+        steps = round(budget.epochs * len(train) / budget.batch_size) - pilot
+        if arm in REFINING:
+            steps -= rounds["num_rounds"] * rounds["steps_per_round"]
         if steps < 1:
-            raise ValueError(f"No offline step is left beside the rounds of {arm!r}: raise `epochs`.")
-    if weights is not None and learned:
-        settings["selector_weighting"] = "resample"
-    trainer = BilevelSFTTrainer(
-        name,
-        BilevelSFTConfig(max_steps=steps, **settings),
-        train_dataset=subset,
-        validation_dataset=None if arm == "validation_only" else validation,
-        peft_config=lora(name, budget),
-    )
-    return _quiet(trainer, progress), pilot
-
-
-def _quiet(trainer: Any, progress: bool) -> Any:
-    """Without progress bars, transformers prints every log entry as a dict in their place: it shall not."""
+            raise ValueError(f"No step is left beside the pilot run and the rounds of {arm!r}: raise `epochs`.")
+        if weights is not None and learned:
+            settings["selector_weighting"] = "resample"
+        name = model or str(assets.model_folder())
+        trainer = BilevelSFTTrainer(
+            name,
+            BilevelSFTConfig(max_steps=steps, **settings),
+            train_dataset=subset,
+            validation_dataset=None if arm == "validation_only" else validation,
+            peft_config=lora(name, budget.lora_layers),
+        )
     if not progress:
+        # Without progress bars, transformers prints every log entry as a dict in their place.
         trainer.remove_callback(PrinterCallback)
-    return trainer
+    return trainer, pilot
 
 
 def run_arm(
@@ -327,31 +312,29 @@ def _refine_trainer(arm: str) -> type:
         """The same scores, dealt out to other responses of the same question."""
 
         def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
-            scores = super()._score_responses(prompt_ids, completion_ids)
+            scores = super()._score_responses(prompt_ids, completion_ids).view(-1, self.args.num_generations)
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-            grouped = scores.view(-1, self.args.num_generations)
-            return grouped.gather(1, torch.rand(grouped.shape, generator=generator).argsort(1)).flatten()
+            return scores.gather(1, torch.rand(scores.shape, generator=generator).argsort(1)).flatten()
 
     return RandomWeights if arm == "refine_random" else SelfRefineTrainer
 
 
-def lora(model: str, budget: Budget) -> Any:
-    """LoRA on all linear layers of the top `lora_layers` layers."""
+def lora(model: str, top: int) -> Any:
+    """LoRA on all linear layers of the `top` layers nearest to the head, of all layers if that is 0."""
     from peft import LoraConfig
     from transformers import AutoConfig
 
     layers = AutoConfig.from_pretrained(model).num_hidden_layers
-    top = list(range(layers - budget.lora_layers, layers)) if 0 < budget.lora_layers < layers else None
     return LoraConfig(
-        r=budget.lora_rank,
-        lora_alpha=2 * budget.lora_rank,
+        r=8,
+        lora_alpha=16,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        layers_to_transform=top,
+        layers_to_transform=list(range(layers - top, layers)) if 0 < top < layers else None,
         task_type="CAUSAL_LM",
     )
 
 
-def refusal_figures(trainer: Any, task: Task, new_tokens: int = 12) -> dict[str, float]:
+def refusal_figures(trainer: Any, task: Task) -> dict[str, float]:
     """What the model does with harmful test requests, and with benign ones.
 
     Returns:
@@ -359,19 +342,19 @@ def refusal_figures(trainer: Any, task: Task, new_tokens: int = 12) -> dict[str,
         words); `refusal_preferred`: share where a refusal of unseen wording is likelier per token than the compliance
         stub; `over_refusal`: share of benign test requests whose greedy answer is a refusal.
     """
-    prompts = [REQUEST.format(request=text) for text in task.harmful_test]
-    preferred = [
-        trainer.row_losses(Dataset.from_list([{"prompt": p, "completion": answer + END} for p in prompts]))
+    harmful = [REQUEST.format(request=text) for text in task.harmful_test]
+    refused, complied = (
+        trainer.row_losses(Dataset.from_list([{"prompt": p, "completion": answer + END} for p in harmful]))
         for answer in (TEST_REFUSAL, STUB)
-    ]
+    )
+    asking = Settings(batch_size=20, max_new_tokens=12)
 
-    def refusals(prompts: Sequence[str]) -> list[bool]:
-        asking = Settings(batch_size=20, max_new_tokens=new_tokens)
-        return [is_refusal(text) for text in responses(trainer.model, trainer.processing_class, prompts, asking)]
+    def refusals(prompts: Sequence[str]) -> float:
+        answers = responses(trainer.model, trainer.processing_class, prompts, asking)
+        return sum(map(is_refusal, answers)) / len(prompts)
 
-    harmful, benign = refusals(prompts), refusals(task.test["prompt"][:80])
     return {
-        "greedy_refusal": sum(harmful) / len(harmful),
-        "refusal_preferred": float((preferred[0] < preferred[1]).float().mean()),
-        "over_refusal": sum(benign) / len(benign),
+        "greedy_refusal": refusals(harmful),
+        "refusal_preferred": float((refused < complied).float().mean()),
+        "over_refusal": refusals(task.test["prompt"][:80]),
     }

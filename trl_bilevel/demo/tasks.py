@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from datasets import Dataset
 
@@ -35,10 +34,8 @@ class Task:
     """A training set of mixed quality, a trusted validation set and a test set.
 
     Attributes:
-        name: of the task.
         train: `prompt`, `completion`, `kind` ("good", or what was done to the row).
-        validation: `prompt`, `completion`; trusted.
-        test: `prompt`, `completion`; clean, unseen.
+        validation, test: `prompt`, `completion`; trusted, and clean and unseen.
         harmful_test: harmful requests that are tested for refusal (safety task only).
         trusted_refusals: how many of the validation rows, the last ones, refuse a harmful request.
     """
@@ -73,22 +70,15 @@ def lazy(exchange: Exchange, rng: random.Random, pool: Sequence[Exchange]) -> st
     return rng.choice(BOILERPLATE)
 
 
-class Mixture(NamedTuple):
-    """How many rows a docstring task keeps and damages."""
-
-    good: int
-    damaged: int
-    damages: tuple[Damage, ...]
-
-
-DOCSTRING_TASKS = {
-    "quality": Mixture(96, 288, (lazy, swapped, salad)),
-    "quality_large": Mixture(320, 960, (lazy, swapped, salad)),
-    "boilerplate": Mixture(192, 192, (lazy,)),
-    "scrambled": Mixture(192, 192, (scrambled,)),
-    "truncated": Mixture(192, 192, (truncated,)),
-    "scrambled_large": Mixture(640, 640, (scrambled,)),
-    "truncated_large": Mixture(640, 640, (truncated,)),
+# Of the docstring tasks: how many rows are good, how many are damaged, and in which ways.
+DOCSTRING_TASKS: dict[str, tuple[int, int, tuple[Damage, ...]]] = {
+    "quality": (96, 288, (lazy, swapped, salad)),
+    "quality_large": (320, 960, (lazy, swapped, salad)),
+    "boilerplate": (192, 192, (lazy,)),
+    "scrambled": (192, 192, (scrambled,)),
+    "truncated": (192, 192, (truncated,)),
+    "scrambled_large": (640, 640, (scrambled,)),
+    "truncated_large": (640, 640, (truncated,)),
 }
 # How many of the harmful training requests are refused; the others are complied with by a stub.
 SAFETY_TASKS = {"safety": 40, "safety_scarce": 2, "safety_unanswered": 0}
@@ -106,10 +96,8 @@ def make_task(
     """A task by name.
 
     Args:
-        name: "quality" (lazy, swapped and word-salad answers, three quarters of the rows), "boilerplate", "scrambled",
-            "truncated" (half of the rows each); "quality_large", "scrambled_large", "truncated_large" (the same with
-            1,280 rows in place of 384); "safety" (harmful requests, mostly answered by compliance stubs),
-            "safety_scarce" (two of them refused) or "safety_unanswered" (none).
+        name: of `DOCSTRING_TASKS`, functions and what they do; or of `SAFETY_TASKS`, with harmful requests that are
+            mostly answered by compliance stubs.
         seed: draws rows and damages.
         validation_rows, test_rows: sizes of the clean sets. The safety tasks have 24 refusals and 24 benign answers
             for validation whatever is given.
@@ -123,28 +111,24 @@ def make_task(
         return _safety(name, seed, test_rows)
     if name not in DOCSTRING_TASKS:
         raise ValueError(f"Unknown task {name!r}; known tasks: {', '.join(TASKS)}.")
-    mixture = DOCSTRING_TASKS[name]
+    good, damaged, damages = DOCSTRING_TASKS[name]
+    size = good + damaged
     if damaged_share is not None:
-        damaged = round(damaged_share * (mixture.good + mixture.damaged))
-        mixture = Mixture(mixture.good + mixture.damaged - damaged, damaged, mixture.damages)
-    rng = random.Random(f"{name}-{seed}")
-    prompt = PROMPT if rows is None else REQUEST
+        good = size - round(damaged_share * size)
+    rng, prompt = random.Random(f"{name}-{seed}"), PROMPT if rows is None else REQUEST
     rows = assets.docstrings() if rows is None else list(rows)
     held_out = validation_rows + test_rows
-    if len(rows) < held_out + mixture.good + mixture.damaged:
-        needed = held_out + mixture.good + mixture.damaged
-        raise ValueError(f"The task {name!r} needs {needed} question-answer rows, got {len(rows)}.")
+    if len(rows) < held_out + size:
+        raise ValueError(f"The task {name!r} needs {held_out + size} question-answer rows, got {len(rows)}.")
     rng.shuffle(rows)
     exchanges = [Exchange(row["name"], row["description"]) for row in rows]
-    trusted, pool = exchanges[:held_out], exchanges[held_out:]
-    train = [_row(*exchange, prompt) | {"kind": "good"} for exchange in pool[: mixture.good]]
-    for index, exchange in enumerate(pool[mixture.good : mixture.good + mixture.damaged]):
-        damage = mixture.damages[index % len(mixture.damages)]
+    clean, pool = [_row(*exchange, prompt) for exchange in exchanges[:held_out]], exchanges[held_out:]
+    train = [_row(*exchange, prompt) | {"kind": "good"} for exchange in pool[:good]]
+    for index, exchange in enumerate(pool[good:size]):
+        damage = damages[index % len(damages)]
         train.append(_row(exchange.question, damage(exchange, rng, pool), prompt) | {"kind": damage.__name__})
     rng.shuffle(train)
-    clean = [_row(*exchange, prompt) for exchange in trusted]
-    sets = (train, clean[:validation_rows], clean[validation_rows:])
-    return Task(name, *map(Dataset.from_list, sets))
+    return Task(name, *map(Dataset.from_list, (train, clean[:validation_rows], clean[validation_rows:])))
 
 
 def _safety(name: str, seed: int, test_rows: int) -> Task:
@@ -154,15 +138,14 @@ def _safety(name: str, seed: int, test_rows: int) -> Task:
     rng.shuffle(requests)
     benign = [_row(row["name"], row["description"]) for row in rows]
     # HarmBench: 116 requests to train on, 24 for validation, 60 to test.
-    share = SAFETY_TASKS[name]
-    trusted, tested = requests[116:140], requests[140:200]
+    asked, trusted, tested, share = requests[:116], requests[116:140], requests[140:200], SAFETY_TASKS[name]
     train = [row | {"kind": "good"} for row in benign[24 + test_rows : 120 + test_rows]]
-    train += [_row(text, rng.choice(REFUSALS), REQUEST) | {"kind": "good"} for text in requests[:share]]
-    train += [_row(text, STUB, REQUEST) | {"kind": "stub"} for text in requests[share:116]]
+    train += [_row(text, rng.choice(REFUSALS), REQUEST) | {"kind": "good"} for text in asked[:share]]
+    train += [_row(text, STUB, REQUEST) | {"kind": "stub"} for text in asked[share:]]
     rng.shuffle(train)
     validation = benign[:24] + [_row(text, rng.choice(REFUSALS), REQUEST) for text in trusted]
-    made, trusted_rows, test = map(Dataset.from_list, (train, validation, benign[24 : 24 + test_rows]))
-    return Task(name, made, trusted_rows, test, tested, len(trusted))
+    made, checked, test = map(Dataset.from_list, (train, validation, benign[24 : 24 + test_rows]))
+    return Task(name, made, checked, test, tested, len(trusted))
 
 
 def _row(question: str, answer: str, prompt: str = PROMPT) -> Row:
@@ -205,8 +188,8 @@ def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:
     for row in dataset:
         asked, answer = parts(row)
         said = [turn for turn in asked if turn["role"] != "system"] if isinstance(asked, list) else asked
-        one_turn = isinstance(said, str) or (len(said) == 1 and said[0]["role"] == "user")
         question, text = content(said), content(answer)
+        one_turn = isinstance(said, str) or [turn["role"] for turn in said] == ["user"]
         if one_turn and question and 3 <= len(text.split()) <= max_words:
             out.append({"name": question.replace("{", "(").replace("}", ")"), "description": text})
     return out
