@@ -115,7 +115,7 @@ disable_tqdm: true
     )
     assert main(["refine", "--config", f"{run_folder}/refine.yaml"]) == 0
     assert (run_folder / "refined" / "adapter_model.safetensors").is_file()
-    assert len((run_folder / "refined" / "ledger.jsonl").read_text().splitlines()) == 2
+    assert len((run_folder / "refined" / "_rows" / "ledger.jsonl").read_text().splitlines()) == 2
     assert "of 2 rounds kept" in capsys.readouterr().out
 
 

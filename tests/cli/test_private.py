@@ -78,7 +78,6 @@ def test_sft_uploads_no_row(words, hub, tmp_path, strategy):
     check(hub)
 
 
-@pytest.mark.xfail(reason="the trainer does not write its ledger and responses to `_rows` yet", strict=True)
 def test_refine_uploads_no_row(words, hub, tmp_path):
     words += ["--num_rounds", "1", "--steps_per_round", "2", "--max_completion_length", "8", "--save_steps", "1"]
     assert main(["refine", *words, "--selection_split", "0.5", "--per_device_train_batch_size", "4"]) == 0

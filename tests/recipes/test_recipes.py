@@ -65,7 +65,6 @@ REFINE = COMMON | {
     "steps_per_round": 2,
     "num_generations": 2,
     "max_completion_length": 6,
-    "lookahead_steps": 1,
 }
 
 
@@ -174,7 +173,7 @@ def test_online_recipes_go_on_from_the_offline_ones(recipe, world):
     changed |= {"validation_dataset_name": data / "validation.parquet", "eval_dataset_name": data / "test.parquet"}
     changed["output_dir"] = output
     refine.main(*parse(refine.make_parser(), arguments_of(recipe, changed)))
-    (entry,) = [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
+    (entry,) = [json.loads(line) for line in (output / "_rows" / "ledger.jsonl").read_text().splitlines()]
     assert (entry["questions"], entry["responses"]) == (2, 4)
     assert (output / "adapter_model.safetensors").is_file()
 

@@ -190,8 +190,11 @@ UNSUPPORTED = bad_settings(
     [
         ({"packing": True, "max_length": None}, "`packing=True` needs `max_length`"),
         ({"train_sampling_strategy": "group_by_length"}, "contradicts `selector_weighting='resample'`"),
-        ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
-        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` and `compute_loss_func` are not supported"),
+        ({"selector_weighting": "loss", "loss_type": "dft"}, "`loss_type='dft'` is not supported"),
+        (
+            {"selector_weighting": "loss", "label_smoothing_factor": 0.1},
+            "`label_smoothing_factor` and `compute_loss_func` are not supported",
+        ),
     ],
 )
 

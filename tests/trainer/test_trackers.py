@@ -77,7 +77,7 @@ def test_texts_are_kept_back_on_request(train, sent):
 
 
 def test_weights_that_move_are_sent_again_and_others_are_not(train, sent):
-    moving = {"weight_estimator": None, "selector_preset": "sparse_centred", "validation_loss_weight": 0.5}
+    moving = {"weight_estimator": None, "selector_preset": "seal", "validation_loss_weight": 0.5}
     moving |= {"eval_strategy": "steps", "eval_steps": 1}
     trainer = train("tensorboard", **moving)
     assert [step for step, _, _ in sent] == [0, 1, 2]

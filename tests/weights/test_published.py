@@ -91,7 +91,7 @@ def test_the_lower_level_learns_beside_the_model(tiny_model, prepared):
     model = tiny_model().eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
-    tracker = Tracker(parameters, (0.9, 0.999), 1e-8, 0.0, 1.0)
+    tracker = Tracker(model, (0.9, 0.999), 1e-8, 0.0, 1.0)
     reader, batch = LanguageModel(model), prepared.batch(range(8))
     first = tracker.step([batch], torch.tensor(1 / 80), reader.row_losses, lambda value: value, 1e-3)[0]
     second = tracker.step([batch], torch.tensor(1 / 80), reader.row_losses, lambda value: value, 1e-3)[0]
@@ -101,7 +101,7 @@ def test_the_lower_level_learns_beside_the_model(tiny_model, prepared):
     assert all(p.grad is None for p in parameters)
     with tracker.swapped():
         assert float(reader.row_losses(batch).means().mean()) < float(second.mean())
-    other = Tracker(parameters, (0.9, 0.999), 1e-8, 0.0, 1.0)
+    other = Tracker(model, (0.9, 0.999), 1e-8, 0.0, 1.0)
     other.load_tensors({name: value.clone() for name, value in tracker.tensors().items()})
     steps = [t.step([batch], torch.tensor(1 / 80), reader.row_losses, lambda v: v, 1e-3)[0] for t in (tracker, other)]
     assert torch.equal(*steps)

@@ -71,6 +71,7 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
     import yaml
 
     from ..trainer.bilevel_sft_config import RENAMED
+    from ..weights.settings import gone
 
     if {"-h", "--help"} & set(arguments):
         grouped(parser).parse_args(["--help"])
@@ -79,8 +80,8 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
     try:
         return parser.parse_args_and_config(words, fail_with_unknown_args=True)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        gone = next((name for name in re.findall(r"--(\w+)", str(error)) if name in RENAMED), None)
-        raise ValueError(f"`{gone}` is gone. Use {RENAMED[gone]}." if gone else str(error)) from error
+        old = next((name for name in re.findall(r"--(\w+)", str(error)) if name in RENAMED), None)
+        raise ValueError(gone(old, RENAMED[old]) if old else str(error)) from error
 
 
 def grouped(parser: Any) -> argparse.ArgumentParser:

@@ -71,7 +71,8 @@ class Budget:
     """Settings that all arms share.
 
     Attributes:
-        epochs: passes over the training rows; the pilot run's steps are taken off the arms that have one.
+        epochs: passes over the training rows; the pilot run's steps are taken off the arms that have one, unless
+            `pilot_on_top`: then they come on top, as in a run of one's own.
         batch_size: training rows per step.
         learning_rate: peak, decaying linearly to zero.
         validation_loss_weight: lambda.
@@ -88,6 +89,7 @@ class Budget:
     validation_loss_weight: float = 0.0
     pilot_steps: int | None = None
     lora_layers: int = 10
+    pilot_on_top: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     refining: dict[str, Any] = field(default_factory=dict)
 
@@ -211,7 +213,7 @@ def make_trainer(
             processing_class=offline.processing_class,
         )
     else:
-        steps = round(budget.epochs * len(train) / budget.batch_size) - pilot
+        steps = round(budget.epochs * len(train) / budget.batch_size) - (0 if budget.pilot_on_top else pilot)
         if arm in REFINING:
             steps -= rounds["num_rounds"] * rounds["steps_per_round"]
         if steps < 1:

@@ -115,7 +115,7 @@ def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
         read = ((SMOOTHING_DEPTH, run.rows_scored + trusted), (run.read_depth, others + trusted if others else 0))
         layers = sum(rows * max(1, round(depth * model.layers)) for depth, rows in read)
         work["prediction"] = layers / model.layers * sum(_forward(model, tokens))
-    if run.trains and (run.estimator != "none" or run.joined):
+    if run.trains:
         work["following"] = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * _read_row(model, run, tokens)
     work |= {"step": run.trains * step, "training": (steps or 0) * step, "plain": (steps or 0) * plain}
     work["total"] = sum(work[name] for name in ("training", "pilot", "scoring", "prediction", "following"))

@@ -31,7 +31,7 @@ from . import checks, preparation
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpoints import WEIGHT_FILES, SavesWeights, resume_point
 from .record import RecordCallback, RunFacts
-from .trackers import WeightTracking, extreme_rows
+from .trackers import extreme_rows, weight_tracking
 from .weighted_loss import ROW_FACTOR, StepFacts, TrustedPart, WeightedObjective, WeightedStep
 
 
@@ -139,7 +139,8 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             rows, weights = self.rows, self.weights
             count = 0 if self.data.streams else args.tracked_rows
             shown = partial(extreme_rows, rows, weights, count, self._tokenizer.decode)
-            self.add_callback(WeightTracking(args.report_to, weights, shown, self.callback_handler.callbacks))
+            for tracking in weight_tracking(args.report_to, weights, shown, self.callback_handler.callbacks):
+                self.add_callback(tracking)
 
     # What a user asks for
 
@@ -252,10 +253,9 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             )
             return rows
         prepared = self.train_dataset if self._unpacked is None else self._unpacked
-        checks.check_rows(args, prepared, self.model, self.merges_rows, len(self.train_dataset), processes)
-        return preparation.told_of_dropped(
-            preparation.readable_rows(args, prepared, self._padded(), len(self.data.rows))
-        )
+        count = len(self.data.rows)
+        checks.check_rows(args, prepared, count, self.model, self.merges_rows, len(self.train_dataset), processes)
+        return preparation.told_of_dropped(preparation.readable_rows(args, prepared, self._padded(), count))
 
     def _trusted(self, formatting: Any) -> TrustedSets | None:
         """The trusted rows, prepared as the training rows are."""

@@ -146,12 +146,13 @@ def check_stream_model(model: Any, grouped: bool) -> None:
 
 
 def check_rows(
-    args: BilevelSFTConfig, prepared: Dataset, model: Any, merges: bool, trained_on: int, processes: int
+    args: BilevelSFTConfig, prepared: Dataset, count: int, model: Any, merges: bool, trained_on: int, processes: int
 ) -> None:
     """Refuse prepared rows that cannot be told apart, or are too few.
 
     Args:
         prepared: the rows, one by one.
+        count (`int`): of the caller's rows.
         merges (`bool`): a row of a batch may hold several rows (packing, padding-free).
         trained_on (`int`): rows of the training set, packed ones if rows are packed.
     """
@@ -171,7 +172,7 @@ def check_rows(
         )
     if len(prepared) == 0:
         raise ValueError(
-            "None of the rows of `train_dataset` has a token to learn from within "
+            f"None of the {count} rows of `train_dataset` has a token to learn from within "
             f"`max_length={args.max_length}`. Raise it, or look at the rows: are their answers empty?"
         )
     if args.packing and trained_on < processes:

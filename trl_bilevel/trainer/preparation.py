@@ -369,9 +369,8 @@ def make_weights(args: BilevelSFTConfig, data: TrainingData, rows: Rows, reader:
 
         recipe, tracker = RECIPES[args.selector_preset], None
         if recipe.tracks:
-            parameters = [p for p in reader.model.parameters() if p.requires_grad]
             betas = (args.adam_beta1, args.adam_beta2)
-            tracker = Tracker(parameters, betas, args.adam_epsilon, args.weight_decay, args.max_grad_norm)
+            tracker = Tracker(reader.model, betas, args.adam_epsilon, args.weight_decay, args.max_grad_norm)
         return MovingWeights(rows.kept, identity, recipe, tracker, any_identity)
     if data.streams:
         from ..weights.streamed import StreamedWeights

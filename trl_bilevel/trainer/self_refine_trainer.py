@@ -33,7 +33,7 @@ from .offline import OfflinePart, RefineRows, padding, read_rows
 from .record import RecordCallback, RunFacts
 from .rounds import SHAPE, RoundCallback, Rounds, Snapshot, checkpoint_files, is_exhausted
 from .self_refine_config import SelfRefineConfig, check_contract, check_generation, resolved
-from .trackers import WeightTracking, extreme_rows
+from .trackers import extreme_rows, weight_tracking
 
 
 class SelfRefineTrainer(SavesWeights, GRPOTrainer):
@@ -154,7 +154,8 @@ class SelfRefineTrainer(SavesWeights, GRPOTrainer):
         self.add_callback(RoundCallback(self.rounds, self._start, self.begin_round, self.end_round))
         self.add_callback(self.record)
         shown = partial(extreme_rows, self.rows, self.weights, args.tracked_rows, self._tokenizer.decode)
-        self.add_callback(WeightTracking(args.report_to, self.weights, shown, self.callback_handler.callbacks))
+        for tracking in weight_tracking(args.report_to, self.weights, shown, self.callback_handler.callbacks):
+            self.add_callback(tracking)
 
     # What a user asks for
 

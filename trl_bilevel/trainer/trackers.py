@@ -93,6 +93,11 @@ class WeightTracking(TrainerCallback):
                 logger.warning(f"{name} was not shown the weights, and will not be: {type(error).__name__}: {error}")
 
 
+def weight_tracking(names: Sequence[str], *given: Any) -> list[WeightTracking]:
+    """The callback, if one of `report_to` is shown weights; takes what `WeightTracking` takes."""
+    return [WeightTracking(names, *given)] if any(name in SINKS for name in names) else []
+
+
 def extreme_rows(rows: Rows, weights: TrainingWeights, count: int, decode: Callable[..., str]) -> Table:
     """The `count` rows of highest and of lowest weight as lines of `COLUMNS`."""
     if count == 0:

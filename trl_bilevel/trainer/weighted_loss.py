@@ -107,7 +107,9 @@ class WeightedObjective:
             rows = joined[micro]
             if rows is not None:
                 assert self.trusted is not None
-                inputs = concatenate_batches(batch, rows, self.trusted.pad_token_id)
+                # Rows of a stream have no numbers.
+                known = {name: value for name, value in rows.items() if name in batch}
+                inputs = concatenate_batches(batch, known, self.trusted.pad_token_id)
                 factor = torch.cat([factor, scales[micro].to(device)])
             step.inputs.append(inputs | {ROW_FACTOR: factor})
         return step

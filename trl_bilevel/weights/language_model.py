@@ -53,7 +53,10 @@ class LanguageModel:
         return self.base.get_input_embeddings().weight.device
 
     def row_losses(self, batch: Mapping[str, Any]) -> RowLosses:
-        """Losses of the rows of a padded batch, with gradient if that is on. No logits of all tokens are made."""
+        """Losses of the rows of a collated batch, packed or not, with gradient if that is on.
+
+        No logits of all tokens are made.
+        """
         with self._precision():
             hidden = self._last_states(batch)
             labels = batch["labels"].to(hidden.device)
@@ -65,7 +68,9 @@ class LanguageModel:
             ]
         values = torch.cat(found) if found else picked.sum(-1).float()
         log_probs = torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, values)
-        return row_losses(log_probs, scored)
+        if SEGMENTS not in batch:
+            return row_losses(log_probs, scored)
+        return row_losses(log_probs, scored, batch[SEGMENTS][:, 1:].to(hidden.device), len(batch[SAMPLE_ID]))
 
     def _log_probs(self, states: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities float32 `[n]` of `targets` after `states` `[n, d]`; a backward makes the logits again."""

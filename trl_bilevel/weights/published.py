@@ -59,22 +59,27 @@ class Tracker:
     The cost is one more copy of the trainable parameters with AdamW's state, and one more forward and backward a step.
 
     Args:
-        parameters: the model's trainable ones.
+        model: whose trainable parameters these are.
         betas, eps, weight_decay, max_grad_norm: of the model's own optimizer.
     """
 
     def __init__(
         self,
-        parameters: Sequence[torch.nn.Parameter],
+        model: torch.nn.Module,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
         max_grad_norm: float,
     ):
-        self.parameters = list(parameters)
+        self.model = model
         self.values = [torch.nn.Parameter(p.detach().clone()) for p in self.parameters]
         self.max_grad_norm = max_grad_norm
         self.optimizer = torch.optim.AdamW(self.values, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The model's trainable parameters. Asked for each time: PEFT makes new ones when it loads an adapter."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

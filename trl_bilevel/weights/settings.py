@@ -183,6 +183,12 @@ class WeightSettings(PilotSettings):
         in_range("filter_rate", self.filter_rate, 0.0, 1.0)
 
 
+def gone(name: str, instead: str) -> str:
+    """What to do about a setting of earlier versions; "nothing: ..." says why there is none in its place."""
+    advice = f"Leave it out: {instead[9:]}" if instead.startswith("nothing: ") else f"Use {instead}"
+    return f"`{name}` is gone. {advice}."
+
+
 def takes_old_names(renamed: Mapping[str, str]) -> Callable[[type], type]:
     """Decorates a config class: given a setting of earlier versions, its constructor says what has come in its place.
 
@@ -196,7 +202,7 @@ def takes_old_names(renamed: Mapping[str, str]) -> Callable[[type], type]:
         def __init__(self: Any, *args: Any, **given: Any) -> None:
             old = next((name for name in given if name in renamed), None)
             if old is not None:
-                raise TypeError(f"`{old}` is gone. Use {renamed[old]}.")
+                raise TypeError(gone(old, renamed[old]))
             construct(self, *args, **given)
 
         __init__.__wrapped__ = construct  # type: ignore[attr-defined]
