@@ -125,7 +125,7 @@ def test_the_training_rows_and_exported_rows_can_be_evaluated(packing, build):
 def test_changed_settings_are_refused_on_resume(refused, change, build, rows, tmp_path):
     build(save_strategy="steps", save_steps=2, max_steps=2).train()
     change = {k: Dataset.from_list(rows[60:80]) if k == "validation" else v for k, v in change.items()}
-    with refused("belongs to other training data or settings"):
+    with refused("belong to other training data or settings"):
         build(max_steps=4, **change).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 

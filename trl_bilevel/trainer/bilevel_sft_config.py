@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import SFTConfig
 
@@ -123,3 +124,14 @@ class BilevelSFTConfig(WeightSettings, SFTConfig):
                 f"`selector_preset={self.selector_preset!r}`, whose weights move row by row. Leave them out, or use "
                 "another preset."
             )
+
+
+def resolved(args: SFTConfig | None, model: Any) -> BilevelSFTConfig:
+    """A `BilevelSFTConfig` from what the user gave, as TRL's trainers do it."""
+    if isinstance(args, BilevelSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return BilevelSFTConfig(f"{name.split('/')[-1]}-Bilevel-SFT")
+    # Field by field: `to_dict` hides every token, `eos_token` and `pad_token` among them.
+    return BilevelSFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})

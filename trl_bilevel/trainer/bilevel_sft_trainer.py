@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,19 +21,18 @@ from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets
 from ..weights.choose import check_sizes
 from ..weights.errors import not_finite
-from ..weights.language_model import LanguageModel
+from ..weights.processes import Processes
 from ..weights.quantization import keep_4bit_weights
-from ..weights.settings import WeightSettings
-from ..weights.state import TrainingWeights, choose_noted
+from ..weights.state import TrainingWeights
 from . import checks, preparation
-from .bilevel_sft_config import BilevelSFTConfig
-from .checkpoints import WEIGHT_FILES, SavesWeights, resume_point
+from .bilevel_sft_config import BilevelSFTConfig, resolved
+from .checkpoints import WEIGHT_FILES, resume_point
+from .choosing import ChoosesWeights, fingerprints, make_weights
 from .record import RecordCallback, RunFacts
-from .trackers import extreme_rows, weight_tracking
 from .weighted_loss import ROW_FACTOR, StepFacts, TrustedPart, WeightedObjective, WeightedStep
 
 
-class BilevelSFTTrainer(SavesWeights, SFTTrainer):
+class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
     """
     Trainer for supervised fine-tuning on data of mixed quality, guided by a small trusted validation set.
 
@@ -95,7 +92,7 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
         validation_dataset: Dataset | Mapping[str, Dataset] | None = None,
         **sft_arguments: Any,
     ):
-        args = _resolved(args, model)
+        args = resolved(args, model)
         formatting = sft_arguments.get("formatting_func")
         self.data = preparation.TrainingData.of(args, train_dataset, validation_dataset, formatting is not None)
         # How weights act: computed once, see `preparation.Mode`.
@@ -123,7 +120,7 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             self.rows = self._rows()
             self.trusted = self._trusted(formatting)
             if self.mode.weighs:
-                self.weights = preparation.make_weights(args, self.data, self.rows, self._reader())
+                self.weights = make_weights(args, self.data, self.rows, self._reader())
             if self.mode.weighs_losses:
                 self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
             else:
@@ -132,15 +129,11 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
         elif self.data.trusted:
             # They choose nothing here, but their loss is followed.
             self.trusted = self._trusted(formatting)
-        self._fingerprints = preparation.fingerprints(self.data.rows, self.data.trusted)
+        self._fingerprints = fingerprints(self.data.rows, self.data.trusted)
         self.record = RecordCallback(self._facts, self._losses_of, self.eval_dataset)
         self.add_callback(self.record)
         if self.weights is not None and self.rows is not None:
-            rows, weights = self.rows, self.weights
-            count = 0 if self.data.streams else args.tracked_rows
-            shown = partial(extreme_rows, rows, weights, count, self._tokenizer.decode)
-            for tracking in weight_tracking(args.report_to, weights, shown, self.callback_handler.callbacks):
-                self.add_callback(tracking)
+            self._show_weights(0 if self.data.streams else args.tracked_rows)
 
     # What a user asks for
 
@@ -182,16 +175,6 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
         settings = (args.max_length, args.dataset_text_field, self.completion_only_loss, args.assistant_only_loss)
         read = Tokeniser(self._tokenizer, *settings)
         return weights.weighted(self.data.rows, lambda row: read.row(row, formatting), self.rows.collate)
-
-    def validation_loss(self) -> dict[str, float]:
-        """Loss of each validation set (mean over rows of the mean per token, in nats), and their weighted `"total"`.
-
-        Independent of batch size and number of processes: every process computes all rows.
-        """
-        if self.trusted is None:
-            raise ValueError("There is no validation loss: the trainer has no `validation_dataset`.")
-        losses = {name: float(self._losses_of(rows).mean()) for name, rows in self.trusted.sets.items()}
-        return losses | {"total": sum(self.trusted.weights[name] * loss for name, loss in losses.items())}
 
     def row_losses(self, dataset: Dataset) -> Tensor:
         """Mean loss per token of every row of a dataset under the present model, float32 `[rows]` on the CPU, in nats.
@@ -279,42 +262,18 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
     def _check(self, args: BilevelSFTConfig) -> None:
         processes = self.accelerator.num_processes
         checks.check_settings(args, self.mode.weighs_losses, self.compute_loss_func, processes)
-        checks.check_model(
-            args,
-            self.model,
-            vision=self._is_vision_dataset or self._is_vlm,
-            mixed_precision=self.accelerator.mixed_precision,
-            parallelism=getattr(self.accelerator, "parallelism_config", None),
-            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
-        )
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        checks.check_model(args, self.model, self.accelerator, self._is_vision_dataset or self._is_vlm, sharded)
         if self.data.streams and self.mode.learns:
             checks.check_stream_model(self.model, self.data.groups is not None)
 
     # Weights
 
-    def _reader(self) -> LanguageModel:
-        """The model as rows are read by it."""
-        return LanguageModel(self.model, self.args.bf16)
-
-    def choose_weights(self) -> None:
-        """Learn the weights, if they are not known yet; called by `train` before the first step."""
-        if self.weights is None or self.weights.known or self.rows is None or self.trusted is None:
-            return
-        args, groups = self.args, self.data.groups
-        choice = choose_noted(
-            self._reader(),
-            self.rows,
-            self.trusted,
-            WeightSettings(**{field.name: getattr(args, field.name) for field in fields(WeightSettings)}),
-            self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None,
-            seed=args.seed,
-            groups=None if groups is None else groups.of_row,
-            checkpointing=args.gradient_checkpointing,
-            hidden_progress=args.disable_tqdm,
-            further=self.data.streams and groups is None,
-        )
-        self.weights.take(choice)
-        self.record.write_choice(choice, self._tokenizer.decode)
+    def choose_weights(self, **how: Any) -> None:
+        """As the parent's, for groups of rows and for streams too."""
+        groups = self.data.groups
+        of_row = None if groups is None else groups.of_row
+        super().choose_weights(groups=of_row, further=self.data.streams and groups is None, **how)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Choose weights, then the parent's `train`; `resume_from_checkpoint=True` takes the newest complete one."""
@@ -359,10 +318,7 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             trusted=trusted,
             moving=self.weights if args.published else None,
             model=self._reader(),
-            total=lambda value: value if args.world_size == 1 else self.accelerator.reduce(value, reduction="sum"),
-            gather=lambda parts: parts if args.world_size == 1 else list(self.accelerator.gather(parts)),
-            rank=args.process_index,
-            count=args.world_size,
+            processes=Processes.now(),
         )
 
     def _step_facts(self) -> StepFacts:
@@ -372,8 +328,7 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The parent's micro-batches of an optimizer step."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step = None
-        self._pending = (batches, num_items)
+        self._step, self._pending = None, (batches, num_items)
         return batches, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -428,10 +383,6 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             logs.update(self.weights.metrics())
         super().log(logs, start_time)
 
-    def _losses_of(self, rows: Rows) -> Tensor:
-        """Mean losses of prepared rows under the present model, float32 `[rows]` on the CPU."""
-        return self._reader().mean_losses(rows, self.args.per_device_eval_batch_size)
-
     def _facts(self) -> RunFacts:
         """What the record of this run is made of."""
         return RunFacts(
@@ -447,14 +398,3 @@ class BilevelSFTTrainer(SavesWeights, SFTTrainer):
             streamed=self.data.streams,
             fingerprints=self._fingerprints,
         )
-
-
-def _resolved(args: SFTConfig | None, model: Any) -> BilevelSFTConfig:
-    """A `BilevelSFTConfig` from what the user gave, as TRL's trainers do it."""
-    if isinstance(args, BilevelSFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return BilevelSFTConfig(f"{name.split('/')[-1]}-Bilevel-SFT")
-    # Field by field: `to_dict` hides every token, `eos_token` and `pad_token` among them.
-    return BilevelSFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})

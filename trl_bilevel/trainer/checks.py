@@ -107,11 +107,12 @@ def check_stream(args: BilevelSFTConfig) -> None:
 
 
 def check_model(
-    args: BilevelSFTConfig, model: Any, *, vision: bool, mixed_precision: str, parallelism: Any, sharded: bool
+    args: BilevelSFTConfig, model: Any, accelerator: Any, vision: bool = False, sharded: bool = False
 ) -> None:
     """Refuse models and set-ups in which rows cannot be scored or weighted."""
     if vision:
         raise ValueError("Vision-language models are not supported: trusted rows join text batches only.")
+    parallelism, mixed_precision = getattr(accelerator, "parallelism_config", None), accelerator.mixed_precision
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
             "Tensor, context and sequence parallelism are not supported: they split the rows whose losses are "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets, set_weights
 from ..weights.choose import MIN_TRUSTED_ROWS, check_sizes
 from ..weights.processes import Processes
-from ..weights.settings import PilotSettings
 from ..weights.state import TrainingWeights
 from .checks import check_given_weights
-from .preparation import given_weights, prepared_trusted, told_of_dropped, weights_identity
+from .choosing import weight_settings, weights_identity
+from .preparation import given_weights, prepared_trusted, told_of_dropped
 from .self_refine_config import SelfRefineConfig
 
 MIN_SELECTION_ROWS = 8
@@ -108,8 +108,7 @@ class RefineRows:
         Args:
             train, sets: the caller's rows, by which a checkpoint's weights are known again.
         """
-        settings = {field.name: getattr(args, field.name) for field in fields(PilotSettings)}
-        out = TrainingWeights(self.rows.kept, weights_identity(settings, self.rows, train, sets))
+        out = TrainingWeights(self.rows.kept, weights_identity(weight_settings(args), self.rows, train, sets))
         if learns:
             check_sizes(self.rows, self.trusted)
             return out

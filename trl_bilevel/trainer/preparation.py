@@ -26,15 +26,12 @@ from ..data.identity import (
     SampleIdCollator,
     add_sample_ids,
     count_overlap,
-    fingerprint,
 )
 from ..data.packing import SPLITTING, first_window, pack_rows
 from ..data.rows import Collate, Rows, plain_rows
 from ..data.streams import columns, first_rows
 from ..data.trusted import TrustedSets, set_weights
-from ..weights.language_model import LanguageModel
-from ..weights.settings import MIN_SCORED_ROWS, WeightSettings
-from ..weights.state import TrainingWeights
+from ..weights.settings import MIN_SCORED_ROWS
 from . import checks
 from .bilevel_sft_config import BilevelSFTConfig
 
@@ -332,55 +329,6 @@ def prepared_trusted(
             )
         sets[name] = readable_rows(args, prepared, collate, len(prepared))
     return TrustedSets(sets, shares) if sets else None
-
-
-def weights_identity(
-    settings: dict[str, Any], rows: Rows, train: Dataset, trusted: Mapping[str, Dataset]
-) -> dict[str, Any]:
-    """What must not change between a checkpoint's weights and the run that goes on with them."""
-    return {
-        "settings": settings,
-        "rows": rows.count,
-        "rows_kept": len(rows),
-        **fingerprints(train, trusted),
-    }
-
-
-def fingerprints(train: Any, trusted: Mapping[str, Dataset]) -> dict[str, str]:
-    """Short hashes of the training rows (none of a stream) and of the trusted ones."""
-    return {
-        "train_fingerprint": fingerprint(train) if isinstance(train, Dataset) else "",
-        "validation_fingerprint": " ".join(f"{name} {fingerprint(part)}" for name, part in trusted.items()),
-    }
-
-
-def make_weights(args: BilevelSFTConfig, data: TrainingData, rows: Rows, reader: LanguageModel) -> TrainingWeights:
-    """The weights of a run, equal until they are chosen; given ones at once.
-
-    Args:
-        reader: reads the model in training.
-    """
-    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(WeightSettings)}
-    settings["selector_weighting"] = args.selector_weighting
-    identity = weights_identity(settings, rows, rows.dataset if data.streams else data.rows, data.trusted)
-    any_identity = args.ignore_selector_fingerprint
-    if args.published:
-        from ..weights.published import RECIPES, MovingWeights, Tracker
-
-        recipe, tracker = RECIPES[args.selector_preset], None
-        if recipe.tracks:
-            betas = (args.adam_beta1, args.adam_beta2)
-            tracker = Tracker(reader.model, betas, args.adam_epsilon, args.weight_decay, args.max_grad_norm)
-        return MovingWeights(rows.kept, identity, recipe, tracker, any_identity)
-    if data.streams:
-        from ..weights.streamed import StreamedWeights
-
-        return StreamedWeights(rows.kept, identity, reader, args.feature_depth, data.groups, any_identity)
-    weights = TrainingWeights(rows.kept, identity, data.groups, any_identity)
-    if data.given is not None:
-        checks.check_given_weights(data.given, rows.kept)
-        weights.give(data.given)
-    return weights
 
 
 def stream_sample(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,22 +19,22 @@ from ..data.checks import check_dataset, trusted_sets
 from ..data.export import weighted_dataset
 from ..data.questions import QuestionSampler, choose_questions, questions_of
 from ..data.rows import Rows
-from ..weights.language_model import LanguageModel, parameters_kept
+from ..data.trusted import TrustedSets
+from ..weights.language_model import parameters_kept
 from ..weights.lookahead import Lookahead
 from ..weights.quantization import keep_4bit_weights
 from ..weights.responses import Responses, score_responses
-from ..weights.settings import PilotSettings, WeightSettings
-from ..weights.state import TrainingWeights, choose_noted
+from ..weights.state import TrainingWeights
 from . import checks, preparation
-from .checkpoints import SavesWeights, resume_point
+from .checkpoints import resume_point
+from .choosing import ChoosesWeights
 from .offline import OfflinePart, RefineRows, padding, read_rows
 from .record import RecordCallback, RunFacts
 from .rounds import SHAPE, RoundCallback, Rounds, Snapshot, checkpoint_files, is_exhausted
 from .self_refine_config import SelfRefineConfig, check_contract, check_generation, resolved
-from .trackers import extreme_rows, weight_tracking
 
 
-class SelfRefineTrainer(SavesWeights, GRPOTrainer):
+class SelfRefineTrainer(ChoosesWeights, GRPOTrainer):
     """
     Trainer for online self-refining generation (arXiv 2511.21056), guided by a small trusted validation set.
 
@@ -92,6 +90,8 @@ class SelfRefineTrainer(SavesWeights, GRPOTrainer):
     _tag_names = ["trl", "grpo", "trl-bilevel", "self-refine"]
     _name = "Self-Refine"
     _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": CITATION}
+    rows: Rows
+    trusted: TrustedSets
     weights: TrainingWeights
 
     def __init__(
@@ -118,14 +118,7 @@ class SelfRefineTrainer(SavesWeights, GRPOTrainer):
         super().__init__(
             model, self._implicit_weight, args, questions, processing_class=processing_class, **grpo_arguments
         )
-        checks.check_model(
-            args,
-            self.model,
-            vision=self._is_vlm,
-            mixed_precision=self.accelerator.mixed_precision,
-            parallelism=getattr(self.accelerator, "parallelism_config", None),
-            sharded=False,
-        )
+        checks.check_model(args, self.model, self.accelerator, self._is_vlm)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "DeepSpeed and FSDP are not supported: rounds read and restore the whole model. Use DDP or a single "
@@ -153,9 +146,7 @@ class SelfRefineTrainer(SavesWeights, GRPOTrainer):
         # Rounds first: the record of the end is of the model that is kept.
         self.add_callback(RoundCallback(self.rounds, self._start, self.begin_round, self.end_round))
         self.add_callback(self.record)
-        shown = partial(extreme_rows, self.rows, self.weights, args.tracked_rows, self._tokenizer.decode)
-        for tracking in weight_tracking(args.report_to, self.weights, shown, self.callback_handler.callbacks):
-            self.add_callback(tracking)
+        self._show_weights(args.tracked_rows)
 
     # What a user asks for
 
@@ -196,28 +187,6 @@ class SelfRefineTrainer(SavesWeights, GRPOTrainer):
     def _read(self, rows: Dataset) -> Rows:
         """Rows, tokenised as the offline rows are."""
         return read_rows(self.args, self._tokenizer, rows)
-
-    def _reader(self) -> LanguageModel:
-        """The model as rows are read by it."""
-        return LanguageModel(self.model, self.args.bf16)
-
-    def choose_weights(self) -> None:
-        """Learn the explicit weights, if they are not known yet; called by `train` before the first round."""
-        if self.weights.known:
-            return
-        args = self.args
-        choice = choose_noted(
-            self._reader(),
-            self.rows,
-            self.trusted,
-            WeightSettings(**{field.name: getattr(args, field.name) for field in fields(PilotSettings)}),
-            self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None,
-            seed=args.seed,
-            checkpointing=args.gradient_checkpointing,
-            hidden_progress=args.disable_tqdm,
-        )
-        self.weights.take(choice)
-        self.record.write_choice(choice, self._tokenizer.decode)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Choose weights, then the parent's `train`; `resume_from_checkpoint=True` takes the newest complete one.
@@ -341,7 +310,7 @@ class SelfRefineTrainer(SavesWeights, GRPOTrainer):
 
     def _losses(self, rows: Rows) -> Tensor:
         """Mean losses of prepared rows under the present model, float32 `[rows]`; the same on all processes."""
-        losses = self._reader().mean_losses(rows, self.args.per_device_eval_batch_size)
+        losses = self._losses_of(rows)
         return self.accelerator.reduce(losses.to(self.accelerator.device), reduction="mean").cpu()
 
     def _selection_losses(self) -> Tensor:

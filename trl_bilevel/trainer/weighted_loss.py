@@ -7,7 +7,7 @@ on trusted rows. Rows that are drawn by their weights need none of it: they trai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..data.identity import SAMPLE_ID, SEGMENTS
 from ..data.rows import Collate
 from ..data.trusted import TrustedSets
 from ..weights.language_model import LanguageModel
+from ..weights.processes import Processes
 from ..weights.state import TrainingWeights
 
 ROW_FACTOR = "row_factor"
@@ -67,8 +68,7 @@ class WeightedObjective:
         trusted (`TrustedPart`, *optional*): rows that the model is trained on as well.
         moving: weights that move (`weights/published.py`), if they do.
         model: for the lower level of such weights.
-        total, gather: sums a tensor over the processes, and puts tensors of all of them together.
-        rank, count (`int`): number of this process, and of all.
+        processes: this one among the others.
     """
 
     weights: TrainingWeights | None
@@ -76,10 +76,7 @@ class WeightedObjective:
     trusted: TrustedPart | None
     moving: Any
     model: LanguageModel
-    total: Callable[[Tensor], Tensor]
-    gather: Callable[[list[Tensor]], list[Tensor]]
-    rank: int
-    count: int
+    processes: Processes
 
     def begin(self, batches: Sequence[dict[str, Any]], num_items: Any, at: StepFacts) -> WeightedStep:
         """The micro-batches of a step, with the factors of their rows.
@@ -91,9 +88,11 @@ class WeightedObjective:
         references = None
         if self.moving is not None and self.moving.tracker is not None:
             counts = [(batch["labels"][..., 1:] != -100).sum() for batch in batches]
-            tokens = self.total(torch.stack(counts).sum())
+            tokens = self.processes.total(torch.stack(counts).sum())
             factor = 1.0 / tokens.clamp(min=1)
-            references = self.moving.tracker.step(batches, factor, self.model.row_losses, self.total, at.learning_rate)
+            references = self.moving.tracker.step(
+                batches, factor, self.model.row_losses, self.processes.total, at.learning_rate
+            )
         weight = 0.0 if self.trusted is None else self.trusted.weight
         step = WeightedStep(list(batches), references)
         joined, scales = self._trusted_batches(len(batches), num_items, at)
@@ -121,8 +120,8 @@ class WeightedObjective:
         if self.trusted is None:
             return [None] * micro_batches, []
         drawn = self.trusted.rows(at.step, min(1.0, micro_batches / at.micro_batches))
-        slots = micro_batches * self.count
-        mine = [drawn[micro * self.count + self.rank :: slots] for micro in range(micro_batches)]
+        rank, count = self.processes.rank, self.processes.count
+        mine = [drawn[micro * count + rank :: micro_batches * count] for micro in range(micro_batches)]
         batches = [self.trusted.sets.batch(part) if part else None for part in mine]
         names = list(self.trusted.sets.sets)
         # Counted after collation: a collator of the user's may mask more. Each process counts its own rows.
@@ -131,7 +130,7 @@ class WeightedObjective:
             if batch is not None:
                 scored = tokens_of(batch)
                 counts.index_add_(0, torch.tensor([names.index(name) for name, _ in part]), scored)
-        counts = self.total(counts.to(self.model.device)).cpu()
+        counts = self.processes.sum(counts)
         # TRL divides by the training tokens: undone for trusted rows, which carry their own divisor.
         per_set = {
             name: self.trusted.weight * self.trusted.sets.weights[name] * float(num_items) / max(1.0, float(count))
@@ -147,9 +146,9 @@ class WeightedObjective:
         """
         ids, losses = torch.cat(step.ids), torch.cat(step.losses)
         parts = [ids, losses] + ([] if step.references is None else [torch.cat(step.references)])
-        ids, losses, *reference = self._gather_rows([part.to(self.model.device) for part in parts])
+        ids, losses, *reference = self._of_all_processes([part.cpu() for part in parts])
         trusted = torch.cat(step.trusted_losses) if step.trusted_losses else losses[:0]
-        (sound,) = self.gather([torch.isfinite(trusted).all().reshape(1).to(self.model.device)])
+        sound = self.processes.all(torch.isfinite(trusted).all().reshape(1))
         bad = ids[~torch.isfinite(losses)]
         if not bool(sound.all()):
             bad = torch.cat([bad, torch.full((1,), -1, device=bad.device, dtype=bad.dtype)])
@@ -157,14 +156,13 @@ class WeightedObjective:
             self.moving.update(ids, losses, reference[0] if reference else None, at.step, at.max_steps)
         return bad
 
-    def _gather_rows(self, values: list[Tensor]) -> list[Tensor]:
+    def _of_all_processes(self, values: list[Tensor]) -> list[Tensor]:
         """Values of the rows of all processes, which may have different numbers of them; the first ones are ids."""
-        if self.count == 1:
+        if self.processes.count == 1:
             return values
-        (sizes,) = self.gather([torch.tensor([len(values[0])], device=values[0].device)])
-        most = int(sizes.max())
+        most = int(self.processes.all(torch.tensor([len(values[0])])).max())
         padded = [torch.nn.functional.pad(value, (0, most - len(value)), value=NO_ROW) for value in values]
-        gathered = self.gather(padded)
+        gathered = [self.processes.all(part) for part in padded]
         own = gathered[0] != NO_ROW
         return [part[own] for part in gathered]
 

@@ -38,6 +38,10 @@ class Processes:
         """The sum over the processes, on the CPU: of parts that are zero on all but one, exactly."""
         return value.cpu() if self.count == 1 else reduce(value.to(self.device), reduction="sum").cpu()
 
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the processes, on the value's device."""
+        return value if self.count == 1 else reduce(value, reduction="sum")
+
     def all(self, value: Tensor) -> Tensor:
         """Values of all processes one after another, on the CPU: as many from each."""
         return value.cpu() if self.count == 1 else gather(value.to(self.device).contiguous()).cpu()

@@ -161,7 +161,7 @@ class TrainingWeights:
                 "weighted rows. Resuming would silently forget the weights."
             )
         told, tensors = read_files(folder)
-        saved, own = told["identity"], json.loads(json.dumps(self.identity, default=str))
+        saved, own = _flat(told["identity"]), _flat(json.loads(json.dumps(self.identity, default=str)))
         changed = [f"{k}: {saved.get(k)!r} then, {own[k]!r} now" for k in own if own[k] != saved.get(k)]
         if changed and not self.any_identity:
             raise ValueError(
@@ -171,6 +171,11 @@ class TrainingWeights:
             )
         self.load_tensors(tensors)
         self.known, self.facts = told["known"], told["facts"]
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """With settings one by one, so that a message names those that differ."""
+    return {name: value for name, value in identity.items() if name != "settings"} | identity.get("settings", {})
 
 
 def choose_noted(
