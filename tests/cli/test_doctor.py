@@ -60,7 +60,7 @@ def test_table(capsys):
     assert "A basic run works here" in shown and "transformers" in shown.replace("…", "ers")
 
 
-@pytest.mark.parametrize(("version", "text"), [("1.15.0", "1.15.0 (wanted: "), (None, "not installed (wanted: ")])
+@pytest.mark.parametrize(("version", "text"), [("1.11.0", "1.11.0 (wanted: "), (None, "not installed (wanted: ")])
 def test_dependency_out_of_range_is_broken(version, text, monkeypatch, capsys):
     pretend(monkeypatch, trl=version)
     assert main(["doctor", "--json"]) == 1

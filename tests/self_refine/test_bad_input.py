@@ -57,7 +57,7 @@ def test_bad_settings_are_refused(refused, refine_config, overrides, message):
 
 @pytest.mark.parametrize("name", sorted(RENAMED))
 def test_old_names_tell_their_successor(refine_config, name):
-    with pytest.raises(TypeError, match=f"`{name}` is gone. Use"):
+    with pytest.raises(TypeError, match=f"`{name}` is gone. (Use|Leave it out:) "):
         refine_config(**{name: 1})
 
 

@@ -51,7 +51,7 @@ def test_config(arguments, message, refused, tmp_path):
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_old_settings_name_their_successor(name, tmp_path):
-    with pytest.raises(TypeError, match=f"`{name}` is gone. Use "):
+    with pytest.raises(TypeError, match=f"`{name}` is gone. (Use|Leave it out:) "):
         BilevelSFTConfig(output_dir=str(tmp_path), **{name: 1})
 
 

@@ -28,14 +28,14 @@ def imports_of(file):
 
 
 def test_nothing_depends_on_them():
-    """Only the preparation of a trainer makes them, when they are asked for."""
+    """Only where a trainer's weights are made are they known, when they are asked for."""
     found = {
         (str(file.relative_to(PACKAGE)), lazy)
         for file in PACKAGE.rglob("*.py")
         for module, lazy in imports_of(file)
         if "published" in module.split(".")
     }
-    assert found == {("trainer/preparation.py", True)}
+    assert found == {("trainer/choosing.py", True)}
 
 
 def test_choosing_needs_no_trainer():

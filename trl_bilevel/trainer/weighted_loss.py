@@ -146,7 +146,7 @@ class WeightedObjective:
         """
         ids, losses = torch.cat(step.ids), torch.cat(step.losses)
         parts = [ids, losses] + ([] if step.references is None else [torch.cat(step.references)])
-        ids, losses, *reference = self._of_all_processes([part.cpu() for part in parts])
+        ids, losses, *reference = self._gather_rows([part.cpu() for part in parts])
         trusted = torch.cat(step.trusted_losses) if step.trusted_losses else losses[:0]
         sound = self.processes.all(torch.isfinite(trusted).all().reshape(1))
         bad = ids[~torch.isfinite(losses)]
@@ -156,7 +156,7 @@ class WeightedObjective:
             self.moving.update(ids, losses, reference[0] if reference else None, at.step, at.max_steps)
         return bad
 
-    def _of_all_processes(self, values: list[Tensor]) -> list[Tensor]:
+    def _gather_rows(self, values: list[Tensor]) -> list[Tensor]:
         """Values of the rows of all processes, which may have different numbers of them; the first ones are ids."""
         if self.processes.count == 1:
             return values
