@@ -21,15 +21,14 @@ from ..data.groups import make_groups
 from ..data.identity import RESERVED_COLUMNS, count_overlap, fingerprint
 from ..data.models import load_model
 from ..data.rows import Rows, padded, plain_rows
-from ..data.sampling import content_hash
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets, set_weights
-from .choose import check_sizes, choose
-from .language_model import LanguageModel, model_hash
+from .choose import check_sizes
+from .language_model import LanguageModel
 from .quantization import keep_4bit_weights
 from .result import RowWeights, equal_weights
 from .settings import WeightSettings
-from .store import Store
+from .state import choose_noted
 
 logger = logging.getLogger(__name__)
 
@@ -168,28 +167,18 @@ def learn_weights(
         return RowWeights(equal_weights(rows.kept), nothing, facts, train_dataset)
     reader = LanguageModel(model, _computes_in_bf16(model) if bf16 is None else bf16)
     on_gpu = reader.device.type == "cuda"
-    depends_on = {
-        "rows": content_hash(rows.dataset),
-        "trusted": {key: content_hash(part.dataset) for key, part in sets.items()},
-        "model": model_hash(model),
-        "settings": facts["settings"],
-        "bf16": reader.bf16,
-        "weights": shares,
-        "versions": facts["versions"],
-    }
-    store = Store(None if work_dir is None else Path(work_dir), depends_on)
-    choice = choose(
+    choice = choose_noted(
         reader,
         rows,
         both,
         settings,
+        None if work_dir is None else Path(work_dir),
         seed=seed,
+        also={"max_length": max_length},
         groups=groups,
         checkpointing=on_gpu if gradient_checkpointing is None else gradient_checkpointing,
-        store=store,
         hidden_progress=disable_tqdm,
     )
-    store.remove()
     scores = choice.scores[:, 0].contiguous()
     return RowWeights(choice.weights, scores, facts | choice.facts, train_dataset, choice, processing_class.decode)
 

@@ -22,9 +22,6 @@ from ..core import selector
 from ..core.scores import RowLosses, difference_score, loss_score
 from .state import TrainingWeights
 
-# lambda of the runs whose scores come from a model that the trusted rows pull.
-TRUSTED_LOSS_WEIGHT = 0.5
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._version import __version__
 from ..core.statistics import effective_sample_size, evenly_spaced, weight_quantiles
 from ..data.files import atomically
 from ..data.groups import Groups
@@ -186,17 +187,22 @@ def choose_noted(
     folder: Path | None,
     *,
     seed: int,
+    also: Any = None,
     **how: Any,
 ) -> Choice:
     """Choose before a training, with notes in a folder (if one is given), so that a killed run goes on from them.
 
     Args:
         model, rows, trusted, settings, seed, how: as `choose` takes them.
+        also: what else must be the same for notes to be used, as plain values.
     """
     key = {
         "rows": content_hash(rows.dataset),
         "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
+        "shares": trusted.weights,
         "settings": asdict(settings) | {"seed": seed, "bf16": model.bf16},
+        "version": __version__,
+        "also": also,
         "model": model_hash(model.model),
     }
     store = Store(folder, key)
