@@ -66,18 +66,18 @@ class LanguageModel:
                 self._log_probs(picked[start : start + LOGIT_TOKENS], targets[start : start + LOGIT_TOKENS])
                 for start in range(0, len(targets), LOGIT_TOKENS)
             ]
-        values = torch.cat(found) if found else picked.sum(-1).float()
-        log_probs = torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, values)
+        values = torch.cat(found) if found else _at_least_float32(picked.sum(-1))
+        log_probs = torch.zeros(scored.shape, dtype=values.dtype, device=hidden.device).masked_scatter(scored, values)
         if SEGMENTS not in batch:
             return row_losses(log_probs, scored)
         return row_losses(log_probs, scored, batch[SEGMENTS][:, 1:].to(hidden.device), len(batch[SAMPLE_ID]))
 
     def _log_probs(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities float32 `[n]` of `targets` after `states` `[n, d]`; a backward makes the logits again."""
+        """Log-probabilities `[n]` of `targets` after `states` `[n, d]`; a backward makes the logits again."""
 
         def compute(states: Tensor) -> Tensor:
             assert self.head is not None
-            logits = self._final(self.head(states)).float()
+            logits = _at_least_float32(self._final(self.head(states)))
             return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
         if not torch.is_grad_enabled():
@@ -157,7 +157,7 @@ class LanguageModel:
         with evaluating(self.model):
             for start in range(0, len(rows), batch_size):
                 places = list(range(start, min(start + batch_size, len(rows))))
-                out[places] = self.row_losses(rows.batch(places)).means().cpu()
+                out[places] = self.row_losses(rows.batch(places)).means().float().cpu()
         return out
 
     @torch.no_grad()
@@ -228,6 +228,11 @@ class LanguageModel:
             return nullcontext()
         # Without its cache: casts of an adapter that is being trained would be those of an earlier step.
         return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Of a float64 model all stays float64: differences of losses are small beside the losses."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 UNREADABLE = "Choosing needs them. Give the weights in a column `data_weight`, learned with another model if need be."
