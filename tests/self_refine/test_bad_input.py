@@ -22,7 +22,6 @@ CONFIGS = bad_settings(
         ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "would upload checkpoints"),
         ({"push_to_hub": True, "log_completions": True}, "would upload the responses"),
         ({"selector_preset": "paper"}, "selector_preset='paper'"),
-        ({"tracked_rows": -1}, "`tracked_rows` must be at least 0"),
         ({"temperature": 0.7}, "temperature=0.7"),
         ({"top_p": 0.9}, "top_p=0.9"),
         ({"top_k": 20}, "top_k=20"),

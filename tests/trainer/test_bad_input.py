@@ -27,7 +27,6 @@ CONFIGS = bad_settings(
         ({"validation_loss_weight": -0.1}, "`validation_loss_weight` must lie in"),
         ({"validation_loss_weight": float("nan")}, "`validation_loss_weight` must lie in"),
         ({"validation_loss_weight": 0, "selector_preset": "seal"}, "without influence.*Set it above 0"),
-        ({"tracked_rows": -1}, "`tracked_rows` must be at least 0, got -1"),
         ({"pilot_steps": 0}, "`pilot_steps` must be at least 1"),
         ({"pilot_scored_rows": 8}, "`pilot_scored_rows` must be at least 16, got 8"),
         ({"pilot_learning_rate": float("inf")}, "`pilot_learning_rate` must be a finite number"),

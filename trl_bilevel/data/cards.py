@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from .._version import __version__
+from .files import atomically
 
 PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
 PAPER_ID = "2511.21056"
@@ -27,6 +29,18 @@ def selection_section(record: Mapping[str, Any], results: Sequence[tuple[str, st
         results: further lines of the table of results, as (name, value).
     """
     return _filled("selection.md", record=record, results=results)
+
+
+def add_selection_to_card(folder: Path, record: dict[str, Any]) -> None:
+    """Add what the record says of the weights to the model card that TRL has written; no text of any row."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    head, citations, rest = text.partition("## Citations")
+    section = selection_section(record)
+    text = f"{head}{section}\n{citations}{rest}" if citations else f"{text}\n{section}"
+    atomically(card, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def data_card(
@@ -68,12 +82,6 @@ def _filled(template: str, **facts: Any) -> str:
     environment.filters |= {"cell": _cell, "count": "{:,}".format}
     environment.globals |= {"paper_title": PAPER_TITLE, "paper_id": PAPER_ID, "citation": CITATION}
     return environment.get_template(template).render(facts, version=__version__)
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
 
 
 def _cell(value: object) -> str:

@@ -46,6 +46,25 @@ def weighted_dataset(rows: Dataset, weights: Tensor, top_k: int | None = None) -
     return out.select(kept.nonzero().squeeze(1).tolist())
 
 
+def given_weights(train: Dataset) -> Tensor:
+    """Weights of the column `data_weight`, float32 `[rows]`; 0 where missing.
+
+    Raises:
+        ValueError, TypeError: if they are no weights.
+    """
+    values = train.with_format(None)[DATA_WEIGHT][:]
+    if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in values):
+        raise TypeError(f"`data_weight` of `train_dataset` must be numbers, got {values[0]!r} in the first row.")
+    weights = torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
+    known = weights[~torch.isnan(weights)]
+    if len(known) == 0 or not bool(torch.isfinite(known).all()) or float(known.min()) < 0 or float(known.sum()) <= 0:
+        raise ValueError(
+            "`data_weight` of `train_dataset` must be finite numbers of at least 0, and not 0 for all rows (missing "
+            "for rows that were never trained on)."
+        )
+    return torch.nan_to_num(weights, nan=0.0)
+
+
 def write_selector(path: Path, weights: Tensor, activation: str | None = None) -> None:
     """Write weights as SEAL's data selector (arXiv 2410.07471), atomically: a parameter of logits, float32 `[N]`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,15 @@ def add_sample_ids(dataset: Dataset) -> Dataset:
             f'`train_dataset.rename_column("{taken[0]}", "my_{taken[0]}")`.'
         )
     return dataset.add_column(SAMPLE_ID, np.arange(len(dataset)))
+
+
+def without_numbers(rows: Any) -> Any:
+    """Rows without columns of our names, which would be taken for row numbers; a dict of such sets for a dict."""
+    if isinstance(rows, Mapping):
+        return {name: without_numbers(part) for name, part in rows.items()}
+    if not isinstance(rows, Dataset):
+        return rows
+    return rows.remove_columns([name for name in RESERVED_COLUMNS if name in rows.column_names])
 
 
 def sample_ids(dataset: Dataset) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from trl import SFTConfig
 
 from ..weights import settings
-from ..weights.settings import MIN_SCORED_ROWS, WeightSettings, at_least, in_range, one_of, takes_old_names
+from ..weights.settings import MIN_SCORED_ROWS, WeightSettings, in_range, one_of, takes_old_names
 
 WEIGHTINGS = ("resample", "loss")
 # Old names: what to use instead. Whoever gives one is told.
@@ -58,9 +58,6 @@ class BilevelSFTConfig(WeightSettings, SFTConfig):
         stream_sample_rows (`int`, *optional*, defaults to `2048`):
             Rows that are read at the start of a stream. They must be a fair sample (`stream.shuffle(buffer_size=...)`,
             or `shuffle_dataset=True`): weights are chosen on them, and predicted for all others.
-        tracked_rows (`int`, *optional*, defaults to `0`):
-            Rows of highest and of lowest weight whose text the trackers of `report_to` are shown. With 0 no text of a
-            row leaves the machine.
         ignore_selector_fingerprint (`bool`, *optional*, defaults to `False`):
             Resume with weights although training data or settings have changed.
     """
@@ -77,9 +74,6 @@ class BilevelSFTConfig(WeightSettings, SFTConfig):
     stream_sample_rows: int = field(
         default=2048, metadata={"help": "Streams: rows read at the start, a fair sample that weights are chosen on."}
     )
-    tracked_rows: int = field(
-        default=0, metadata={"help": "Rows at either end whose text the trackers are shown; 0 for none."}
-    )
     ignore_selector_fingerprint: bool = field(
         default=False, metadata={"help": "Resume with weights although training data or settings have changed."}
     )
@@ -92,7 +86,6 @@ class BilevelSFTConfig(WeightSettings, SFTConfig):
         if self.validation_loss_weight is None:
             self.validation_loss_weight = 0.5 if self.published else 0.0
         in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
-        at_least("tracked_rows", self.tracked_rows, 0)
         if self.stream_sample_rows < 2 * MIN_SCORED_ROWS:
             raise ValueError(
                 f"`stream_sample_rows` must be at least {2 * MIN_SCORED_ROWS}, got {self.stream_sample_rows}: half of "

@@ -13,10 +13,10 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
-from ..data.export import weighted_dataset
-from ..data.identity import SAMPLE_ID, SAMPLE_LENGTHS, SEGMENTS, SampleIdCollator
+from ..data.identity import SAMPLE_ID, SAMPLE_LENGTHS, SEGMENTS, SampleIdCollator, without_numbers
 from ..data.rows import Rows
 from ..data.sampling import WeightedSampler
+from ..data.scored import scored_tokens, with_scored_tokens
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets
 from ..weights.choose import check_sizes
@@ -95,6 +95,7 @@ class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
         args = resolved(args, model)
         formatting = sft_arguments.get("formatting_func")
         self.data = preparation.TrainingData.of(args, train_dataset, validation_dataset, formatting is not None)
+        self._caller_rows = self.data.rows
         # How weights act: computed once, see `preparation.Mode`.
         self.mode = self.data.mode(args)
         self._unpacked: Dataset | None = None
@@ -107,7 +108,7 @@ class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
             args,
             data_collator,
             self.data.numbered,
-            preparation.without_numbers(eval_dataset) if self.mode.tracks_rows else eval_dataset,
+            without_numbers(eval_dataset) if self.mode.tracks_rows else eval_dataset,
             processing_class,
             **sft_arguments,
         )
@@ -125,47 +126,20 @@ class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
                 self.data_collator = SampleIdCollator(self.data_collator, self.merges_rows)
             else:
                 # Rows that are drawn by their weights train as any rows: their batches are TRL's.
-                self.train_dataset = preparation.without_numbers(self.train_dataset)
+                self.train_dataset = without_numbers(self.train_dataset)
         elif self.data.trusted:
             # They choose nothing here, but their loss is followed.
             self.trusted = self._trusted(formatting)
         self._fingerprints = fingerprints(self.data.rows, self.data.trusted)
         self.record = RecordCallback(self._facts, self._losses_of, self.eval_dataset)
         self.add_callback(self.record)
-        if self.weights is not None and self.rows is not None:
-            self._show_weights(0 if self.data.streams else args.tracked_rows)
 
     # What a user asks for
 
-    def sample_weights(self) -> Tensor:
-        """Weights of the caller's rows, float32 `[len(train_dataset)]` on the CPU, in the caller's order.
-
-        Mean one over the rows that are trained on; NaN for rows that preparation dropped (longer prompts than
-        `max_length`, say).
-
-        Raises:
-            ValueError: for a stream, whose rows have no number.
-        """
-        if self.data.streams:
-            raise ValueError(
-                "The rows of a stream have no number, so there is no list of weights. Use `weighted_dataset()`, a "
-                "stream of the rows with their weights."
-            )
-        if self.weights is None:
-            return torch.ones(len(self.data.rows))
-        self.weights.metrics()
-        return self.weights.values.clone()
-
     def weighted_dataset(self, top_k: int | None = None) -> Any:
-        """The caller's rows with `sample_id`, `data_weight` and `data_rank` (0 is the highest weight).
-
-        Of a stream: a stream with `data_weight`, computed as it is read.
-
-        Args:
-            top_k (`int`, *optional*): only the rows of the `top_k` highest weights, in the caller's order.
-        """
+        """As the parent's; of a stream, a stream with `data_weight`, computed as it is read."""
         if not self.data.streams:
-            return weighted_dataset(self.data.rows, self.sample_weights(), top_k)
+            return super().weighted_dataset(top_k)
         if top_k is not None:
             raise ValueError(f"`top_k={top_k}` needs rows that can be ranked, and `train_dataset` is a stream.")
         weights: Any = self.weights
@@ -183,7 +157,7 @@ class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
             dataset (`Dataset`): in any format the trainer takes; rows that preparation drops give no entry.
         """
         if "labels" not in dataset.column_names:
-            numbered = preparation.without_numbers(dataset).add_column(SAMPLE_ID, np.arange(len(dataset)))
+            numbered = without_numbers(dataset).add_column(SAMPLE_ID, np.arange(len(dataset)))
             # TRL's own: ours would take the numbers away. Preparation may shuffle.
             dataset = SFTTrainer._prepare_dataset(
                 self, numbered, self.processing_class, self.args, False, self._formatting_func, "scored"
@@ -210,7 +184,7 @@ class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
         numbered = dataset is self.data.numbered
         if not (self.mode.tracks_rows and packing and numbered):
             if self.mode.tracks_rows and not numbered:
-                dataset = preparation.without_numbers(dataset)
+                dataset = without_numbers(dataset)
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
         def prepare(settings: SFTConfig) -> Dataset:
@@ -229,7 +203,7 @@ class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
         """The prepared training rows, one by one; of a stream, those read to choose by."""
         args, processes = self.args, self.accelerator.num_processes
         if self.data.streams or not args.packing:
-            self.train_dataset = preparation.with_scored_tokens(self.train_dataset)
+            self.train_dataset = with_scored_tokens(self.train_dataset)
         if self.data.streams:
             rows, self.data.groups = preparation.stream_sample(
                 args, self.train_dataset, self._padded(), args.train_batch_size * processes, self.data.groups
@@ -307,11 +281,11 @@ class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
             per_step = round(share * args.train_batch_size * args.gradient_accumulation_steps * processes)
             pad = self._tokenizer.pad_token_id or self._tokenizer.eos_token_id or 0
             weight = args.validation_loss_weight
-            trusted = TrustedPart.of(self.trusted, self.data_collator, weight, per_step, args.seed, pad)
+            trusted = TrustedPart.of(self.trusted, self.data_collator, weight, per_step // 4, args.seed, pad)
         weights = None if self.mode.resamples else self.weights
         counted = weights is not None and not self.data.streams
         packed = self.train_dataset if args.packing else None
-        tokens = preparation.scored_tokens(rows.dataset, packed, rows.count) if counted else torch.zeros(0)
+        tokens = scored_tokens(rows.dataset, packed, rows.count) if counted else torch.zeros(0)
         return WeightedObjective(
             weights=weights,
             scale=weights.loss_scale(tokens) if weights is not None and counted else 1.0,

@@ -13,9 +13,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
+from ..data.cards import add_selection_to_card
 from ..weights.result import FACTS_FILE, WEIGHTS_FILE
 from ..weights.state import TrainingWeights
-from .record import RecordCallback, add_selection_to_card
+from .record import RecordCallback
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..data.export import weighted_dataset
 from ..data.identity import fingerprint
 from ..data.rows import Rows
 from ..data.trusted import TrustedSets
@@ -20,7 +21,6 @@ from . import checks
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpoints import SavesWeights
 from .preparation import TrainingData
-from .trackers import extreme_rows, weight_tracking
 
 
 class ChoosesWeights(SavesWeights):
@@ -32,6 +32,34 @@ class ChoosesWeights(SavesWeights):
 
     rows: Rows | None
     trusted: TrustedSets | None
+    _caller_rows: Any
+
+    def sample_weights(self) -> Tensor:
+        """Weights of the caller's rows, float32 `[len(train_dataset)]` on the CPU, in the caller's order.
+
+        Mean one over the rows that are trained on; NaN for rows that preparation dropped (longer prompts than
+        `max_length`, say).
+
+        Raises:
+            ValueError: for a stream, whose rows have no number.
+        """
+        if not isinstance(self._caller_rows, Dataset):
+            raise ValueError(
+                "The rows of a stream have no number, so there is no list of weights. Use `weighted_dataset()`, a "
+                "stream of the rows with their weights."
+            )
+        if self.weights is None:
+            return torch.ones(len(self._caller_rows))
+        self.weights.metrics()
+        return self.weights.values.clone()
+
+    def weighted_dataset(self, top_k: int | None = None) -> Any:
+        """The caller's rows with `sample_id`, `data_weight` and `data_rank` (0 is the highest weight).
+
+        Args:
+            top_k (`int`, *optional*): only the rows of the `top_k` highest weights, in the caller's order.
+        """
+        return weighted_dataset(self._caller_rows, self.sample_weights(), top_k)
 
     def _reader(self) -> LanguageModel:
         """The model as rows are read by it."""
@@ -50,14 +78,6 @@ class ChoosesWeights(SavesWeights):
             raise ValueError("There is no validation loss: the trainer has no `validation_dataset`.")
         losses = {name: float(self._losses_of(rows).mean()) for name, rows in self.trusted.sets.items()}
         return losses | {"total": sum(self.trusted.weights[name] * loss for name, loss in losses.items())}
-
-    def _show_weights(self, count: int) -> None:
-        """To the trackers of `report_to` that can: all weights, and `count` rows at either end."""
-        rows, weights = self.rows, self.weights
-        assert rows is not None and weights is not None
-        shown = partial(extreme_rows, rows, weights, count, self._tokenizer.decode)
-        for tracking in weight_tracking(self.args.report_to, weights, shown, self.callback_handler.callbacks):
-            self.add_callback(tracking)
 
     def choose_weights(self, **how: Any) -> None:
         """Learn the weights, if they are not known yet; called by `train` before the first step.

@@ -13,8 +13,8 @@ from datasets import Dataset
 from torch import Tensor
 from trl.data_utils import is_conversational
 
-from ..data.batches import concatenate_batches
 from ..data.checks import check_filled, check_same_format, warn_of_overlap
+from ..data.export import given_weights
 from ..data.identity import DATA_WEIGHT
 from ..data.rows import Rows, padded, plain_rows
 from ..data.sampling import WeightedSampler
@@ -25,8 +25,9 @@ from ..weights.processes import Processes
 from ..weights.state import TrainingWeights
 from .checks import check_given_weights
 from .choosing import weight_settings, weights_identity
-from .preparation import given_weights, prepared_trusted, told_of_dropped
+from .preparation import prepared_trusted, told_of_dropped
 from .self_refine_config import SelfRefineConfig
+from .weighted_loss import TrustedPart
 
 MIN_SELECTION_ROWS = 8
 # Added to the seed: the rows that select are drawn independently of those that calibration holds back.
@@ -162,50 +163,45 @@ class OfflinePart:
 
     Attributes:
         rows, weights: offline rows, and by what they are drawn.
-        trusted: rows that pull; as many in a step as offline rows.
-        share, trusted_share (`float`): of either loss in the objective.
+        trusted (`TrustedPart`, *optional*): rows that pull; as many in a step as offline rows.
+        share (`float`): of the offline loss in the objective.
         rows_per_step (`int`): offline rows, over all processes.
         micro_batches (`int`): of a step, on each process.
-        seed, data_seed (`int`): of the trusted rows and of the order of the offline rows; of their draws.
-        pad_token_id (`int`): for joining batches.
+        seed, data_seed (`int`): of the order of the offline rows, and of their draws.
         processes: this one among the others.
     """
 
     rows: Rows
     weights: TrainingWeights
-    trusted: TrustedSets
+    trusted: TrustedPart | None
     share: float
-    trusted_share: float
     rows_per_step: int
     micro_batches: int
     seed: int
     data_seed: int
-    pad_token_id: int
     processes: Processes
 
     @classmethod
     def of(cls, args: SelfRefineConfig, prepared: RefineRows, weights: TrainingWeights, pad: int) -> OfflinePart:
         """The part under a run's settings."""
         lam, rho, processes = args.validation_loss_weight, args.online_loss_weight, Processes.now()
-        micro_batches = args.gradient_accumulation_steps
+        micro_batches, rows = args.gradient_accumulation_steps, prepared.rows
+        per_step = args.train_batch_size * micro_batches * processes.count
         return cls(
-            prepared.rows,
+            rows,
             weights,
-            prepared.trusted,
+            TrustedPart.of(prepared.trusted, rows.collate, lam, per_step, args.seed, pad) if lam > 0 else None,
             share=(1 - lam) * (1 - rho),
-            trusted_share=lam,
-            rows_per_step=args.train_batch_size * micro_batches * processes.count,
+            rows_per_step=per_step,
             micro_batches=micro_batches,
             seed=args.seed,
             data_seed=args.seed if args.data_seed is None else args.data_seed,
-            pad_token_id=pad,
             processes=processes,
         )
 
     def __post_init__(self) -> None:
         self._epoch = -1
         self._places: list[int] = []
-        self._draws = self.trusted.samplers(self.rows_per_step, self.seed)
 
     def places(self, step: int) -> list[int]:
         """Places of the offline rows of an optimizer step, over all processes."""
@@ -224,7 +220,7 @@ class OfflinePart:
         """This process's micro-batches of a step, each with the factors of its rows' summed losses.
 
         Summed over micro-batches and processes, factors times losses are `share` times the mean token loss of the
-        offline rows plus `trusted_share` times the loss of the trusted rows.
+        offline rows, plus the trusted rows' part of the objective.
         """
         rank, count = self.processes.rank, self.processes.count
         own = self.places(step)[rank::count]
@@ -234,15 +230,10 @@ class OfflinePart:
         scored = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
         factor = self.share / max(1, int(self.processes.sum(scored)))
         out = [(batch, torch.full((len(part),), factor)) for batch, part in zip(batches, parts, strict=True)]
-        if self.trusted_share == 0:
+        if self.trusted is None:
             return out
-        drawn = [(name, place) for name, sampler in self._draws.items() for place in sampler.rows(step)]
-        tokens = torch.stack([self.trusted.sets[name].scored_tokens[place] for name, place in drawn])
-        factors = self.trusted_share * self.trusted.row_factors(drawn, tokens)
-        for micro, (batch, own_factors) in enumerate(out):
-            mine = list(range(micro * count + rank, len(drawn), len(out) * count))
-            if mine:
-                rows = self.trusted.batch([drawn[n] for n in mine])
-                joined = concatenate_batches(batch, rows, self.pad_token_id)
-                out[micro] = joined, torch.cat([own_factors, factors[mine]])
-        return out
+        trusted = self.trusted.batches(step, len(out))
+        return [
+            (batch, factors) if rows is None else (self.trusted.join(batch, rows), torch.cat([factors, own]))
+            for (batch, factors), (rows, own) in zip(out, trusted, strict=True)
+        ]

@@ -17,18 +17,20 @@ from torch import Tensor
 from trl import SFTConfig
 
 from ..data.checks import check_columns, check_dataset, check_filled, check_same_format, trusted_sets
+from ..data.export import given_weights
 from ..data.groups import Groups, make_groups
 from ..data.identity import (
     DATA_WEIGHT,
     RESERVED_COLUMNS,
     SAMPLE_ID,
-    SAMPLE_LENGTHS,
     SampleIdCollator,
     add_sample_ids,
     count_overlap,
+    without_numbers,
 )
 from ..data.packing import SPLITTING, first_window, pack_rows
 from ..data.rows import Collate, Rows, plain_rows
+from ..data.scored import with_scored_tokens
 from ..data.streams import columns, first_rows
 from ..data.trusted import TrustedSets, set_weights
 from ..weights.settings import MIN_SCORED_ROWS
@@ -146,25 +148,6 @@ def take_weights(args: BilevelSFTConfig, train: Any) -> tuple[Any, Tensor | None
     return without_numbers(train), given_weights(train)
 
 
-def given_weights(train: Dataset) -> Tensor:
-    """Weights of the column `data_weight`, float32 `[rows]`; 0 where missing.
-
-    Raises:
-        ValueError, TypeError: if they are no weights.
-    """
-    values = train.with_format(None)[DATA_WEIGHT][:]
-    if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in values):
-        raise TypeError(f"`data_weight` of `train_dataset` must be numbers, got {values[0]!r} in the first row.")
-    weights = torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
-    known = weights[~torch.isnan(weights)]
-    if len(known) == 0 or not bool(torch.isfinite(known).all()) or float(known.min()) < 0 or float(known.sum()) <= 0:
-        raise ValueError(
-            "`data_weight` of `train_dataset` must be finite numbers of at least 0, and not 0 for all rows (missing "
-            "for rows that were never trained on)."
-        )
-    return torch.nan_to_num(weights, nan=0.0)
-
-
 def _checked(args: BilevelSFTConfig, train: Any, validation: Any, formatted: bool) -> dict[str, Dataset]:
     check_dataset(train, "`train_dataset`", streams=True)
     names = columns(train)
@@ -216,29 +199,6 @@ def _with_groups(stream: IterableDataset, column: str, groups: Groups) -> Iterab
         return {SAMPLE_ID: known.get(str(row[column]), NEW_GROUP)}
 
     return stream.map(add)
-
-
-def without_numbers(rows: Any) -> Any:
-    """Rows without columns of our names, which would be taken for row numbers; a dict of such sets for a dict."""
-    if isinstance(rows, Mapping):
-        return {name: without_numbers(part) for name, part in rows.items()}
-    if not isinstance(rows, Dataset):
-        return rows
-    return rows.remove_columns([name for name in RESERVED_COLUMNS if name in rows.column_names])
-
-
-def with_scored_tokens(rows: Any) -> Any:
-    """Rows with at least one token that a causal model scores (a label after the first position)."""
-    if isinstance(rows, IterableDataset):
-        return rows.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
-    if "labels" not in rows.column_names:
-        return rows
-    return rows.filter(
-        lambda batch: [any(label != -100 for label in labels[1:]) for labels in batch],
-        batched=True,
-        input_columns="labels",
-        desc="Dropping rows without a token to score",
-    )
 
 
 def prepare_packed(args: BilevelSFTConfig, prepare: Callable[[SFTConfig], Dataset]) -> tuple[Dataset, Dataset]:
@@ -351,26 +311,3 @@ def stream_sample(
         codes = torch.tensor([row[SAMPLE_ID] for row in rows])
         groups = Groups([*groups.names, "(other)"], torch.where(codes < 0, len(groups.names), codes))
     return readable_rows(args, sample, collate, len(rows)), groups
-
-
-def scored_tokens(rows: Dataset, packed: Dataset | None, count: int) -> Tensor:
-    """Tokens of each of the caller's rows that the loss counts, float64 `[count]`.
-
-    Args:
-        rows: one by one.
-        packed (*optional*): as they are trained on, where that differs: parts of a row that was split count as well.
-    """
-    out = torch.zeros(count, dtype=torch.float64)
-    source = rows if packed is None else packed
-    names = [name for name in (SAMPLE_ID, SAMPLE_LENGTHS, "labels") if name in source.column_names]
-    # Rows that are wrapped see those before them, so that their first token is scored as well.
-    sees_others = packed is not None and "seq_lengths" not in packed.column_names
-    for batch in source.select_columns(names).with_format(None).iter(1000):
-        lengths = batch.get(SAMPLE_LENGTHS, [[len(labels)] for labels in batch["labels"]])
-        for ids, parts, labels in zip(batch[SAMPLE_ID], lengths, batch["labels"], strict=True):
-            place = 0
-            for number, length in zip(ids if isinstance(ids, list) else [ids], parts, strict=True):
-                first = max(place, 1) if sees_others else place + 1
-                out[number] += sum(label != -100 for label in labels[first : place + length])
-                place += length
-    return out

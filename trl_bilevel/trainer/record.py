@@ -23,8 +23,7 @@ from trl import GRPOConfig, SFTConfig
 
 from .._version import __version__
 from ..core.statistics import evenly_spaced
-from ..data.cards import selection_section
-from ..data.files import atomically, read_json, write_json
+from ..data.files import read_json, write_json
 from ..data.identity import fingerprint
 from ..data.private import RECORD, check_upload
 from ..data.rows import Rows
@@ -290,18 +289,6 @@ class _Logged(suppress):
         if caught:
             logger.warning(f"The run record in {self.folder} could not be written ({error}): a report will lack it.")
         return caught
-
-
-def add_selection_to_card(folder: Path, record: dict[str, Any]) -> None:
-    """Add what the record says of the weights to the model card that TRL has written; no text of any row."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8")
-    head, citations, rest = text.partition("## Citations")
-    section = selection_section(record)
-    text = f"{head}{section}\n{citations}{rest}" if citations else f"{text}\n{section}"
-    atomically(card, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def model_name(model: Any) -> str:

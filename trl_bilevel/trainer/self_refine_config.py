@@ -107,9 +107,6 @@ class SelfRefineConfig(PilotSettings, GRPOConfig):
             is given.
         patience (`int`, *optional*, defaults to `2`):
             Stop after so many rounds in a row that were rolled back.
-        tracked_rows (`int`, *optional*, defaults to `0`):
-            Offline rows of highest and of lowest weight whose text the trackers of `report_to` are shown. With 0 no
-            text of a row leaves the machine.
         max_length (`int`, *optional*, defaults to `1024`):
             Length at which offline and trusted rows are cut.
     """
@@ -136,9 +133,6 @@ class SelfRefineConfig(PilotSettings, GRPOConfig):
         default=0.3, metadata={"help": "Share of the trusted rows that only chooses between candidates."}
     )
     patience: int = field(default=2, metadata={"help": "Stop after so many rounds in a row that were rolled back."})
-    tracked_rows: int = field(
-        default=0, metadata={"help": "Offline rows at either end whose text the trackers are shown; 0 for none."}
-    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Length at which offline and trusted rows are cut."}
     )
@@ -171,7 +165,6 @@ class SelfRefineConfig(PilotSettings, GRPOConfig):
                 "own. Use 'balanced', 'reliable' or 'fast'; or train with `BilevelSFTTrainer` first, and give its "
                 "`weighted_dataset()`."
             )
-        at_least("tracked_rows", self.tracked_rows, 0)
         one_of("question_strategy", self.question_strategy, STRATEGIES)
         in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
         in_range("online_loss_weight", self.online_loss_weight, 0.0, 1.0)

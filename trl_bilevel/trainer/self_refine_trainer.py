@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from ..core.implicit import decide
 from ..data.cards import CITATION, PAPER_ID, PAPER_TITLE
 from ..data.checks import check_dataset, trusted_sets
-from ..data.export import weighted_dataset
+from ..data.identity import without_numbers
 from ..data.questions import QuestionSampler, choose_questions, questions_of
 from ..data.rows import Rows
 from ..data.trusted import TrustedSets
@@ -25,7 +25,7 @@ from ..weights.lookahead import Lookahead
 from ..weights.quantization import keep_4bit_weights
 from ..weights.responses import Responses, score_responses
 from ..weights.state import TrainingWeights
-from . import checks, preparation
+from . import checks
 from .checkpoints import resume_point
 from .choosing import ChoosesWeights
 from .offline import OfflinePart, RefineRows, padding, read_rows
@@ -127,7 +127,7 @@ class SelfRefineTrainer(ChoosesWeights, GRPOTrainer):
         keep_4bit_weights(self.model)
         self.asks_own_rows = prompt_dataset is None
         assert train_dataset is not None
-        self._caller_rows = preparation.without_numbers(train_dataset)
+        self._caller_rows = without_numbers(train_dataset)
         prepared = RefineRows.of(args, self._read, train_dataset, sets, selection_dataset, eval_dataset)
         self.rows, self.trusted, self.selection = prepared.rows, prepared.trusted, prepared.selection
         self.eval_rows = prepared.report
@@ -146,7 +146,6 @@ class SelfRefineTrainer(ChoosesWeights, GRPOTrainer):
         # Rounds first: the record of the end is of the model that is kept.
         self.add_callback(RoundCallback(self.rounds, self._start, self.begin_round, self.end_round))
         self.add_callback(self.record)
-        self._show_weights(args.tracked_rows)
 
     # What a user asks for
 
@@ -154,21 +153,6 @@ class SelfRefineTrainer(ChoosesWeights, GRPOTrainer):
     def ledger(self) -> list[dict[str, Any]]:
         """One entry per finished round: questions, responses, scores, losses of both candidates, the decision."""
         return self.rounds.ledger
-
-    def sample_weights(self) -> Tensor:
-        """Explicit weights of the caller's offline rows, float32 `[len(train_dataset)]` on the CPU, in their order.
-
-        Mean one over the rows that are trained on; NaN for rows that preparation dropped.
-        """
-        return self.weights.values.clone()
-
-    def weighted_dataset(self, top_k: int | None = None) -> Dataset:
-        """The caller's offline rows with `sample_id`, `data_weight` and `data_rank` (0 is the highest weight).
-
-        Args:
-            top_k (`int`, *optional*): only the rows of the `top_k` highest weights, in the caller's order.
-        """
-        return weighted_dataset(self._caller_rows, self.sample_weights(), top_k)
 
     def row_losses(self, dataset: Dataset) -> Tensor:
         """Mean loss per token of every row of a dataset under the present model, float32 `[rows]` on the CPU, in nats.

@@ -32,30 +32,60 @@ class TrustedPart:
     """The trusted rows in the objective: `lambda L_val + (1 - lambda) L_train`.
 
     Attributes:
-        sets: the rows; collated as the training rows are, so that they can join their batches.
+        sets: the rows, which can join the batches of training rows as they are collated.
         weight (`float`): lambda.
         draws: which rows a step has.
         pad_token_id (`int`): for joining batches.
+        processes: this one among the others.
     """
 
     sets: TrustedSets
     weight: float
     draws: dict[str, TrustedSampler]
     pad_token_id: int
+    processes: Processes
 
     @classmethod
     def of(
         cls, trusted: TrustedSets, collate: Collate, weight: float, rows_per_step: int, seed: int, pad_token_id: int
     ) -> TrustedPart:
-        """A quarter as many trusted rows a step as training rows, collated as these are."""
+        """So many trusted rows a step (at least one), collated as the training rows are."""
         sets = {name: replace(rows, collate=collate) for name, rows in trusted.sets.items()}
         own = TrustedSets(sets, trusted.weights)
-        return cls(own, weight, own.samplers(max(1, rows_per_step // 4), seed), pad_token_id)
+        return cls(own, weight, own.samplers(max(1, rows_per_step), seed), pad_token_id, Processes.now())
 
-    def rows(self, step: int, share: float) -> list[tuple[str, int]]:
-        """The rows of a step; of a short window at the end of an epoch, its share of them."""
-        drawn = {name: sampler.rows(step) for name, sampler in self.draws.items()}
-        return [(name, place) for name, rows in drawn.items() for place in rows[: math.ceil(share * len(rows))]]
+    def batches(self, step: int, micro_batches: int, share: float = 1.0) -> list[tuple[dict[str, Any] | None, Tensor]]:
+        """This process's rows of each micro-batch of a step, collated, and the factors of their summed losses.
+
+        Summed over micro-batches and processes, factors times losses are `lambda L_val`.
+
+        Args:
+            share (`float`): of the rows of a whole step, in a short window at the end of an epoch.
+        """
+        parts = {name: sampler.rows(step) for name, sampler in self.draws.items()}
+        drawn = [(name, place) for name, rows in parts.items() for place in rows[: math.ceil(share * len(rows))]]
+        rank, count = self.processes.rank, self.processes.count
+        mine = [drawn[micro * count + rank :: micro_batches * count] for micro in range(micro_batches)]
+        batches = [self.sets.batch(part) if part else None for part in mine]
+        # Counted after collation: a collator of the user's may mask more. Each process counts its own rows.
+        counts = dict.fromkeys(self.sets.sets, 0.0)
+        for part, batch in zip(mine, batches, strict=True):
+            for (name, _), tokens in zip(part, [] if batch is None else tokens_of(batch).tolist(), strict=True):
+                counts[name] += tokens
+        totals = self.processes.sum(torch.tensor(list(counts.values()))).clamp(min=1).tolist()
+        factors = {
+            name: self.weight * self.sets.weights[name] / total for name, total in zip(counts, totals, strict=True)
+        }
+        return [
+            (batch, torch.tensor([factors[name] for name, _ in part]))
+            for part, batch in zip(mine, batches, strict=True)
+        ]
+
+    def join(self, batch: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+        """A batch of training rows, and trusted rows after them."""
+        # Rows of a stream have no numbers.
+        known = {name: value for name, value in rows.items() if name in batch}
+        return concatenate_batches(batch, known, self.pad_token_id)
 
 
 @dataclass
@@ -95,48 +125,23 @@ class WeightedObjective:
             )
         weight = 0.0 if self.trusted is None else self.trusted.weight
         step = WeightedStep(list(batches), references)
-        joined, scales = self._trusted_batches(len(batches), num_items, at)
-        for micro, batch in enumerate(batches):
+        trusted: list[tuple[dict[str, Any] | None, Tensor]] = [(None, torch.zeros(0))] * len(batches)
+        if self.trusted is not None:
+            trusted = self.trusted.batches(at.step, len(batches), min(1.0, len(batches) / at.micro_batches))
+        for batch, (rows, scale) in zip(batches, trusted, strict=True):
             device = batch["input_ids"].device
             factor = torch.full((number_of_rows(batch),), 1.0 - weight, device=device)
             if self.weights is not None:
                 own = self.weights.of_batch(batch, batch.get(SAMPLE_ID, torch.zeros(0)))
                 factor = factor * self.scale * own.to(device)
             inputs = dict(batch)
-            rows = joined[micro]
             if rows is not None:
                 assert self.trusted is not None
-                # Rows of a stream have no numbers.
-                known = {name: value for name, value in rows.items() if name in batch}
-                inputs = concatenate_batches(batch, known, self.trusted.pad_token_id)
-                factor = torch.cat([factor, scales[micro].to(device)])
+                inputs = self.trusted.join(batch, rows)
+                # TRL divides by the training tokens: undone for trusted rows, which carry their own divisor.
+                factor = torch.cat([factor, scale.to(device) * num_items])
             step.inputs.append(inputs | {ROW_FACTOR: factor})
         return step
-
-    def _trusted_batches(
-        self, micro_batches: int, num_items: Any, at: StepFacts
-    ) -> tuple[list[dict[str, Any] | None], list[Tensor]]:
-        """This process's trusted rows of each micro-batch, collated once, and the factors of their summed losses."""
-        if self.trusted is None:
-            return [None] * micro_batches, []
-        drawn = self.trusted.rows(at.step, min(1.0, micro_batches / at.micro_batches))
-        rank, count = self.processes.rank, self.processes.count
-        mine = [drawn[micro * count + rank :: micro_batches * count] for micro in range(micro_batches)]
-        batches = [self.trusted.sets.batch(part) if part else None for part in mine]
-        names = list(self.trusted.sets.sets)
-        # Counted after collation: a collator of the user's may mask more. Each process counts its own rows.
-        counts = torch.zeros(len(names))
-        for part, batch in zip(mine, batches, strict=True):
-            if batch is not None:
-                scored = tokens_of(batch)
-                counts.index_add_(0, torch.tensor([names.index(name) for name, _ in part]), scored)
-        counts = self.processes.sum(counts)
-        # TRL divides by the training tokens: undone for trusted rows, which carry their own divisor.
-        per_set = {
-            name: self.trusted.weight * self.trusted.sets.weights[name] * float(num_items) / max(1.0, float(count))
-            for name, count in zip(names, counts, strict=True)
-        }
-        return batches, [torch.tensor([per_set[name] for name, _ in part]) for part in mine]
 
     def finish(self, step: WeightedStep, at: StepFacts) -> Tensor:
         """After the last backward of a step: move weights that move.

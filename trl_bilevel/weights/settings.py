@@ -21,6 +21,7 @@ RENAMED = {
     "pilot_batch_size": "nothing: 8 rows, as measured",
     "pilot_feature_depth": "`selector_preset`: 'fast' reads shallower states",
     "pilot_smoothing": "nothing: it has no effect where states say nothing of the weights",
+    "tracked_rows": "nothing: trackers get figures of the weights, and no text of rows",
 }
 
 
