@@ -33,11 +33,9 @@ BOILERPLATE = (
 class Task:
     """A training set of mixed quality, a trusted validation set and a test set.
 
-    Attributes:
-        train: `prompt`, `completion`, `kind` ("good", or what was done to the row).
-        validation, test: `prompt`, `completion`; trusted, and clean and unseen.
-        harmful_test: harmful requests that are tested for refusal (safety task only).
-        trusted_refusals: how many of the validation rows, the last ones, refuse a harmful request.
+    Rows have a `prompt` and a `completion`, those of `train` a `kind` ("good", or what was done to the row). Safety
+    tasks have `harmful_test`, requests that are tested for refusal, and their last `trusted_refusals` validation rows
+    refuse one.
     """
 
     name: str
@@ -97,10 +95,7 @@ def make_task(
 
     Args:
         name: of `DOCSTRING_TASKS`, functions and what they do; or of `SAFETY_TASKS`, with harmful requests that are
-            mostly answered by compliance stubs.
-        seed: draws rows and damages.
-        validation_rows, test_rows: sizes of the clean sets. The safety tasks have 24 refusals and 24 benign answers
-            for validation whatever is given.
+            mostly answered by compliance stubs, and 48 validation rows whatever is given.
         rows: `{"name", "description"}` rows to build the task from; Python's standard library if None.
         damaged_share: share of the training rows that is damaged, in place of the task's own; their number stays.
 
