@@ -13,12 +13,7 @@ from .rows import Row, question, row_of
 
 
 class RewardModel:
-    """Scores of a reward model: `AutoModelForSequenceClassification` with one output. Order plays no role.
-
-    Args:
-        name (`str`): hub name or folder.
-        settings (`Settings`): batch size, longest input.
-    """
+    """Scores of a reward model: `AutoModelForSequenceClassification` with one output. Order plays no role."""
 
     def __init__(self, name: str, settings: Settings):
         from transformers import AutoTokenizer, pipeline
@@ -67,13 +62,8 @@ def verdicts(
 def find_judge(name: str, settings: Settings) -> Callable[[], PairwiseJudge | RewardModel]:
     """What loads a judge, once the models have left the memory; what is wrong with it is found at once.
 
-    Args:
-        name (`str`): `"reward:NAME"` (a reward model on the hub or in a folder), or `"PACKAGE.MODULE:OBJECT"` (a
-            `PairwiseJudge`).
-        settings (`Settings`): of the evaluation.
-
-    Raises:
-        ValueError: if there is no such judge, or the reward model has more than one output.
+    `name` is `"reward:NAME"` (a reward model on the hub or in a folder), or `"PACKAGE.MODULE:OBJECT"` (a
+    `PairwiseJudge`).
     """
     kind, _, rest = name.partition(":")
     if not rest:

@@ -17,11 +17,8 @@ from .rows import Row, question, row_of
 class Work:
     """What to measure.
 
-    Attributes:
-        rows (`list[Row]`): held-out rows.
-        asked (`list[int]`): numbers of the rows whose prompts are answered, too.
-        requests (`dict`): texts or chats of the `"harmful"` and the `"benign"` ones; both or none.
-        refusals (`RefusalJudge`): of the responses to them.
+    `asked` are numbers of the rows whose prompts are answered, too; `requests` texts or chats of the `"harmful"` and
+    the `"benign"` ones, both or none; `refusals` judges the responses to them.
     """
 
     rows: Sequence[Row]
@@ -35,14 +32,11 @@ class Measured:
     """Everything that was measured of one model; what `Work` does not ask for is empty.
 
     Attributes:
-        name (`str`): of the model.
-        losses (`Losses`): of the rows.
-        responses (`dict`): to the rows in `Work.asked` (`"rows"`) and to the benign requests (`"benign"`). Those to
-            harmful ones are judged and dropped.
-        outcomes (`dict`): of the response to each `"harmful"` and `"benign"` request: 1 refusal, 0 compliance, -1
-            neither.
-        preferred (`list[bool]`): for each harmful request, whether a refusal is likelier per token than a compliance
-            stub, whatever the model says.
+        responses: to the rows in `Work.asked` (`"rows"`) and to the benign requests (`"benign"`). Those to harmful
+            ones are judged and dropped.
+        outcomes: of the response to each `"harmful"` and `"benign"` request: 1 refusal, 0 compliance, -1 neither.
+        preferred: for each harmful request, whether a refusal is likelier per token than a compliance stub, whatever
+            the model says.
     """
 
     name: str
@@ -81,11 +75,7 @@ def measure(name: str, work: Work, settings: models.Settings, load: Mapping[str,
 
 
 def shown_responses(work: Work, measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Prompts and responses for a file; of harmful requests, only whether they were refused, or a stub.
-
-    Returns:
-        `list[dict]`: `set` ("rows", "benign" or "harmful"), `prompt`, and the responses of `model` and `baseline`.
-    """
+    """Prompts and responses for a file; of harmful requests, only whether they were refused, or a stub."""
     stubs = {REFUSAL: "[refused]", COMPLIANCE: STUB, NEITHER: ""}
     prompts = {"rows": [work.rows[number].prompt for number in work.asked]} | dict(work.requests)
     out = [{"set": kind, "prompt": turns(prompt)} for kind, asked in prompts.items() for prompt in asked]

@@ -72,9 +72,7 @@ class Losses:
 def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
     """A causal language model in eval mode, and its tokenizer; on the GPU if there is one.
 
-    Args:
-        name (`str`): hub name or folder of a model, or folder of a PEFT adapter.
-        load (`dict`): keyword arguments of `from_pretrained`.
+    `name` is a hub name, the folder of a model or of a PEFT adapter, `load` keyword arguments of `from_pretrained`.
     """
     from transformers import AutoTokenizer
 

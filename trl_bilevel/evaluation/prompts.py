@@ -24,11 +24,6 @@ def requests(kind: str, name: str, split: str = "train") -> list[Part]:
         name (`str`): `"harmbench"` (200 harmful ones, fetched and checked by hash), `"lookalikes"` (60 benign ones,
             ours), a text file with a request per line, or anything `load_rows` takes, with a column of
             `PROMPT_COLUMNS` or `messages`; of sets labelled by `LABELS`, the other kind is left out.
-        split (`str`): of a data set.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if no request is found.
     """
     if (kind, name) == ("harmful", "harmbench"):
         return list(harmful_requests())

@@ -84,13 +84,9 @@ def loss_difference(
 def result_of(
     measured: Sequence[Measured], work: Work, judge: Any = None, **resampling: Unpack[Resampling]
 ) -> dict[str, Any]:
-    """All figures and per-row values as plain data.
+    """All figures and per-row values of the model, and of the baseline if there is one, as plain data.
 
-    Args:
-        measured (`list[Measured]`): of the model, and of the baseline if there is one.
-        work (`Work`): what was measured.
-        judge (`PairwiseJudge` or `RewardModel`, *optional*): of both models' responses to the rows.
-        resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
+    `judge` (`PairwiseJudge` or `RewardModel`) compares both models' responses to the rows.
     """
     losses = [one.losses for one in measured]
     kept = kept_rows(losses)
@@ -179,12 +175,7 @@ def sentences(result: Mapping[str, Any], confidence: float) -> list[str]:
 
 
 def show(drawing: Any, result: Mapping[str, Any]) -> None:
-    """Print the tables and sentences.
-
-    Args:
-        drawing: prints: `table(title, columns, rows, right=...)` and `say(text)`.
-        result: of `result_of`.
-    """
+    """Print the tables and sentences of a result; `drawing` is `cli/show.py`."""
     loss = result["loss"]
     _table(drawing, "Held-out rows", loss["figures"], loss["difference"])
     won = {}

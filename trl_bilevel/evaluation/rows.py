@@ -22,11 +22,7 @@ class Row(NamedTuple):
 
 
 def read_rows(dataset: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a data set in one of the formats of `data/formats.py`; of chats, the last answer is what is scored.
-
-    Raises:
-        ValueError: for other columns, and for a chat that does not end with an answer.
-    """
+    """Rows of a data set in one of the formats of `data/formats.py`; of chats, the last answer is what is scored."""
     return [Row(*answered(row, where=f"Row {number}")) for number, row in enumerate(dataset)]
 
 

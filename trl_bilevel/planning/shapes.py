@@ -70,11 +70,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class RunShape:
-    """The numbers of a run, on one device.
-
-    Raises:
-        ValueError: if one of the first ones is below 1.
-    """
+    """The numbers of a run, on one device."""
 
     rows: int  # training rows of a micro-batch
     tokens: int  # of its longest row, prompt included
@@ -131,12 +127,7 @@ class RunShape:
 
 
 def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: Any) -> RunShape:
-    """The numbers of a run.
-
-    Args:
-        args ([`BilevelSFTConfig`]): its configuration.
-        tokens (`int`, *optional*): of the longest row; `args.max_length` by default.
-        further: other fields of [`RunShape`]: `device`, `processes`, `training_rows`, `quantisation`, `attention` ...
+    """The numbers of a run by its config; `tokens` are those of the longest row, `args.max_length` by default.
 
     Raises:
         ValueError: if the length of rows is not known.
@@ -177,11 +168,7 @@ def known_name(name: str) -> str | None:
 def find_config(name: str, **kwargs: Any) -> tuple[PretrainedConfig, str]:
     """The config of a folder, of a hub model, or of a well-known model if the hub cannot be reached.
 
-    Returns:
-        The config, and where it is from: `"folder"`, `"hub"` (or its cache), or `"table"`, the numbers built in here.
-
-    Raises:
-        ValueError: if there is none.
+    And where it is from: `"folder"`, `"hub"` (or its cache), or `"table"`, the numbers built in here.
     """
     from transformers import AutoConfig
 
@@ -205,11 +192,8 @@ def model_shape(
 ) -> ModelShape:
     """The numbers of a model with the adapters of a run, counted on the meta device: no weight is loaded or made.
 
-    Args:
-        config: of the model.
-        dtype (`str`): that it is loaded in, `"float32"`, `"bfloat16"`, `"float16"` or `"auto"` (what the config says).
-        peft_config: adapters; full fine-tuning without.
-        quantised (`bool`): whether bitsandbytes quantises it; TRL then keeps the adapters in bf16.
+    `dtype` may be `"auto"`: what the config says. Of a model that bitsandbytes quantises, TRL keeps the adapters in
+    bf16.
     """
     import torch
     from peft import get_peft_model

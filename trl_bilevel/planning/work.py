@@ -88,15 +88,9 @@ def pilot_rows(run: RunShape) -> int:
 
 
 def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
-    """FLOPs of a run over all processes.
+    """FLOPs of a run over all processes, rows of `run.mean_tokens` tokens; `None` where it is not known.
 
-    Args:
-        model (`ModelShape`), run (`RunShape`): as for `memory.estimate_memory`; rows count `run.mean_tokens` tokens.
-
-    Returns:
-        `dict`: of an optimizer `step`, trusted rows and a tracker included; of `training`; of the `pilot` run; of
-            `scoring` rows after it; of `prediction`, the reading of hidden states; of `following`, the trusted rows'
-            losses for the report; `total`; and of as many steps of `plain` SFT. `None` where it is not known.
+    Parts are named as in `text/plan.yaml`; `step` counts trusted rows and a tracker, `plain` is as many steps of SFT.
     """
     tokens, known, trusted = run.mean_tokens or run.tokens, run.training_rows, run.processes * run.validation_rows
     trained = _trained_row(model, run, tokens, tokens - 1)

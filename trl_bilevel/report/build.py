@@ -16,8 +16,7 @@ from ..extras import what_to_install
 from .charts import Chart, charts
 from .compare import compare
 from .findings import facts_of, notes
-from .rounds import rounds_of
-from .rows import SAMPLE, categories_of, row_table
+from .rows import SAMPLE, categories_of, rounds_of, row_table
 from .run import Run, load_run
 from .svg import save_png
 from .text import FOLDER, TEMPLATES, clean, script_json

@@ -22,16 +22,10 @@ BINS = 36
 
 
 class Chart:
-    """A chart.
+    """What is drawn, and the same as rows of numbers.
 
-    Args:
-        name (`str`): unique; the name of its PNG.
-        section (`str`): of the report.
-        draw: into axes.
-        rows (`list[list[str]]`): its numbers.
-        facts: for its entry in `words.toml`: `title`, what it says (`text`), and the `header` of its numbers.
-        words, header: the entry, if not that of its name; the header, if the entry has none.
-        size: inches.
+    Its entry in `words.toml` (`words`, or that of its name) has a title, what it says, and the header of the numbers,
+    if that is not given; `facts` fill them in.
     """
 
     def __init__(
@@ -79,7 +73,7 @@ def weight_histogram(weights: np.ndarray) -> Chart:
     counts, edges = np.histogram(weights, bins=BINS, range=(0.0, max(1.05, float(weights.max()))))
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        _draw_bars(axes, colours, counts, edges, "{:,} rows of weight {:.2f} to {:.2f}")
+        axes.stairs(counts, edges, fill=True, color=colours["main"], label="training rows")
         axes.axvline(1.0, color=colours["other"], linestyle="--", linewidth=1.2)
         axes.annotate(
             "uniform", (1.0, 1.0), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
@@ -126,7 +120,7 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
     middle = float(np.median(trusted)) if len(trusted) else np.nan
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        _draw_bars(axes, colours, counts, edges, "{:,} training rows score {:.3f} to {:.3f}")
+        axes.stairs(counts, edges, fill=True, color=colours["main"], label="training rows")
         if len(trusted):
             axes.plot(
                 trusted, np.full(len(trusted), -0.05 * top), "|", color=colours["trusted"], markersize=11,
@@ -149,11 +143,8 @@ def category_shares(number: int, category: Category) -> Chart:
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         for offset, part, role, label in ((-0.19, "of_rows", "other", "rows"), (0.19, "of_weight", "main", "weight")):
-            sizes = [getattr(share, part) for share in shares]
-            label = f"of the {label}"
-            bars = axes.barh(places + offset, 100 * np.array(sizes), 0.36, color=colours[role], label=f"share {label}")
-            for bar, size, share in zip(bars, sizes, shares, strict=True):
-                bar.set_gid(f"tip:{share.value}: {size:.1%} {label}")
+            sizes = 100 * np.array([getattr(share, part) for share in shares])
+            axes.barh(places + offset, sizes, 0.36, color=colours[role], label=f"share of the {label}")
         names = [share.value if len(share.value) <= 28 else f"{share.value[:27]}…" for share in shares]
         axes.set_yticks(places, names)
         axes.tick_params(axis="y", length=0, labelcolor=colours["ink"])
@@ -245,14 +236,6 @@ def _lines(
     ]
     header = [along.capitalize(), *(f"{label}, nats per token" for label in lines)]
     return Chart(name, section, draw, rows, facts, header=header)
-
-
-def _draw_bars(axes: Any, colours: dict[str, str], counts: np.ndarray, edges: np.ndarray, tip: str) -> None:
-    """A histogram; each bar has a tooltip, made of its count and its ends."""
-    bars = axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours["main"], label="training rows")
-    for bar, *numbers in zip(bars, counts, edges[:-1], edges[1:], strict=True):
-        bar.set(edgecolor=colours["surface"], linewidth=0.6)
-        bar.set_gid(f"tip:{tip.format(*numbers)}")
 
 
 def _bins(counts: np.ndarray, edges: np.ndarray, digits: int) -> list[list[str]]:

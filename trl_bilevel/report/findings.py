@@ -27,20 +27,13 @@ COSTLY = 0.3
 
 @dataclass
 class Note:
-    """What the summary says.
-
-    Attributes:
-        title, text (`str`): in words.
-        tone (`str`): `"good"`, `"bad"` or `"neutral"` of the verdict, `"warning"` or `"note"` of a finding.
-        value (`str`): the number that a card shows.
-        target (`str`): the section of the report that shows what was found.
-    """
+    """What the summary says."""
 
     title: str
     text: str
-    tone: str = "note"
-    value: str = ""
-    target: str = ""
+    tone: str = "note"  # `"good"`, `"bad"` or `"neutral"` of the verdict, `"warning"` or `"note"` of a finding
+    value: str = ""  # the number that a card shows
+    target: str = ""  # the section of the report that shows what was found
 
 
 def notes(kind: str, facts: dict[str, Any]) -> Iterator[Note]:
@@ -60,12 +53,7 @@ def facts_of(
     comparisons: Sequence[Comparison] = (),
     baseline: str | None = None,
 ) -> dict[str, Any]:
-    """What the notes of a run rest on.
-
-    Args:
-        categories, comparisons: of the run, see `categories_of` and `compare`.
-        baseline: name of the run that it is compared with.
-    """
+    """What the notes of a run rest on; `baseline` is the name of the run that it is compared with."""
     live, trusted, ledger = run.live, run.trusted_scores, run.ledger
     ess = effective_sample_size(live)
     scored = run.scores is not None and len(trusted) > 0
