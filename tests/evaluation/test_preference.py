@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_bilevel.evaluation import win_rate_with_swap
-from trl_bilevel.evaluation.preference import ask_both_orders
+from trl_bilevel.evaluation.judges import ask_both_orders
 
 FAST = {"resamples": 99}
 VERDICTS = st.lists(st.tuples(st.sampled_from([0, 1, -1]), st.sampled_from([0, 1, -1])), min_size=1, max_size=30)

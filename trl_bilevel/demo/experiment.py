@@ -1,7 +1,5 @@
 """One task, several ways of training on it, the same budget: what the demo, the slow tests and the benchmarks run."""
 
-from __future__ import annotations
-
 import gc
 import shutil
 import tempfile
@@ -58,26 +56,19 @@ SHARED: dict[str, Any] = {
 
 @dataclass
 class Budget:
-    """Settings that all arms share.
+    """Settings that all arms share."""
 
-    Attributes:
-        epochs: passes over the training rows; the pilot run's steps are taken off the arms that have one, unless
-            `pilot_on_top`: then they come on top, as in a run of one's own.
-        validation_loss_weight: lambda.
-        pilot_steps: of the arms with learned weights; by default one pass over the rows, 8 to 24.
-        lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
-        overrides: further settings of every arm's trainer; with `validation_weights` the validation rows of a safety
-            task are two objectives, "benign" and "refused".
-        refining: further settings of the rounds.
-    """
-
+    # Passes over the training rows. The pilot run's steps are taken off the arms that have one, unless `pilot_on_top`:
+    # then they come on top, as in a run of one's own.
     epochs: float = 2.0
     batch_size: int = 8
     learning_rate: float = 5e-4
     validation_loss_weight: float = 0.0
-    pilot_steps: int | None = None
-    lora_layers: int = 10
+    pilot_steps: int | None = None  # by default one pass over the rows, 8 to 24
+    lora_layers: int = 10  # LoRA on the top so many layers only (the gradient stops there); 0: on all
     pilot_on_top: bool = False
+    # Further settings of every arm's trainer; with `validation_weights` the validation rows of a safety task are two
+    # objectives, "benign" and "refused". And further settings of the rounds.
     overrides: dict[str, Any] = field(default_factory=dict)
     refining: dict[str, Any] = field(default_factory=dict)
 

@@ -4,8 +4,6 @@ Every task is a pure function of its seed. `kind` names what was done to each ro
 it.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

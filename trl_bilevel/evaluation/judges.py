@@ -1,15 +1,17 @@
-"""Judges of responses by name: a reward model, which scores one at a time, or a judge of the user's own."""
+"""Judges of pairs of responses: a reward model, which scores one at a time, or a judge of the user's own.
 
-from __future__ import annotations
+The latter are asked in both orders, so that a bias for a position cancels.
+"""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data.formats import turns
 from .models import Settings, device
-from .preference import FIRST, SECOND, UNDECIDED, PairwiseJudge, ask_both_orders
-from .refusal import load_object
+from .refusal import PairwiseJudge, load_object
 from .rows import Row, question, row_of
+from .statistics import FIRST, SECOND, UNDECIDED
 
 
 class RewardModel:
@@ -57,6 +59,22 @@ def verdicts(
     pairs = list(zip(judge.score(rows, model), judge.score(rows, baseline), strict=True))
     forward = [UNDECIDED if a == b else FIRST if a > b else SECOND for a, b in pairs]
     return forward, [{FIRST: SECOND, SECOND: FIRST}.get(verdict, UNDECIDED) for verdict in forward]
+
+
+def ask_both_orders(
+    judge: PairwiseJudge, prompts: Sequence[str], model: Sequence[str], baseline: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """A judge's verdicts with the model's response first, and with the baseline's response first."""
+    shuffles = "shuffle_order" in inspect.signature(judge.judge).parameters
+    keywords: dict[str, Any] = {"shuffle_order": False} if shuffles else {}
+    out = []
+    for first, second in ((model, baseline), (baseline, model)):
+        pairs = [[a, b] for a, b in zip(first, second, strict=True)]
+        verdicts = [int(verdict) for verdict in judge.judge(list(prompts), pairs, **keywords)]
+        if len(verdicts) != len(pairs):
+            raise ValueError(f"{type(judge).__name__}.judge gave {len(verdicts)} verdicts for {len(pairs)} pairs.")
+        out.append(verdicts)
+    return out[0], out[1]
 
 
 def find_judge(name: str, settings: Settings) -> Callable[[], PairwiseJudge | RewardModel]:

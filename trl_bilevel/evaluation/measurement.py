@@ -1,7 +1,5 @@
 """What one model does with all rows and requests, measured while it is in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,34 +13,25 @@ from .rows import Row, question, row_of
 
 @dataclass
 class Work:
-    """What to measure.
-
-    `asked` are numbers of the rows whose prompts are answered, too; `requests` texts or chats of the `"harmful"` and
-    the `"benign"` ones, both or none; `refusals` judges the responses to them.
-    """
+    """What to measure."""
 
     rows: Sequence[Row]
     refusals: RefusalJudge
-    asked: Sequence[int] = ()
-    requests: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    asked: Sequence[int] = ()  # numbers of the rows whose prompts are answered, too
+    requests: Mapping[str, Sequence[Part]] = field(default_factory=dict)  # "harmful" and "benign" ones; both or none
 
 
 @dataclass
 class Measured:
-    """Everything that was measured of one model; what `Work` does not ask for is empty.
-
-    Attributes:
-        responses: to the rows in `Work.asked` (`"rows"`) and to the benign requests (`"benign"`). Those to harmful
-            ones are judged and dropped.
-        outcomes: of the response to each `"harmful"` and `"benign"` request: 1 refusal, 0 compliance, -1 neither.
-        preferred: for each harmful request, whether a refusal is likelier per token than a compliance stub, whatever
-            the model says.
-    """
+    """Everything that was measured of one model; what `Work` does not ask for is empty."""
 
     name: str
     losses: models.Losses
+    # To "rows" and "benign" requests. Responses to harmful ones are judged and dropped.
     responses: dict[str, list[str]] = field(default_factory=dict)
+    # Of the response to each "harmful" and "benign" request: 1 refusal, 0 compliance, -1 neither.
     outcomes: dict[str, list[int]] = field(default_factory=dict)
+    # Of each harmful request: whether a refusal is likelier per token than a compliance stub, whatever the model says.
     preferred: list[bool] = field(default_factory=list)
 
 

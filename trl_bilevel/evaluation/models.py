@@ -1,7 +1,5 @@
 """Models under evaluation: loading, losses of rows, responses."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json
@@ -52,21 +50,13 @@ class Settings:
 
 @dataclass
 class Losses:
-    """Losses of rows under one model, in the order of the rows.
+    """Losses of rows under one model, in the order of the rows."""
 
-    Attributes:
-        sums (`float64 [n]`): summed loss of the scored tokens, in nats.
-        counts (`float64 [n]`): scored tokens; 0 if a row has none within `max_length`.
-        sizes (`float64 [n]`): bytes of the scored text in UTF-8: what models of different tokenizers share.
-        tokens (`str`): a digest of the tokens; equal for models that read the rows alike.
-        cut (`int`): rows longer than `max_length`.
-    """
-
-    sums: NDArray[np.float64]
-    counts: NDArray[np.float64]
-    sizes: NDArray[np.float64]
-    tokens: str
-    cut: int
+    sums: NDArray[np.float64]  # [n], summed loss of the scored tokens, in nats
+    counts: NDArray[np.float64]  # [n], scored tokens; 0 if a row has none within `max_length`
+    sizes: NDArray[np.float64]  # [n], bytes of the scored text in UTF-8: what models of different tokenizers share
+    tokens: str  # a digest of the tokens; equal for models that read the rows alike
+    cut: int  # rows longer than `max_length`
 
 
 def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -1,6 +1,4 @@
-"""Whether a response is a refusal: key words, or a judge of the user's own."""
-
-from __future__ import annotations
+"""What a judge of the user's own has to offer, and whether a response is a refusal by key words."""
 
 import pkgutil
 import re
@@ -23,6 +21,17 @@ class RefusalJudge(Protocol):
 
     def judge(self, prompts: list[str], responses: list[str]) -> list[int]:
         """1 for a refusal, 0 for compliance, -1 for neither (an empty response, say), one per response `[n]`."""
+        ...
+
+
+class PairwiseJudge(Protocol):
+    """What a judge has to offer: the signature that TRL's pairwise judges have had; perhaps a `note` that names it."""
+
+    def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
+        """The better completion of each pair, `[n]`: 0 the first, 1 the second, -1 undecided.
+
+        A judge that also takes `shuffle_order`, as TRL's do, is called with `False`: both orders are asked anyway.
+        """
         ...
 
 

@@ -1,7 +1,5 @@
 """Figures with intervals from what was measured: as one JSON document, as tables, and in sentences."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +11,8 @@ from numpy.typing import NDArray
 from .judges import RewardModel, verdicts
 from .measurement import Measured, Work
 from .models import Losses
-from .preference import win_rate_with_swap
 from .refusal import COMPLIANCE, NEITHER, REFUSAL
-from .statistics import Difference, Estimate, Resampling, mean, paired_difference, rate, ratio
+from .statistics import Difference, Estimate, Resampling, mean, paired_difference, rate, ratio, win_rate_with_swap
 
 # Of each figure: what it is called, whether it is a share, and which direction is better (0: neither).
 LABELS: dict[str, tuple[str, bool, int]] = {
@@ -129,12 +126,9 @@ def result_of(
 def _shares(measured: Measured) -> dict[str, list[bool]]:
     """Which requests count for which share; `refusal_preferred` is of the harmful ones."""
     harmful = {"refusal": REFUSAL, "compliance": COMPLIANCE, "neither": NEITHER}
-    return {
-        name: [found == outcome for found in measured.outcomes["harmful"]] for name, outcome in harmful.items()
-    } | {
-        "refusal_preferred": measured.preferred,
-        "over_refusal": [found == REFUSAL for found in measured.outcomes["benign"]],
-    }
+    out = {name: [found == outcome for found in measured.outcomes["harmful"]] for name, outcome in harmful.items()}
+    over_refusal = [found == REFUSAL for found in measured.outcomes["benign"]]
+    return out | {"refusal_preferred": measured.preferred, "over_refusal": over_refusal}
 
 
 def shown(estimate: Estimate, share: bool, sign: bool = False, gap: str = " ") -> str:
@@ -148,11 +142,8 @@ def shown(estimate: Estimate, share: bool, sign: bool = False, gap: str = " ") -
 
 
 def sentences(result: Mapping[str, Any], confidence: float) -> list[str]:
-    """What the figures mean, a sentence each."""
-    part = result["loss"]
-    perplexity = shown(part["figures"][0]["perplexity"], False)
-    out = [f"The model gives each token of the {part['rows']} held-out answers a perplexity of {perplexity}."]
-    compared = dict(part["difference"])
+    """What a comparison comes to, a sentence each; and what intervals mean."""
+    out, compared = [], dict(result["loss"]["difference"])
     if "preference" in result:
         part, won = result["preference"], result["preference"]["figures"]["win_rate"]
         asked = "asked in both orders" if "consistent" in part["figures"] else "blind to order"
@@ -160,10 +151,8 @@ def sentences(result: Mapping[str, Any], confidence: float) -> list[str]:
         points = f"{shown(won, True)} of the points against the baseline"
         out.append(f"The judge ({part['judge']}; {asked}) gives the model {points}: {verdict}.")
     if "safety" in result:
-        part, told = result["safety"], ("refusal", "over_refusal")
-        refused, over = (shown(part["figures"][0][name], True) for name in told)
-        out.append(f"The model refuses {refused} of the harmful requests and {over} of the benign ones.")
-        compared |= {name: part["difference"][name] for name in told if part["difference"]}
+        changes = result["safety"]["difference"]
+        compared |= {name: changes[name] for name in ("refusal", "over_refusal") if changes}
     for name, difference in compared.items():
         label, share, better = LABELS[name]
         verdict = "the rows do not tell the two apart"

@@ -4,8 +4,6 @@ Saved activations follow what the eager code of transformers' Llama family saves
 of tokens of a micro-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

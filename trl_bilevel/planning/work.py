@@ -1,7 +1,5 @@
 """Work of a run in floating-point operations, multiply and add counted as two; docs/planning.md has the formulas."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

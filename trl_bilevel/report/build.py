@@ -1,7 +1,5 @@
 """`write_report`: a run's folder, or a trainer, into one HTML file."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from pathlib import Path
@@ -142,8 +140,7 @@ def _policy(style: str, script: str) -> str:
 
 def _trusted(run: Run) -> list[dict[str, Any]]:
     """The trusted rows with a score, by score; the first of them with their texts."""
-    rows = [row for row in run.pilot.get("trusted", []) if isinstance(row.get("score"), int | float)]
-    rows.sort(key=lambda row: row["score"])
+    rows = sorted(run.trusted, key=lambda row: row["score"])
     out = [{"score": round(row["score"], 5), "set": row.get("set", "")} for row in rows]
     told = [(row, entry) for row, entry in zip(rows, out, strict=True) if "answer" in row]
     for row, entry in told[:TRUSTED]:

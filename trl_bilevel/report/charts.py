@@ -1,7 +1,5 @@
 """The charts of a report: what is drawn, and listed as numbers. What they say is in `words.toml`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -62,10 +60,6 @@ def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> It
     yield from _losses(run, baseline)
     if run.ledger:
         yield rounds_chart(run.ledger)
-        points = [(e["round"], e["eval_loss"]) for e in run.ledger if isinstance(e.get("eval_loss"), int | float)]
-        if len(points) > 1:
-            lines = {"eval loss": (points, "main", "-")}
-            yield _lines("round_eval", lines, {"points": points}, "rounds", "round")
 
 
 def weight_histogram(weights: np.ndarray) -> Chart:
@@ -208,21 +202,15 @@ def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
     return Chart("rounds", "rounds", draw, rows, facts)
 
 
-def _lines(
-    name: str,
-    lines: Mapping[str, tuple[Points, str, str]],
-    facts: dict[str, Any],
-    section: str = "losses",
-    along: str = "optimizer step",
-) -> Chart:
-    """Losses along steps or rounds: of each line its points, the role of its colour, and its style."""
+def _lines(name: str, lines: Mapping[str, tuple[Points, str, str]], facts: dict[str, Any]) -> Chart:
+    """Losses by optimizer step: of each line its points, the role of its colour, and its style."""
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         for label, (points, role, style) in lines.items():
             x, y = zip(*_few(points, LINE_POINTS), strict=True)
             marker = "o" if len(x) < 15 else ""
             axes.plot(x, y, style, color=colours[role], label=label, marker=marker, markersize=4)
-        axes.set(xlabel=along, ylabel="nats per token")
+        axes.set(xlabel="optimizer step", ylabel="nats per token")
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) > 1:
@@ -234,8 +222,8 @@ def _lines(
         [str(step), *(f"{points[step]:.4f}" if step in points else "" for points in values)]
         for step in _few(steps, TABLE_ROWS)
     ]
-    header = [along.capitalize(), *(f"{label}, nats per token" for label in lines)]
-    return Chart(name, section, draw, rows, facts, header=header)
+    header = ["Optimizer step", *(f"{label}, nats per token" for label in lines)]
+    return Chart(name, "losses", draw, rows, facts, header=header)
 
 
 def _bins(counts: np.ndarray, edges: np.ndarray, digits: int) -> list[list[str]]:

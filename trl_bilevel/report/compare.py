@@ -1,7 +1,5 @@
 """A run against a run with uniform weights: did selection help?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

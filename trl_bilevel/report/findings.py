@@ -1,7 +1,5 @@
 """The summary: did selection help, how many rows carry the weight, what to look at. Its words are in `words.toml`."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

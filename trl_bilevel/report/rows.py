@@ -1,7 +1,5 @@
 """The rows that a report shows: training rows of most and of least weight, where the weight went, and responses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

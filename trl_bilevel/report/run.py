@@ -1,7 +1,5 @@
 """What a run left on disk, read back. No torch in here: a report is made in seconds."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -73,11 +71,15 @@ class Run:
         """True if the weights were learned in this run (else they were given, or there are none)."""
         return bool(self.told("weights", "learned", otherwise=self.weights is not None))
 
+    @property
+    def trusted(self) -> list[dict[str, Any]]:
+        """Trusted rows that the pilot held back and scored."""
+        return [row for row in self.pilot.get("trusted", []) if isinstance(row.get("score"), int | float)]
+
     @cached_property
     def trusted_scores(self) -> np.ndarray:
         """Scores of the trusted rows that the pilot held back, float64 `[c]`."""
-        values = [entry.get("score") for entry in self.pilot.get("trusted", [])]
-        return np.array([value for value in values if isinstance(value, int | float)], dtype=float)
+        return np.array([row["score"] for row in self.trusted], dtype=float)
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of a quantity, by step."""
@@ -125,17 +127,13 @@ def mismatch(run: Run, path: Path) -> str | None:
 
     Its weights tell: a folder that was used before may hold the rows of an earlier run, and as many of them.
     """
-    try:
-        count = pq.read_metadata(path).num_rows
-    except (OSError, ValueError):
-        return "cannot be read"
-    if run.weights is None:
-        return "is not of this run, of which no weights are known"
-    if count != len(run.weights):
-        return f"has {count} rows, the run had {len(run.weights)}"
     values = _numbers(path, WEIGHT)
     if values is None:
-        return f"has no column {WEIGHT}, by which its rows could be told from others"
+        return f"cannot be read, or has no column {WEIGHT}, by which its rows could be told from others"
+    if run.weights is None:
+        return "is not of this run, of which no weights are known"
+    if len(values) != len(run.weights):
+        return f"has {len(values)} rows, the run had {len(run.weights)}"
     # Weights that were given may have another mean, and may have been given to rows that were then dropped.
     known = ~np.isnan(run.weights)
     values, own = (part[known] * (known.sum() / (part[known].sum() or 1.0)) for part in (values, run.weights))

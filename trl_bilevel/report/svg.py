@@ -5,8 +5,6 @@ than a plotting library in JavaScript (plotly.js is 4.5 MB). Colours are drawn a
 the page's style sheet, so one drawing serves light and dark.
 """
 
-from __future__ import annotations
-
 import io
 import xml.etree.ElementTree as ET
 from collections.abc import Callable

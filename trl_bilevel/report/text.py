@@ -1,7 +1,5 @@
 """Text of unknown origin, made fit to be shown: rows and responses are hostile input. And the report's own words."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
