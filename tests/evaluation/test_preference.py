@@ -57,10 +57,9 @@ def test_bias_for_a_position_cancels_where_the_judge_knows_nothing_else(rows):
 
 
 class Longer:
-    """Prefers the longer response, with the signature that TRL's judges have had."""
+    """Prefers the longer response."""
 
-    def judge(self, prompts, completions, shuffle_order=True):
-        assert shuffle_order is False
+    def judge(self, prompts, completions):
         return [-1 if len(a) == len(b) else int(len(b) > len(a)) for a, b in completions]
 
 

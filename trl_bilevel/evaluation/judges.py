@@ -3,7 +3,6 @@
 The latter are asked in both orders, so that a bias for a position cancels.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,12 +64,10 @@ def ask_both_orders(
     judge: PairwiseJudge, prompts: Sequence[str], model: Sequence[str], baseline: Sequence[str]
 ) -> tuple[list[int], list[int]]:
     """A judge's verdicts with the model's response first, and with the baseline's response first."""
-    shuffles = "shuffle_order" in inspect.signature(judge.judge).parameters
-    keywords: dict[str, Any] = {"shuffle_order": False} if shuffles else {}
     out = []
     for first, second in ((model, baseline), (baseline, model)):
         pairs = [[a, b] for a, b in zip(first, second, strict=True)]
-        verdicts = [int(verdict) for verdict in judge.judge(list(prompts), pairs, **keywords)]
+        verdicts = [int(verdict) for verdict in judge.judge(list(prompts), pairs)]
         if len(verdicts) != len(pairs):
             raise ValueError(f"{type(judge).__name__}.judge gave {len(verdicts)} verdicts for {len(pairs)} pairs.")
         out.append(verdicts)

@@ -28,10 +28,7 @@ class PairwiseJudge(Protocol):
     """What a judge has to offer: the signature that TRL's pairwise judges have had; perhaps a `note` that names it."""
 
     def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
-        """The better completion of each pair, `[n]`: 0 the first, 1 the second, -1 undecided.
-
-        A judge that also takes `shuffle_order`, as TRL's do, is called with `False`: both orders are asked anyway.
-        """
+        """The better completion of each pair, `[n]`: 0 the first, 1 the second, -1 undecided."""
         ...
 
 

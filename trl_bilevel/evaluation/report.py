@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .judges import RewardModel, verdicts
-from .measurement import Measured, Work
-from .models import Losses
+from .models import Losses, Measured, Work
 from .refusal import COMPLIANCE, NEITHER, REFUSAL
 from .statistics import Difference, Estimate, Resampling, mean, paired_difference, rate, ratio, win_rate_with_swap
 

@@ -64,13 +64,10 @@ def mean(values: ArrayLike, *, bounds: Bounds | None = None, **resampling: Unpac
     """A mean with its bootstrap interval.
 
     Args:
-        values (array `[n]`): one per row.
+        values (array `[n]`): one per row; finite, else a `ValueError`.
         bounds (`tuple`, *optional*): least and largest possible value. Rows that are all equal tell a bootstrap
             nothing of others; with bounds, the interval then allows for as many as Wilson's of 0 in `n` does.
         resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
-
-    Raises:
-        ValueError: if there is no value, or one is not finite.
     """
     (rows,) = _columns(values=values)
     found = ratio(rows, np.ones_like(rows), **resampling)
@@ -84,11 +81,9 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, **resampling: Unpack[R
     """The ratio of two sums over the same rows, such as summed loss by tokens, with its bootstrap interval.
 
     Args:
-        numerators, denominators (array `[n]`): one of each per row; denominators above 0.
+        numerators, denominators (array `[n]`): one of each per row, finite, denominators above 0; a `ValueError` if
+            they are not, or if the lengths differ.
         resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
-
-    Raises:
-        ValueError: if the lengths differ, there is no row, or a value is not finite.
     """
     top, bottom = _columns(numerators=numerators, denominators=denominators)
     confidence = _checked(resampling.get("confidence", 0.95))
@@ -116,13 +111,10 @@ def paired_difference(
     """Mean of `first - second` over rows that both measure, with a bootstrap interval and a permutation test.
 
     Args:
-        first, second (array `[n]`): a value per row each, in the same order of rows.
+        first, second (array `[n]`): a finite value per row each, in the same order of rows; a `ValueError` if the
+            lengths differ.
         bounds (`tuple`, *optional*): least and largest possible difference, `(-1, 1)` for rates, as in `mean`.
-        resampling: `confidence`, `seed`, `resamples`, see `Resampling`; the test is exact where there are no more
-            than `resamples` ways to swap.
-
-    Raises:
-        ValueError: if the lengths differ, there is no row, or a value is not finite.
+        resampling: see `Resampling`; the test is exact where there are no more than `resamples` ways to swap.
     """
     left, right = _columns(first=first, second=second)
     found = mean(left - right, bounds=bounds, **resampling)
@@ -146,23 +138,18 @@ def paired_difference(
 
 @dataclass(frozen=True)
 class WinRate:
-    """Outcome of a comparison in which the judge saw every pair in both orders.
+    """Outcome of a comparison in which the judge saw every pair in both orders; shares of rows, unless said."""
 
-    Attributes:
-        win_rate: mean score of the model; a row scores 1 if both orders chose it, 0.5 if the orders disagree or both
-            are undecided, 0.75 or 0.25 if one order is undecided.
-        wins, ties, losses: shares of rows that score above, at and below 0.5.
-        consistent: share of rows where both orders chose the same response, or both none.
-        first_position: share of the decided verdicts that chose the position shown first; 0.5 without bias. The
-            interval takes verdicts for independent. None if none was decided.
-        scores (`[n]`): the rows' scores.
-    """
-
+    # Mean of `scores`: 1 if both orders chose the model, 0.5 if they disagree or are both undecided, 0.75 or 0.25 if
+    # one of them is undecided.
     win_rate: Estimate
     wins: Estimate
     ties: Estimate
     losses: Estimate
+    # Both orders chose the same response, or both none.
     consistent: Estimate
+    # Share of the decided verdicts that chose the position shown first; 0.5 without bias. The interval takes verdicts
+    # for independent. None if none was decided.
     first_position: Estimate | None
     scores: list[float]
 
@@ -172,11 +159,8 @@ def win_rate_with_swap(forward: Sequence[int], backward: Sequence[int], **resamp
 
     Args:
         forward, backward (`list[int]` `[n]`): 0 the first, 1 the second, -1 undecided; with the model's response
-            first, and with the baseline's.
+            first, and with the baseline's; a `ValueError` if a verdict is none of the three, or the lengths differ.
         resampling: `confidence`, `seed`, `resamples` of the intervals, see `Resampling`.
-
-    Raises:
-        ValueError: if the lengths differ, there is no row, or a verdict is none of the three.
     """
     if len(forward) != len(backward) or not forward:
         raise ValueError(f"Both orders need a verdict for each row, got {len(forward)} and {len(backward)}.")

@@ -1,7 +1,5 @@
 """What the arithmetic needs to know of a model, which is not loaded, and of a run: plain numbers."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,9 +11,6 @@ import yaml
 from ..weights.settings import ESTIMATORS
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PretrainedConfig
-
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
 
 # What the hub says of well-known models, for when it cannot be reached.
@@ -126,7 +121,7 @@ class RunShape:
         return self.rows * self.accumulation * self.processes
 
 
-def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: Any) -> RunShape:
+def run_shape(args: "BilevelSFTConfig", *, tokens: int | None = None, **further: Any) -> RunShape:
     """The numbers of a run by its config; `tokens` are those of the longest row, `args.max_length` by default.
 
     Raises:
@@ -165,7 +160,7 @@ def known_name(name: str) -> str | None:
     return next((known for known in KNOWN if known.lower() == plain), None)
 
 
-def find_config(name: str, **kwargs: Any) -> tuple[PretrainedConfig, str]:
+def find_config(name: str, **kwargs: Any) -> tuple[Any, str]:
     """The config of a folder, of a hub model, or of a well-known model if the hub cannot be reached.
 
     And where it is from: `"folder"`, `"hub"` (or its cache), or `"table"`, the numbers built in here.
@@ -188,7 +183,7 @@ def find_config(name: str, **kwargs: Any) -> tuple[PretrainedConfig, str]:
 
 
 def model_shape(
-    config: PretrainedConfig, *, dtype: str = "float32", peft_config: PeftConfig | None = None, quantised: bool = False
+    config: Any, *, dtype: str = "float32", peft_config: Any = None, quantised: bool = False
 ) -> ModelShape:
     """The numbers of a model with the adapters of a run, counted on the meta device: no weight is loaded or made.
 

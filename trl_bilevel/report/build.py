@@ -12,15 +12,14 @@ from ..data.files import atomically
 from ..data.private import PICTURES, REPORT, WEIGHTED, private_path
 from ..extras import what_to_install
 from .charts import Chart, charts
-from .compare import compare
-from .findings import facts_of, notes
+from .findings import compare, facts_of, notes
 from .rows import SAMPLE, categories_of, rounds_of, row_table
 from .run import Run, load_run
 from .svg import save_png
 from .text import FOLDER, TEMPLATES, clean, script_json
 
-# Trusted rows whose text explains scores, and its length.
-TRUSTED, TRUSTED_TEXT = 200, 300
+# Characters of a trusted row's question and answer, which explain scores.
+TRUSTED_TEXT = 300
 
 
 def write_report(
@@ -47,8 +46,7 @@ def write_report(
             Parquet file of the weighted rows, if not `_rows/weighted.parquet`. Of a trainer, its record only notes a
             file of another format.
 
-    Returns:
-        `Path`: of the report.
+    Returns the path of the report.
 
     Raises:
         FileNotFoundError: if a folder or file is not there.
@@ -139,13 +137,12 @@ def _policy(style: str, script: str) -> str:
 
 
 def _trusted(run: Run) -> list[dict[str, Any]]:
-    """The trusted rows with a score, by score; the first of them with their texts."""
-    rows = sorted(run.trusted, key=lambda row: row["score"])
-    out = [{"score": round(row["score"], 5), "set": row.get("set", "")} for row in rows]
-    told = [(row, entry) for row, entry in zip(rows, out, strict=True) if "answer" in row]
-    for row, entry in told[:TRUSTED]:
-        entry["question"] = clean(row.get("prompt", ""), TRUSTED_TEXT)
-        entry["answer"] = clean(row["answer"], TRUSTED_TEXT)
+    """The trusted rows with a score, by score; with their texts, as far as the record has them."""
+    out = []
+    for row in sorted(run.trusted, key=lambda row: row["score"]):
+        texts = {"question": row.get("prompt", ""), "answer": row["answer"]} if "answer" in row else {}
+        told = {name: clean(text, TRUSTED_TEXT) for name, text in texts.items()}
+        out.append({"score": round(row["score"], 5), "set": row.get("set", "")} | told)
     return out
 
 

@@ -14,9 +14,8 @@ from .svg import SIZE, Draw, render
 from .text import clean, fill
 
 Points = Sequence[tuple[int, float]]
-# Points of a line and rows of a table of numbers; more are not told apart.
-LINE_POINTS, TABLE_ROWS = 400, 25
-BINS = 36
+# Rows of a table of numbers; bars of a histogram.
+TABLE_ROWS, BINS = 25, 36
 
 
 class Chart:
@@ -58,8 +57,9 @@ def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> It
     for number, category in enumerate(categories):
         yield category_shares(number, category)
     yield from _losses(run, baseline)
-    if run.ledger:
-        yield rounds_chart(run.ledger)
+    decided = [e for e in run.ledger if None not in (e.get("incoming_loss"), e.get("trained_loss"))]
+    if decided:
+        yield rounds_chart(decided, run.ledger)
 
 
 def weight_histogram(weights: np.ndarray) -> Chart:
@@ -68,12 +68,9 @@ def weight_histogram(weights: np.ndarray) -> Chart:
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         axes.stairs(counts, edges, fill=True, color=colours["main"], label="training rows")
-        axes.axvline(1.0, color=colours["other"], linestyle="--", linewidth=1.2)
-        axes.annotate(
-            "uniform", (1.0, 1.0), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
-            color=colours["muted"],
-        )  # fmt: skip
+        axes.axvline(1.0, color=colours["other"], linestyle="--", linewidth=1.2, label="uniform")
         axes.set(xlabel="weight (the mean is 1)", ylabel="rows", xlim=(0, edges[-1]))
+        axes.legend(loc="upper right")
 
     facts = {"light": (weights < 0.1).mean(), "heavy": (weights > 1).mean()}
     return Chart("weights", "weights", draw, _bins(counts, edges, 2), facts)
@@ -172,32 +169,25 @@ def _losses(run: Run, baseline: Run | None) -> Iterator[Chart]:
         yield _lines("validation_sets", lines, {"sets": sets})
 
 
-def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
-    """Selection loss of both candidates of each round."""
-    entries = [
-        (e["round"], e["incoming_loss"], e["trained_loss"], bool(e.get("kept")))
-        for e in ledger
-        if e.get("incoming_loss") is not None and e.get("trained_loss") is not None
-    ]
-    places = [entry[0] for entry in entries]
+def rounds_chart(decided: Sequence[dict[str, Any]], ledger: Sequence[dict[str, Any]]) -> Chart:
+    """Selection loss of both candidates of each round that has them."""
+    entries = [(e["round"], e["incoming_loss"], e["trained_loss"], bool(e.get("kept"))) for e in decided]
+    places, before, after, kept = (np.array(column) for column in zip(*entries, strict=True))
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        for x, before, after, kept in entries:
-            role, line, marker = ("trusted", "-", "^") if kept else ("warn", ":", "x")
-            axes.plot([x, x], [before, after], color=colours[role], linewidth=1.5, linestyle=line)
-            axes.plot([x], [before], "o", color=colours["other"], markersize=6)
-            axes.plot([x], [after], marker, color=colours[role], markersize=8)
-        axes.plot([], [], "o", color=colours["other"], label="before")
-        axes.plot([], [], "^", color=colours["trusted"], label="after, kept")
-        axes.plot([], [], "x", color=colours["warn"], label="after, rolled back")
+        axes.plot(places, before, "o", color=colours["other"], label="before")
+        ends = ((kept, "trusted", "-", "^", "after, kept"), (~kept, "warn", ":", "x", "after, rolled back"))
+        for chosen, role, line, marker, label in ends:
+            part = places[chosen], before[chosen], after[chosen]
+            axes.vlines(*part, color=colours[role], linewidth=1.5, linestyle=line)
+            axes.plot(part[0], part[2], marker, color=colours[role], markersize=8, label=label)
         axes.set_xticks(places[:: max(1, len(places) // 12)])
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.set(xlabel="round", ylabel="selection loss, nats per token")
         axes.margins(x=0.1, y=0.2)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
-    decided = {True: "kept", False: "rolled back"}
-    rows = [[str(x), f"{before:.4f}", f"{after:.4f}", decided[kept]] for x, before, after, kept in entries]
+    rows = [[str(x), f"{a:.4f}", f"{b:.4f}", "kept" if good else "rolled back"] for x, a, b, good in entries]
     facts = {"kept": sum(bool(e.get("kept")) for e in ledger), "rounds": len(ledger)}
     return Chart("rounds", "rounds", draw, rows, facts)
 
@@ -207,7 +197,7 @@ def _lines(name: str, lines: Mapping[str, tuple[Points, str, str]], facts: dict[
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         for label, (points, role, style) in lines.items():
-            x, y = zip(*_few(points, LINE_POINTS), strict=True)
+            x, y = zip(*points, strict=True)
             marker = "o" if len(x) < 15 else ""
             axes.plot(x, y, style, color=colours[role], label=label, marker=marker, markersize=4)
         axes.set(xlabel="optimizer step", ylabel="nats per token")
@@ -218,10 +208,8 @@ def _lines(name: str, lines: Mapping[str, tuple[Points, str, str]], facts: dict[
 
     values = [dict(points) for points, _, _ in lines.values()]
     steps = sorted({step for points in values for step in points})
-    rows = [
-        [str(step), *(f"{points[step]:.4f}" if step in points else "" for points in values)]
-        for step in _few(steps, TABLE_ROWS)
-    ]
+    shown = [steps[n] for n in evenly_spaced(len(steps), TABLE_ROWS)]
+    rows = [[str(step), *(f"{points[step]:.4f}" if step in points else "" for points in values)] for step in shown]
     header = ["Optimizer step", *(f"{label}, nats per token" for label in lines)]
     return Chart(name, "losses", draw, rows, facts, header=header)
 
@@ -230,8 +218,3 @@ def _bins(counts: np.ndarray, edges: np.ndarray, digits: int) -> list[list[str]]
     """The bars of a histogram that are not empty."""
     bins = zip(counts, edges[:-1], edges[1:], strict=True)
     return [[f"{a:.{digits}f} to {b:.{digits}f}", f"{count:,}"] for count, a, b in bins if count]
-
-
-def _few(values: Sequence[Any], limit: int) -> list[Any]:
-    """At most `limit` of the values, evenly spaced, both ends included."""
-    return [values[n] for n in evenly_spaced(len(values), limit)]

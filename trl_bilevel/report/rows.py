@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.dataset import dataset as parquet
 
 from ..data.formats import question_and_answer
 from ..data.private import RESPONSES, find_private
@@ -59,19 +60,10 @@ def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_rows(path: Path, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Some rows of a parquet file by number, as dicts; the file is read a batch at a time."""
-    wanted = np.sort(np.asarray(numbers, dtype=np.int64))
-    found: dict[int, dict[str, Any]] = {}
-    start = 0
-    with pq.ParquetFile(path) as file:
-        names = [n for n in file.schema_arrow.names if n not in ("input_ids", "labels", "attention_mask")]
-        for batch in file.iter_batches(batch_size=4096, columns=names):
-            inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
-            if len(inside):
-                rows = batch.take(pa.array(inside - start)).to_pylist()
-                found |= dict(zip(inside.tolist(), rows, strict=True))
-            start += batch.num_rows
-    return found
+    """Some rows of a parquet file by number, as dicts."""
+    file, wanted = parquet(path), sorted(numbers)
+    names = [name for name in file.schema.names if name not in ("input_ids", "labels", "attention_mask")]
+    return dict(zip(wanted, file.take(wanted, columns=names).to_pylist(), strict=True))
 
 
 def row_table(run: Run, categories: Sequence[Category]) -> dict[str, Any]:
