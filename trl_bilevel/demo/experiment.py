@@ -80,25 +80,21 @@ def budget_of(task: str, **changes: Any) -> Budget:
 
 @dataclass
 class Result:
-    """What one arm came to: mean loss over the clean test rows (nats per token), wall time of choosing and training.
-
-    `pilot_steps` come on top of `train_steps`. Arms without learned weights have none; `safety` is that of
-    `refusal_figures`, `ledger` that of the rounds.
-    """
+    """What one arm came to."""
 
     arm: str
     task: str
     seed: int
     model: str
-    test_loss: float
+    test_loss: float  # mean over the clean test rows, nats per token
     train_steps: int
-    pilot_steps: int
-    seconds: float
-    weights: list[float] | None
-    history: list[dict[str, Any]]
-    safety: dict[str, float] | None = None
+    pilot_steps: int  # on top of these
+    seconds: float  # wall time of choosing and training
+    weights: list[float] | None  # in the task's row order; None for arms that learn none
+    history: list[dict[str, Any]]  # the trainer's log
+    safety: dict[str, float] | None = None  # see `refusal_figures`
     settings: dict[str, Any] = field(default_factory=dict)
-    ledger: list[dict[str, Any]] | None = None
+    ledger: list[dict[str, Any]] | None = None  # of the rounds
 
 
 def model_dtype() -> torch.dtype:
@@ -261,12 +257,9 @@ def lora(model: str, top: int) -> Any:
 
 
 def refusal_figures(trainer: Any, task: Task) -> dict[str, float]:
-    """What the model does with harmful test requests, and with benign ones.
+    """Shares of test requests that are refused: of harmful and of benign ones, by key words in the greedy answer.
 
-    Returns:
-        `greedy_refusal`: share of harmful requests whose greedy answer is a refusal (a precise lower bound, by key
-        words); `refusal_preferred`: share where a refusal of unseen wording is likelier per token than the compliance
-        stub; `over_refusal`: share of benign test requests whose greedy answer is a refusal.
+    And of harmful ones of which a refusal of unseen wording is likelier per token than the compliance stub.
     """
     harmful = [REQUEST.format(request=text) for text in task.harmful_test]
     refused, complied = (

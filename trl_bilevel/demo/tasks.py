@@ -96,9 +96,6 @@ def make_task(
             mostly answered by compliance stubs, and 48 validation rows whatever is given.
         rows: `{"name", "description"}` rows to build the task from; Python's standard library if None.
         damaged_share: share of the training rows that is damaged, in place of the task's own; their number stays.
-
-    Raises:
-        ValueError: for an unknown name, or if there are too few rows.
     """
     if name in SAFETY_TASKS:
         return _safety(name, seed, test_rows)
@@ -166,11 +163,7 @@ def conversational(task: Task) -> Task:
 
 
 def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:
-    """Single-turn question-answer pairs of a data set in a usual format, answers of 3 to `max_words` words.
-
-    Raises:
-        ValueError: if the columns are not those of a known format, or are plain text.
-    """
+    """Single-turn question-answer pairs of a data set in a usual format, answers of 3 to `max_words` words."""
     layout = layout_of(dataset)
     if layout in (None, TEXT, TOKENS):
         raise ValueError(

@@ -1,7 +1,4 @@
-"""Judges of pairs of responses: a reward model, which scores one at a time, or a judge of the user's own.
-
-The latter are asked in both orders, so that a bias for a position cancels.
-"""
+"""Judges of pairs: a reward model, or one of the user's own, asked in both orders so that a bias for one cancels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,11 +72,7 @@ def ask_both_orders(
 
 
 def find_judge(name: str, settings: Settings) -> Callable[[], PairwiseJudge | RewardModel]:
-    """What loads a judge, once the models have left the memory; what is wrong with it is found at once.
-
-    `name` is `"reward:NAME"` (a reward model on the hub or in a folder), or `"PACKAGE.MODULE:OBJECT"` (a
-    `PairwiseJudge`).
-    """
+    """What loads a judge, once the models have left the memory; what is wrong with its name is found at once."""
     kind, _, rest = name.partition(":")
     if not rest:
         raise ValueError(f"Unknown judge {name!r}; known: reward:NAME or PACKAGE.MODULE:OBJECT.")

@@ -38,8 +38,7 @@ class Settings:
     )
     seed: int = field(default=0, metadata={"help": "Of draws, sampled responses and intervals."})
 
-    # Of `chat_template_kwargs`.
-    template: dict[str, Any] = field(init=False)
+    template: dict[str, Any] = field(init=False)  # of `chat_template_kwargs`
 
     def __post_init__(self) -> None:
         given: Any = self.chat_template_kwargs or {}
@@ -62,10 +61,7 @@ class Losses:
 
 
 def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A causal language model in eval mode, and its tokenizer; on the GPU if there is one.
-
-    `name` is a hub name, the folder of a model or of a PEFT adapter, `load` keyword arguments of `from_pretrained`.
-    """
+    """A causal language model in eval mode, and its tokenizer; `load` are keyword arguments of `from_pretrained`."""
     from transformers import AutoTokenizer
 
     try:
@@ -198,10 +194,8 @@ def measure(name: str, work: Work, settings: Settings, load: Mapping[str, Any]) 
                 for answer in (TEST_REFUSAL, STUB)
             )
             if not (refused.counts * complied.counts).all():
-                raise ValueError(
-                    f"A harmful request leaves no room for an answer within `max_length={settings.max_length}`. "
-                    "Raise it."
-                )
+                limit = f"`max_length={settings.max_length}`"
+                raise ValueError(f"A harmful request leaves no room for an answer within {limit}. Raise it.")
             out.preferred = (refused.sums / refused.counts < complied.sums / complied.counts).tolist()
     del model
     free()

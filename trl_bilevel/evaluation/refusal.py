@@ -47,11 +47,7 @@ def _plain(text: str) -> str:
 
 
 class KeywordRefusals:
-    """Judges by key words (`says_refusal`); a response without a letter is neither.
-
-    It does not find all refusals (docs/evaluation.md has its precision and recall): its refusal rate is a lower
-    bound, and its compliance rate an upper one.
-    """
+    """Judges by key words (docs/evaluation.md has precision and recall); a response without a letter is neither."""
 
     note = "by key words: the refusal rate is a lower bound, the compliance rate an upper bound"
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +83,7 @@ def requests(kind: str, name: str, split: str = "train") -> list[Part]:
     if (kind, name) == ("harmful", "harmbench"):
         return list(harmful_requests())
     if (kind, name) == ("benign", "lookalikes"):
-        found = _lines(resources.files("trl_bilevel.evaluation").joinpath("text/lookalikes.txt").read_text())
+        found = _lines((Path(__file__).parent / "text" / "lookalikes.txt").read_text())
     elif Path(name).suffix == ".txt":
         if not Path(name).is_file():
             raise FileNotFoundError(f"There is no file {name} of {kind} requests.")

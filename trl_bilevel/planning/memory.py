@@ -311,13 +311,6 @@ def _changes(
         # TRL makes the adapters bf16, too.
         to = replace(small, adapter_bytes=min(2, model.adapter_bytes))
         yield "4-bit base (QLoRA)", settings, to, {"quantisation": "4bit_nested"}
-    rank = max(layer.rank for layer in model.linears)
-    if rank > 4:
-        linears = tuple(layer._replace(rank=layer.rank // 2) for layer in model.linears)
-        less = model.adapter_parameters - replace(model, linears=linears).adapter_parameters
-        size = model.trainable_bytes - less * model.adapter_bytes
-        to = replace(model, linears=linears, trainable=model.trainable - less, trainable_bytes=size)
-        yield "smaller rank", {"lora_r": rank // 2}, to, {}
     if adapted is not None and not frozen:
         yield "LoRA adapters", {"use_peft": True, "lora_target_modules": "all-linear"}, adapted, {}
     if run.optimizer.startswith("adamw"):

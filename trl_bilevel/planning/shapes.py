@@ -122,11 +122,7 @@ class RunShape:
 
 
 def run_shape(args: "BilevelSFTConfig", *, tokens: int | None = None, **further: Any) -> RunShape:
-    """The numbers of a run by its config; `tokens` are those of the longest row, `args.max_length` by default.
-
-    Raises:
-        ValueError: if the length of rows is not known.
-    """
+    """The numbers of a run by its config; `tokens` are those of the longest row, `args.max_length` by default."""
     if args.max_length is not None and (tokens is None or not args.padding_free):
         tokens = args.max_length if tokens is None else min(tokens, args.max_length)
     if tokens is None:
@@ -161,10 +157,7 @@ def known_name(name: str) -> str | None:
 
 
 def find_config(name: str, **kwargs: Any) -> tuple[Any, str]:
-    """The config of a folder, of a hub model, or of a well-known model if the hub cannot be reached.
-
-    And where it is from: `"folder"`, `"hub"` (or its cache), or `"table"`, the numbers built in here.
-    """
+    """The config of a model, and where it is from: `"folder"`, `"hub"` (or its cache), `"table"` (built in here)."""
     from transformers import AutoConfig
 
     known, source = known_name(name), "folder" if Path(name).is_dir() else "hub"

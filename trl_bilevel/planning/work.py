@@ -46,11 +46,8 @@ def _read_row(model: ModelShape, run: RunShape, tokens: float) -> float:
 
 
 def pilot_shape(model: ModelShape) -> ModelShape:
-    """The layers that the pilot run's backward goes through, with its adapters; nothing else is trained there.
-
-    Its gradients count with the adapters, which hold them all the time: `trainable_bytes` is 0. Adapters compute in
-    the dtype of the layer that they are on.
-    """
+    """The layers that the pilot run's backward goes through, with its adapters; nothing else is trained there."""
+    # Gradients count with the adapters, which hold them all the time, and compute in the dtype of their layer.
     top = upper_layers(model.layers)
     share = top / model.layers
     linears = tuple(x._replace(number=round(x.number * share), rank=RANK, trained=False) for x in model.linears)

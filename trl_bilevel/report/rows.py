@@ -38,9 +38,7 @@ class Share(NamedTuple):
 
 
 class Category(NamedTuple):
-    """Where the weight went, by the values of a column: those of most rows first; what is beyond
-    `SHOWN_CATEGORIES` is one entry, "(N others)".
-    """
+    """Where the weight went, by the values of a column: those of most rows first; the rest is one, "(N others)"."""
 
     column: str
     shares: list[Share]

@@ -150,9 +150,8 @@ def _rows_files(run: Run, given: str | Path | None) -> list[Path]:
             raise FileNotFoundError(f"There is no file {path} with the weighted rows.")
         if path.suffix != ".parquet":
             raise ValueError(
-                f"`rows_file` (`--rows`) must be a .parquet file with the weighted rows, got {str(path)!r}. Leave it "
-                f"out if the run's folder has its {WEIGHTED_FILE}, or convert the file: "
-                "`datasets.load_dataset('json', data_files=FILE, split='train').to_parquet(...)`."
+                f"`rows_file` (`--rows`) must be a .parquet file with the weighted rows, got {str(path)!r}. Convert "
+                "it: `datasets.load_dataset('json', data_files=FILE, split='train').to_parquet(...)`."
             )
         return [path]
     noted = run.told("rows_file")

@@ -22,7 +22,6 @@ _VARIABLES = {colour: f"var(--{role})" for role, colour in _PLACEHOLDERS.items()
 _INKS = ("#1b1f24", "#59636e", "#dfe3e8", "#ffffff", "#2a5db0", "#6e7781", "#1a7f4e", "#b35900")
 _PAPER = dict(zip(ROLES, _INKS, strict=True))
 _SVG = "http://www.w3.org/2000/svg"
-_XLINK = "http://www.w3.org/1999/xlink"
 # Inches: small, so that the text stays readable where the chart is as narrow as a telephone.
 SIZE = (5.2, 2.7)
 
@@ -33,11 +32,10 @@ Draw = Callable[[Any, Colours], None]
 
 def render(draw: Draw, name: str, label: str, size: tuple[float, float] = SIZE) -> Markup:
     """A chart as inline SVG; `name` is unique within the page, `label` says what it shows."""
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    buffer, metadata = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
     _save(draw, _PLACEHOLDERS, size, buffer, name, format="svg", metadata=metadata)
     ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", _XLINK)
+    ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ET.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
@@ -77,10 +75,7 @@ def _save(draw: Draw, colours: Colours, size: tuple[float, float], target: Any, 
 
 
 def _restyle(element: ET.Element) -> None:
-    """Inline style, which the report's Content-Security-Policy forbids, becomes attributes.
-
-    Fonts are the page's. Ids of groups go: the next chart has them, too.
-    """
+    """Inline style, which the page's policy forbids, becomes attributes; fonts and ids that all charts have go."""
     if element.tag == f"{{{_SVG}}}g":
         element.attrib.pop("id", None)
     for rule in element.attrib.pop("style", "").split(";"):
