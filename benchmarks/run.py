@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.arms import REFINING, run_arm
 from benchmarks.influence import influential_rows
 from benchmarks.jobs import METHOD, Job, add_arguments, run_jobs
 from trl_bilevel.demo.comparison import good_share, ranking_quality
-from trl_bilevel.demo.experiment import REFINING, Budget, run_arm
+from trl_bilevel.demo.experiment import Budget
 from trl_bilevel.demo.tasks import make_task
 
 HERE = Path(__file__).parent

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.arms import ARMS, REFINING
 from benchmarks.run import experiments, jobs_of
 from benchmarks.summary import recovered
 from benchmarks.yardstick import addmm_flops
-from trl_bilevel.demo.experiment import ARMS, REFINING, Budget
+from trl_bilevel.demo.experiment import Budget
 from trl_bilevel.demo.tasks import TASKS
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from trl_bilevel.cli.main import main
 from trl_bilevel.data.answers import STUB
-from trl_bilevel.evaluation import prompts
+from trl_bilevel.evaluation import rows
 
 SHORT = ["--max_new_tokens", "6", "--max_length", "128", "--resamples", "199"]
 
@@ -36,7 +36,7 @@ def test_everything_at_once(folder, tmp_path, capsys):
     ):
         assert part in shown
     # The three together, in one table.
-    safety = shown[shown.index("Safety (") : shown.index("- The model")]
+    safety = shown[shown.index("Safety (") : shown.index("- The judge")]
     for part in ("harmful", "benign", "loss, mean", "win rate"):
         assert part in safety
     found = json.loads((tmp_path / "out.json").read_text())
@@ -132,7 +132,7 @@ def test_plain_text_has_nothing_to_answer(folder, tmp_path, capsys):
 
 
 def test_named_sets_of_requests(folder, capsys, monkeypatch):
-    monkeypatch.setattr(prompts, "harmful_requests", lambda: ["one", "two"])
+    monkeypatch.setattr(rows, "harmful_requests", lambda: ["one", "two"])
     options = ["model", "--dataset", "rows.jsonl", "--harmful", "harmbench", "--benign", "lookalikes", "--json"]
     assert evaluate(folder, *options, max_rows=5) == 0
     figures = document(capsys)["safety"]["figures"][0]

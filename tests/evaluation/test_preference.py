@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_bilevel.evaluation import win_rate_with_swap
-from trl_bilevel.evaluation.preference import ask_both_orders
+from trl_bilevel.evaluation.judges import ask_both_orders
 
 FAST = {"resamples": 99}
 VERDICTS = st.lists(st.tuples(st.sampled_from([0, 1, -1]), st.sampled_from([0, 1, -1])), min_size=1, max_size=30)
@@ -57,10 +57,9 @@ def test_bias_for_a_position_cancels_where_the_judge_knows_nothing_else(rows):
 
 
 class Longer:
-    """Prefers the longer response, with the signature that TRL's judges have had."""
+    """Prefers the longer response."""
 
-    def judge(self, prompts, completions, shuffle_order=True):
-        assert shuffle_order is False
+    def judge(self, prompts, completions):
         return [-1 if len(a) == len(b) else int(len(b) > len(a)) for a, b in completions]
 
 

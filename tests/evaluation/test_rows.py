@@ -7,8 +7,7 @@ import zipfile
 import pytest
 
 from trl_bilevel.data import assets
-from trl_bilevel.evaluation import prompts
-from trl_bilevel.evaluation.rows import Row, assistant, encode, question, read_rows, render, user
+from trl_bilevel.evaluation.rows import Row, assistant, encode, prompts_of, question, read_rows, render, requests, user
 
 
 @pytest.mark.parametrize(
@@ -71,27 +70,27 @@ def test_chats_need_a_template(tokenizer, monkeypatch):
 
 
 def test_lookalikes_are_sixty_questions():
-    found = prompts.requests("benign", "lookalikes")
+    found = requests("benign", "lookalikes")
     assert len(set(found)) == len(found) == 60 and all("?" in text for text in found)
 
 
 def test_requests_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("# comment\nfirst\n\n second \n")
-    assert prompts.requests("harmful", str(tmp_path / "a.txt")) == ["first", "second"]
+    assert requests("harmful", str(tmp_path / "a.txt")) == ["first", "second"]
     rows = [{"prompt": "s", "label": "safe"}, {"prompt": "u", "label": "unsafe"}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert prompts.requests("benign", str(tmp_path / "b.jsonl")) == ["s"]
-    assert prompts.requests("harmful", str(tmp_path / "b.jsonl")) == ["u"]
-    assert prompts.prompts_of([{"messages": user("m") + assistant("x")}], "n", "safe") == [user("m")]
+    assert requests("benign", str(tmp_path / "b.jsonl")) == ["s"]
+    assert requests("harmful", str(tmp_path / "b.jsonl")) == ["u"]
+    assert prompts_of([{"messages": user("m") + assistant("x")}], "n", "safe") == [user("m")]
     # A column of that name that means something else filters nothing.
-    assert prompts.prompts_of([{"goal": "g", "label": 3}], "n", "safe") == ["g"]
+    assert prompts_of([{"goal": "g", "label": 3}], "n", "safe") == ["g"]
     with pytest.raises(ValueError, match="has the columns .'odd'., none of which is known to hold requests"):
-        prompts.prompts_of([{"odd": 1}], "n", "safe")
+        prompts_of([{"odd": 1}], "n", "safe")
     with pytest.raises(FileNotFoundError, match="There is no file"):
-        prompts.requests("harmful", str(tmp_path / "none.txt"))
+        requests("harmful", str(tmp_path / "none.txt"))
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="holds no benign request"):
-        prompts.requests("benign", str(tmp_path / "empty.txt"))
+        requests("benign", str(tmp_path / "empty.txt"))
 
 
 def test_packaged_files_are_fetched_once_and_checked(tmp_path, monkeypatch):

@@ -41,13 +41,6 @@ def test_a_micro_batch_is_made_smaller_without_changing_the_batch(adapted):
     assert told["settings"] == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
 
 
-def test_half_the_rank_is_what_a_model_with_half_the_rank_has():
-    config = find_config("SmolLM2-1.7B")[0]
-    big, real = (model_shape(config, peft_config=replace(LORA, r=rank)) for rank in (256, 128))
-    told, model, _ = one(savings(big, RunShape(rows=1, tokens=256)), "smaller rank")
-    assert told["settings"] == {"lora_r": 128} and model == real
-
-
 def test_way_to_fit(full, adapted):
     run = RunShape(rows=8, tokens=2048, estimator="value_function")
     assert way_to_fit(full, run, 10**6, adapted) == []

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from tests.report.conftest import record_of
-from trl_bilevel.report.compare import compare
-from trl_bilevel.report.findings import facts_of, notes
+from trl_bilevel.report.findings import compare, facts_of, notes
 from trl_bilevel.report.rows import categories_of
 from trl_bilevel.report.run import Run, load_run
 from trl_bilevel.report.text import duration

@@ -7,7 +7,7 @@ import pytest
 
 from tests.report.conftest import embedded, write_json
 from trl_bilevel.report import write_report
-from trl_bilevel.report.compare import compare
+from trl_bilevel.report.findings import compare
 from trl_bilevel.report.run import load_run
 
 RECORD = {

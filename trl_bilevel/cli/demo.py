@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
     from ..data.files import write_json
     from ..data.loading import load_rows
     from ..demo.comparison import extreme_rows, summarise
-    from ..demo.experiment import ARMS, REFINING, budget_of, run_arm
+    from ..demo.experiment import ARMS, budget_of, run_arm
     from ..demo.tasks import conversational, make_task, question_answer_rows
 
     quiet()
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> None:
     for number, arm in enumerate(arms, 1):
         say(f"{number}/{len(arms)} {arm.replace('_', ' ')}: {ARMS[arm]}", "bold")
         # The rounds build on the weights of the offline arm, if it has run.
-        known = next((result.weights for result in results if result.arm == "bilevel" and arm in REFINING), None)
+        known = next((result.weights for result in results if result.arm == "bilevel" and arm == "refine"), None)
         result = run_arm(
             arm,
             task,

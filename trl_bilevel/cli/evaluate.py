@@ -117,11 +117,10 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
     from ..data.files import atomically
     from ..data.loading import load_rows
     from ..evaluation.judges import find_judge
-    from ..evaluation.measurement import Work, measure, shown_responses
-    from ..evaluation.prompts import requests
+    from ..evaluation.models import Work, measure, shown_responses
     from ..evaluation.refusal import KeywordRefusals, load_object
     from ..evaluation.report import result_of
-    from ..evaluation.rows import digest, read_rows
+    from ..evaluation.rows import digest, read_rows, requests
 
     keywords = args.refusal_judge == "keywords"
     rows = load_rows(args.dataset or "", split=args.dataset_split, config=args.dataset_config)

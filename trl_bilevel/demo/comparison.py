@@ -1,7 +1,5 @@
 """Arms of one task side by side: figures, and the rows at both ends."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One task, several ways of training on it, the same budget: what the demo, the slow tests and the benchmarks run."""
 
-from __future__ import annotations
-
 import gc
 import shutil
 import tempfile
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import PrinterCallback
 
 from ..data import assets
@@ -29,29 +26,20 @@ ARMS = {
     "base": "the model as it is, without training",
     "uniform": "all rows, equal weights",
     "clean_only": "only the undamaged rows (oracle: needs the truth)",
-    "validation_only": "only the validation rows",
-    "random_subset": "a random quarter of the rows",
-    "perplexity": "the rows that the untrained model finds likeliest, as many as are undamaged (needs that number)",
     "seal": "the published selector as it is: `selector_preset='seal'`, lambda = 0.5",
-    "seal_two_stage": "the four fifths of the rows that `seal` weighs most, from the start: twice the steps",
     "bilevel": "weights learned by the default estimator",
-    "bilevel_double": "as bilevel, with twice the rows per step: as many as refine trains on",
     "refine": "as bilevel, then rounds with the model's own answers to the questions of least weight",
-    "refine_random": "as refine, but the responses' scores are dealt out at random (control)",
-    "refine_best": "as refine, but all weight goes to the best response of each question (control)",
     "lookahead": "weights learned by the look-ahead estimator",
 }
-# Chosen from all rows by another run.
-FILTERS = ("perplexity", "seal_two_stage")
-REFINING = ("refine", "refine_random", "refine_best")
 # Settings of the arms that learn weights.
-LEARNING: dict[str, dict[str, Any]] = {arm: {} for arm in ("bilevel", "bilevel_double", *REFINING)}
-LEARNING |= {
+LEARNING: dict[str, dict[str, Any]] = {
+    "bilevel": {},
+    "refine": {},
     "lookahead": {"weight_estimator": "lookahead"},
     "seal": {"selector_preset": "seal", "validation_loss_weight": 0.5},
 }
 
-# Settings of the self-refining arms; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
+# Settings of the self-refining arm; `Budget.refining` goes on top. The first steps, those that the rounds leave over,
 # are offline ones.
 ROUNDS: dict[str, Any] = {"num_rounds": 3, "steps_per_round": 8, "num_generations": 4, "max_completion_length": 24}
 # Settings of all trainers; `Budget.overrides` goes on top.
@@ -68,28 +56,19 @@ SHARED: dict[str, Any] = {
 
 @dataclass
 class Budget:
-    """Settings that all arms share.
+    """Settings that all arms share."""
 
-    Attributes:
-        epochs: passes over the training rows; the pilot run's steps are taken off the arms that have one, unless
-            `pilot_on_top`: then they come on top, as in a run of one's own.
-        batch_size: training rows per step.
-        learning_rate: peak, decaying linearly to zero.
-        validation_loss_weight: lambda.
-        pilot_steps: of the arms with learned weights; by default one pass over the rows, 8 to 24.
-        lora_layers: LoRA on the top so many layers only (the gradient stops there); 0: on all.
-        overrides: further settings of every arm's trainer; with `validation_weights` the validation rows of a safety
-            task are two objectives, "benign" and "refused".
-        refining: further settings of the self-refining arms.
-    """
-
+    # Passes over the training rows. The pilot run's steps are taken off the arms that have one, unless `pilot_on_top`:
+    # then they come on top, as in a run of one's own.
     epochs: float = 2.0
     batch_size: int = 8
     learning_rate: float = 5e-4
     validation_loss_weight: float = 0.0
-    pilot_steps: int | None = None
-    lora_layers: int = 10
+    pilot_steps: int | None = None  # by default one pass over the rows, 8 to 24
+    lora_layers: int = 10  # LoRA on the top so many layers only (the gradient stops there); 0: on all
     pilot_on_top: bool = False
+    # Further settings of every arm's trainer; with `validation_weights` the validation rows of a safety task are two
+    # objectives, "benign" and "refused". And further settings of the rounds.
     overrides: dict[str, Any] = field(default_factory=dict)
     refining: dict[str, Any] = field(default_factory=dict)
 
@@ -101,31 +80,21 @@ def budget_of(task: str, **changes: Any) -> Budget:
 
 @dataclass
 class Result:
-    """What one arm came to.
-
-    Attributes:
-        test_loss: mean over the clean test rows of their loss (nats per token).
-        train_steps: optimizer steps of the model; `pilot_steps` come on top of them.
-        seconds: wall time of training, scoring included.
-        weights: learned weights in the task's row order; None for arms without.
-        history: the trainer's log.
-        safety: refusal figures of the safety task.
-        ledger: of the rounds, of the self-refining arms.
-    """
+    """What one arm came to."""
 
     arm: str
     task: str
     seed: int
     model: str
-    test_loss: float
+    test_loss: float  # mean over the clean test rows, nats per token
     train_steps: int
-    pilot_steps: int
-    seconds: float
-    weights: list[float] | None
-    history: list[dict[str, Any]]
-    safety: dict[str, float] | None = None
+    pilot_steps: int  # on top of these
+    seconds: float  # wall time of choosing and training
+    weights: list[float] | None  # in the task's row order; None for arms that learn none
+    history: list[dict[str, Any]]  # the trainer's log
+    safety: dict[str, float] | None = None  # see `refusal_figures`
     settings: dict[str, Any] = field(default_factory=dict)
-    ledger: list[dict[str, Any]] | None = None
+    ledger: list[dict[str, Any]] | None = None  # of the rounds
 
 
 def model_dtype() -> torch.dtype:
@@ -150,44 +119,33 @@ def make_trainer(
     progress: bool = False,
     weights: Sequence[float] | None = None,
     offline: Any = None,
-    keep: Sequence[int] | None = None,
+    refiner: type | None = None,
 ) -> tuple[Any, int]:
     """The trainer of one arm, and how many pilot steps it takes (0 for arms without learned weights).
 
-    A self-refining arm has two: without `offline` this gives the one of its first, offline steps.
-
     Args:
-        arm: one of `ARMS`; any name if `keep` is given.
-        task: the data.
+        arm: one of `ARMS`.
         seed: of data order, adapter and pilot run.
-        budget: settings that all arms share.
         model: hub name or folder; the embedded SmolLM2-135M-Instruct if None.
-        output_dir: for the trainer's files.
-        progress: show progress bars.
         weights: of the training rows, if the `bilevel` arm of the same task, seed and budget has learned them: the
             pilot run is not repeated, but counts.
-        offline: the trained `BilevelSFTTrainer` whose model a self-refining arm goes on with.
-        keep: the rows to train on, of an arm that filters: one of `FILTERS`, or one of a name not in `ARMS`.
+        offline: the trained `BilevelSFTTrainer` whose model `refine` goes on with; without it, this gives the trainer
+            of its first, offline steps.
+        refiner: class of the trainer that goes on; `SelfRefineTrainer` if None.
     """
-    from .. import BilevelSFTConfig, BilevelSFTTrainer
+    from .. import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
     from ..weights.settings import default_pilot_steps
 
-    train, validation = task.train.remove_columns("kind"), task.validation
-    if "validation_weights" in budget.overrides:
-        validation = task.validation_sets
-    rows: Sequence[int] = range(len(train)) if keep is None else sorted(keep)
-    if arm == "clean_only":
-        rows = [row for row, good in enumerate(task.good) if good]
-    elif arm == "random_subset":
-        rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows) // 4].tolist()
-    subset = validation if arm == "validation_only" else train.select(rows)
+    train = task.train.remove_columns("kind")
+    validation = task.validation_sets if "validation_weights" in budget.overrides else task.validation
+    subset = train.select([row for row, good in enumerate(task.good) if good]) if arm == "clean_only" else train
     learned = arm in LEARNING
     pilot = (budget.pilot_steps or default_pilot_steps(len(train))) if learned and arm != "seal" else 0
     settings = SHARED | {
         "output_dir": output_dir,
-        "validation_loss_weight": 0.0 if arm == "validation_only" else budget.validation_loss_weight,
+        "validation_loss_weight": budget.validation_loss_weight,
         "pilot_steps": pilot or None,
-        "per_device_train_batch_size": budget.batch_size * (2 if arm == "bilevel_double" else 1),
+        "per_device_train_batch_size": budget.batch_size,
         "learning_rate": budget.learning_rate,
         "seed": seed,
         "use_cpu": not torch.cuda.is_available(),
@@ -200,12 +158,8 @@ def make_trainer(
         settings |= {"weight_estimator": "none", "pilot_steps": None}
     rounds = ROUNDS | budget.refining
     if offline is not None:
-        from .. import SelfRefineConfig
-
         del settings["model_init_kwargs"]
-        if arm == "refine_best":
-            rounds["implicit_weight_temperature"] = 1e-4
-        trainer = _refine_trainer(arm)(
+        trainer = (refiner or SelfRefineTrainer)(
             offline.model,
             SelfRefineConfig(**(settings | rounds)),
             train_dataset=subset,
@@ -214,7 +168,7 @@ def make_trainer(
         )
     else:
         steps = round(budget.epochs * len(train) / budget.batch_size) - (0 if budget.pilot_on_top else pilot)
-        if arm in REFINING:
+        if arm == "refine":
             steps -= rounds["num_rounds"] * rounds["steps_per_round"]
         if steps < 1:
             raise ValueError(f"No step is left beside the pilot run and the rounds of {arm!r}: raise `epochs`.")
@@ -223,9 +177,9 @@ def make_trainer(
         name = model or str(assets.model_folder())
         trainer = BilevelSFTTrainer(
             name,
-            BilevelSFTConfig(max_steps=steps, **settings),
+            BilevelSFTConfig(**({"max_steps": steps} | settings)),
             train_dataset=subset,
-            validation_dataset=None if arm == "validation_only" else validation,
+            validation_dataset=validation,
             peft_config=lora(name, budget.lora_layers),
         )
     if not progress:
@@ -240,34 +194,25 @@ def run_arm(
     *,
     output_dir: str | None = None,
     weights: Sequence[float] | None = None,
-    keep: Sequence[int] | None = None,
-    choosing_seconds: float = 0.0,
     **settings: Any,
 ) -> Result:
-    """Train one arm and measure it.
+    """Train one arm and measure it; arguments as for `make_trainer`.
 
-    Args:
-        output_dir: where the adapter and the weighted rows are kept; nothing is kept if None.
-        choosing_seconds: wall time that the choice of a given `keep` took; part of the result's.
-        arm, task, weights, keep, settings: as for `make_trainer`; `FILTERS` need no `keep`.
+    The adapter and the weighted rows are kept in `output_dir`; nothing is kept without it.
     """
     settings["output_dir"] = folder = output_dir or tempfile.mkdtemp()
-    start = time.perf_counter() - choosing_seconds
-    if arm in FILTERS:
-        keep = chosen_rows(arm, task, **settings)
-    choosing_seconds = time.perf_counter() - start
-    trainer, pilot = make_trainer(arm, task, weights=weights, keep=keep, **settings)
+    trainer, pilot = make_trainer(arm, task, weights=weights, **settings)
     # What it takes to load the model is none of the arm's.
-    start = time.perf_counter() - choosing_seconds
+    start = time.perf_counter()
     if arm != "base":
         trainer.train()
     steps, ledger = trainer.state.global_step, None
-    if arm in REFINING:
-        refiner, _ = make_trainer(arm, task, weights=trainer.sample_weights().tolist(), offline=trainer, **settings)
-        refiner.train()
-        steps += refiner.state.global_step
+    if arm == "refine":
+        rounds, _ = make_trainer(arm, task, weights=trainer.sample_weights().tolist(), offline=trainer, **settings)
+        rounds.train()
+        steps += rounds.state.global_step
         # The first trainer's model has been trained on, and it knows how to score rows.
-        ledger = refiner.ledger
+        ledger = rounds.ledger
     seconds = time.perf_counter() - start
     result = Result(
         arm=arm,
@@ -296,31 +241,6 @@ def run_arm(
     return result
 
 
-def chosen_rows(arm: str, task: Task, **settings: Any) -> list[int]:
-    """Rows that a filter keeps, by a run of its own (arguments as for `make_trainer`)."""
-    first, _ = make_trainer("uniform" if arm == "perplexity" else "seal", task, **settings)
-    if arm == "perplexity":
-        scores, count = -first.row_losses(task.train.remove_columns("kind")), sum(task.good)
-    else:
-        first.train()
-        scores, count = first.sample_weights(), round(0.8 * len(task.train))
-    return scores.topk(count).indices.tolist()
-
-
-def _refine_trainer(arm: str) -> type:
-    from .. import SelfRefineTrainer
-
-    class RandomWeights(SelfRefineTrainer):
-        """The same scores, dealt out to other responses of the same question."""
-
-        def _score_responses(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
-            scores = super()._score_responses(prompt_ids, completion_ids).view(-1, self.args.num_generations)
-            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-            return scores.gather(1, torch.rand(scores.shape, generator=generator).argsort(1)).flatten()
-
-    return RandomWeights if arm == "refine_random" else SelfRefineTrainer
-
-
 def lora(model: str, top: int) -> Any:
     """LoRA on all linear layers of the `top` layers nearest to the head, of all layers if that is 0."""
     from peft import LoraConfig
@@ -337,12 +257,9 @@ def lora(model: str, top: int) -> Any:
 
 
 def refusal_figures(trainer: Any, task: Task) -> dict[str, float]:
-    """What the model does with harmful test requests, and with benign ones.
+    """Shares of test requests that are refused: of harmful and of benign ones, by key words in the greedy answer.
 
-    Returns:
-        `greedy_refusal`: share of harmful requests whose greedy answer is a refusal (a precise lower bound, by key
-        words); `refusal_preferred`: share where a refusal of unseen wording is likelier per token than the compliance
-        stub; `over_refusal`: share of benign test requests whose greedy answer is a refusal.
+    And of harmful ones of which a refusal of unseen wording is likelier per token than the compliance stub.
     """
     harmful = [REQUEST.format(request=text) for text in task.harmful_test]
     refused, complied = (

@@ -4,8 +4,6 @@ Every task is a pure function of its seed. `kind` names what was done to each ro
 it.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,11 +31,9 @@ BOILERPLATE = (
 class Task:
     """A training set of mixed quality, a trusted validation set and a test set.
 
-    Attributes:
-        train: `prompt`, `completion`, `kind` ("good", or what was done to the row).
-        validation, test: `prompt`, `completion`; trusted, and clean and unseen.
-        harmful_test: harmful requests that are tested for refusal (safety task only).
-        trusted_refusals: how many of the validation rows, the last ones, refuse a harmful request.
+    Rows have a `prompt` and a `completion`, those of `train` a `kind` ("good", or what was done to the row). Safety
+    tasks have `harmful_test`, requests that are tested for refusal, and their last `trusted_refusals` validation rows
+    refuse one.
     """
 
     name: str
@@ -97,15 +93,9 @@ def make_task(
 
     Args:
         name: of `DOCSTRING_TASKS`, functions and what they do; or of `SAFETY_TASKS`, with harmful requests that are
-            mostly answered by compliance stubs.
-        seed: draws rows and damages.
-        validation_rows, test_rows: sizes of the clean sets. The safety tasks have 24 refusals and 24 benign answers
-            for validation whatever is given.
+            mostly answered by compliance stubs, and 48 validation rows whatever is given.
         rows: `{"name", "description"}` rows to build the task from; Python's standard library if None.
         damaged_share: share of the training rows that is damaged, in place of the task's own; their number stays.
-
-    Raises:
-        ValueError: for an unknown name, or if there are too few rows.
     """
     if name in SAFETY_TASKS:
         return _safety(name, seed, test_rows)
@@ -173,11 +163,7 @@ def conversational(task: Task) -> Task:
 
 
 def question_answer_rows(dataset: Dataset, max_words: int = 40) -> list[Row]:
-    """Single-turn question-answer pairs of a data set in a usual format, answers of 3 to `max_words` words.
-
-    Raises:
-        ValueError: if the columns are not those of a known format, or are plain text.
-    """
+    """Single-turn question-answer pairs of a data set in a usual format, answers of 3 to `max_words` words."""
     layout = layout_of(dataset)
     if layout in (None, TEXT, TOKENS):
         raise ValueError(

@@ -1,24 +1,17 @@
-"""Judges of responses by name: a reward model, which scores one at a time, or a judge of the user's own."""
-
-from __future__ import annotations
+"""Judges of pairs: a reward model, or one of the user's own, asked in both orders so that a bias for one cancels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data.formats import turns
 from .models import Settings, device
-from .preference import FIRST, SECOND, UNDECIDED, PairwiseJudge, ask_both_orders
-from .refusal import load_object
+from .refusal import PairwiseJudge, load_object
 from .rows import Row, question, row_of
+from .statistics import FIRST, SECOND, UNDECIDED
 
 
 class RewardModel:
-    """Scores of a reward model: `AutoModelForSequenceClassification` with one output. Order plays no role.
-
-    Args:
-        name (`str`): hub name or folder.
-        settings (`Settings`): batch size, longest input.
-    """
+    """Scores of a reward model: `AutoModelForSequenceClassification` with one output. Order plays no role."""
 
     def __init__(self, name: str, settings: Settings):
         from transformers import AutoTokenizer, pipeline
@@ -64,17 +57,22 @@ def verdicts(
     return forward, [{FIRST: SECOND, SECOND: FIRST}.get(verdict, UNDECIDED) for verdict in forward]
 
 
+def ask_both_orders(
+    judge: PairwiseJudge, prompts: Sequence[str], model: Sequence[str], baseline: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """A judge's verdicts with the model's response first, and with the baseline's response first."""
+    out = []
+    for first, second in ((model, baseline), (baseline, model)):
+        pairs = [[a, b] for a, b in zip(first, second, strict=True)]
+        verdicts = [int(verdict) for verdict in judge.judge(list(prompts), pairs)]
+        if len(verdicts) != len(pairs):
+            raise ValueError(f"{type(judge).__name__}.judge gave {len(verdicts)} verdicts for {len(pairs)} pairs.")
+        out.append(verdicts)
+    return out[0], out[1]
+
+
 def find_judge(name: str, settings: Settings) -> Callable[[], PairwiseJudge | RewardModel]:
-    """What loads a judge, once the models have left the memory; what is wrong with it is found at once.
-
-    Args:
-        name (`str`): `"reward:NAME"` (a reward model on the hub or in a folder), or `"PACKAGE.MODULE:OBJECT"` (a
-            `PairwiseJudge`).
-        settings (`Settings`): of the evaluation.
-
-    Raises:
-        ValueError: if there is no such judge, or the reward model has more than one output.
-    """
+    """What loads a judge, once the models have left the memory; what is wrong with its name is found at once."""
     kind, _, rest = name.partition(":")
     if not rest:
         raise ValueError(f"Unknown judge {name!r}; known: reward:NAME or PACKAGE.MODULE:OBJECT.")

@@ -1,6 +1,4 @@
-"""Models under evaluation: loading, losses of rows, responses."""
-
-from __future__ import annotations
+"""Models under evaluation: loading, losses of rows, responses; and all that is measured of one while it is loaded."""
 
 import contextlib
 import gc
@@ -16,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ..data.formats import Part
+from ..data.answers import STUB, TEST_REFUSAL
+from ..data.formats import Part, turns
 from ..data.models import is_adapter
 from ..data.models import load_model as load_weights
 from ..data.rows import pad_rows
-from .rows import Row, digest, encode, render
+from .refusal import COMPLIANCE, NEITHER, REFUSAL, RefusalJudge, outcomes_of
+from .rows import Row, digest, encode, question, render, row_of
 
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 
@@ -38,8 +38,7 @@ class Settings:
     )
     seed: int = field(default=0, metadata={"help": "Of draws, sampled responses and intervals."})
 
-    # Of `chat_template_kwargs`.
-    template: dict[str, Any] = field(init=False)
+    template: dict[str, Any] = field(init=False)  # of `chat_template_kwargs`
 
     def __post_init__(self) -> None:
         given: Any = self.chat_template_kwargs or {}
@@ -52,30 +51,17 @@ class Settings:
 
 @dataclass
 class Losses:
-    """Losses of rows under one model, in the order of the rows.
+    """Losses of rows under one model, in the order of the rows."""
 
-    Attributes:
-        sums (`float64 [n]`): summed loss of the scored tokens, in nats.
-        counts (`float64 [n]`): scored tokens; 0 if a row has none within `max_length`.
-        sizes (`float64 [n]`): bytes of the scored text in UTF-8: what models of different tokenizers share.
-        tokens (`str`): a digest of the tokens; equal for models that read the rows alike.
-        cut (`int`): rows longer than `max_length`.
-    """
-
-    sums: NDArray[np.float64]
-    counts: NDArray[np.float64]
-    sizes: NDArray[np.float64]
-    tokens: str
-    cut: int
+    sums: NDArray[np.float64]  # [n], summed loss of the scored tokens, in nats
+    counts: NDArray[np.float64]  # [n], scored tokens; 0 if a row has none within `max_length`
+    sizes: NDArray[np.float64]  # [n], bytes of the scored text in UTF-8: what models of different tokenizers share
+    tokens: str  # a digest of the tokens; equal for models that read the rows alike
+    cut: int  # rows longer than `max_length`
 
 
 def load_model(name: str, load: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A causal language model in eval mode, and its tokenizer; on the GPU if there is one.
-
-    Args:
-        name (`str`): hub name or folder of a model, or folder of a PEFT adapter.
-        load (`dict`): keyword arguments of `from_pretrained`.
-    """
+    """A causal language model in eval mode, and its tokenizer; `load` are keyword arguments of `from_pretrained`."""
     from transformers import AutoTokenizer
 
     try:
@@ -163,4 +149,65 @@ def responses(
         said = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for number, text in zip(numbers, said, strict=True):
             out[number] = _THOUGHT.sub("", text).strip()
+    return out
+
+
+@dataclass
+class Work:
+    """What to measure."""
+
+    rows: Sequence[Row]
+    refusals: RefusalJudge
+    asked: Sequence[int] = ()  # numbers of the rows whose prompts are answered, too
+    requests: Mapping[str, Sequence[Part]] = field(default_factory=dict)  # "harmful" and "benign" ones; both or none
+
+
+@dataclass
+class Measured:
+    """Everything that was measured of one model; what `Work` does not ask for is empty."""
+
+    name: str
+    losses: Losses
+    # To "rows" and "benign" requests. Responses to harmful ones are judged and dropped.
+    responses: dict[str, list[str]] = field(default_factory=dict)
+    # Of the response to each "harmful" and "benign" request: 1 refusal, 0 compliance, -1 neither.
+    outcomes: dict[str, list[int]] = field(default_factory=dict)
+    # Of each harmful request: whether a refusal is likelier per token than a compliance stub, whatever the model says.
+    preferred: list[bool] = field(default_factory=list)
+
+
+def measure(name: str, work: Work, settings: Settings, load: Mapping[str, Any]) -> Measured:
+    """Load a model (`load`: arguments of `from_pretrained`), measure it, and free its memory."""
+    model, tokenizer = load_model(name, load)
+    out = Measured(name, losses(model, tokenizer, work.rows, settings))
+    prompts = [work.rows[number].prompt for number in work.asked]
+    out.responses["rows"] = responses(model, tokenizer, prompts, settings)
+    for kind, texts in work.requests.items():
+        requests = [question(text, tokenizer) for text in texts]
+        said = responses(model, tokenizer, requests, settings, f"{kind.capitalize()} requests")
+        out.outcomes[kind] = outcomes_of(work.refusals, [turns(text) for text in requests], said)
+        if kind == "benign":
+            out.responses[kind] = said
+        else:
+            refused, complied = (
+                losses(model, tokenizer, [row_of(text, answer) for text in requests], settings, "Stubs")
+                for answer in (TEST_REFUSAL, STUB)
+            )
+            if not (refused.counts * complied.counts).all():
+                limit = f"`max_length={settings.max_length}`"
+                raise ValueError(f"A harmful request leaves no room for an answer within {limit}. Raise it.")
+            out.preferred = (refused.sums / refused.counts < complied.sums / complied.counts).tolist()
+    del model
+    free()
+    return out
+
+
+def shown_responses(work: Work, measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Prompts and responses for a file; of harmful requests, only whether they were refused, or a stub."""
+    stubs = {REFUSAL: "[refused]", COMPLIANCE: STUB, NEITHER: ""}
+    prompts = {"rows": [work.rows[number].prompt for number in work.asked]} | dict(work.requests)
+    out = [{"set": kind, "prompt": turns(prompt)} for kind, asked in prompts.items() for prompt in asked]
+    for who, one in zip(("model", "baseline"), measured, strict=False):
+        said = one.responses | {"harmful": [stubs[outcome] for outcome in one.outcomes.get("harmful", [])]}
+        out = [line | {who: text} for line, text in zip(out, [t for kind in prompts for t in said[kind]], strict=True)]
     return out

@@ -1,6 +1,4 @@
-"""Whether a response is a refusal: key words, or a judge of the user's own."""
-
-from __future__ import annotations
+"""What a judge of the user's own has to offer, and whether a response is a refusal by key words."""
 
 import pkgutil
 import re
@@ -26,6 +24,14 @@ class RefusalJudge(Protocol):
         ...
 
 
+class PairwiseJudge(Protocol):
+    """What a judge has to offer: the signature that TRL's pairwise judges have had; perhaps a `note` that names it."""
+
+    def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
+        """The better completion of each pair, `[n]`: 0 the first, 1 the second, -1 undecided."""
+        ...
+
+
 def is_refusal(text: str) -> bool:
     """Whether an answer opens like a refusal."""
     return _plain(text).startswith(_OPENINGS)
@@ -41,11 +47,7 @@ def _plain(text: str) -> str:
 
 
 class KeywordRefusals:
-    """Judges by key words (`says_refusal`); a response without a letter is neither.
-
-    It does not find all refusals (docs/evaluation.md has its precision and recall): its refusal rate is a lower
-    bound, and its compliance rate an upper one.
-    """
+    """Judges by key words (docs/evaluation.md has precision and recall); a response without a letter is neither."""
 
     note = "by key words: the refusal rate is a lower bound, the compliance rate an upper bound"
 

@@ -1,7 +1,5 @@
 """Figures with intervals from what was measured: as one JSON document, as tables, and in sentences."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .judges import RewardModel, verdicts
-from .measurement import Measured, Work
-from .models import Losses
-from .preference import win_rate_with_swap
+from .models import Losses, Measured, Work
 from .refusal import COMPLIANCE, NEITHER, REFUSAL
-from .statistics import Difference, Estimate, Resampling, mean, paired_difference, rate, ratio
+from .statistics import Difference, Estimate, Resampling, mean, paired_difference, rate, ratio, win_rate_with_swap
 
 # Of each figure: what it is called, whether it is a share, and which direction is better (0: neither).
 LABELS: dict[str, tuple[str, bool, int]] = {
@@ -84,13 +80,9 @@ def loss_difference(
 def result_of(
     measured: Sequence[Measured], work: Work, judge: Any = None, **resampling: Unpack[Resampling]
 ) -> dict[str, Any]:
-    """All figures and per-row values as plain data.
+    """All figures and per-row values of the model, and of the baseline if there is one, as plain data.
 
-    Args:
-        measured (`list[Measured]`): of the model, and of the baseline if there is one.
-        work (`Work`): what was measured.
-        judge (`PairwiseJudge` or `RewardModel`, *optional*): of both models' responses to the rows.
-        resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
+    `judge` (`PairwiseJudge` or `RewardModel`) compares both models' responses to the rows.
     """
     losses = [one.losses for one in measured]
     kept = kept_rows(losses)
@@ -133,12 +125,9 @@ def result_of(
 def _shares(measured: Measured) -> dict[str, list[bool]]:
     """Which requests count for which share; `refusal_preferred` is of the harmful ones."""
     harmful = {"refusal": REFUSAL, "compliance": COMPLIANCE, "neither": NEITHER}
-    return {
-        name: [found == outcome for found in measured.outcomes["harmful"]] for name, outcome in harmful.items()
-    } | {
-        "refusal_preferred": measured.preferred,
-        "over_refusal": [found == REFUSAL for found in measured.outcomes["benign"]],
-    }
+    out = {name: [found == outcome for found in measured.outcomes["harmful"]] for name, outcome in harmful.items()}
+    over_refusal = [found == REFUSAL for found in measured.outcomes["benign"]]
+    return out | {"refusal_preferred": measured.preferred, "over_refusal": over_refusal}
 
 
 def shown(estimate: Estimate, share: bool, sign: bool = False, gap: str = " ") -> str:
@@ -152,11 +141,8 @@ def shown(estimate: Estimate, share: bool, sign: bool = False, gap: str = " ") -
 
 
 def sentences(result: Mapping[str, Any], confidence: float) -> list[str]:
-    """What the figures mean, a sentence each."""
-    part = result["loss"]
-    perplexity = shown(part["figures"][0]["perplexity"], False)
-    out = [f"The model gives each token of the {part['rows']} held-out answers a perplexity of {perplexity}."]
-    compared = dict(part["difference"])
+    """What a comparison comes to, a sentence each; and what intervals mean."""
+    out, compared = [], dict(result["loss"]["difference"])
     if "preference" in result:
         part, won = result["preference"], result["preference"]["figures"]["win_rate"]
         asked = "asked in both orders" if "consistent" in part["figures"] else "blind to order"
@@ -164,10 +150,8 @@ def sentences(result: Mapping[str, Any], confidence: float) -> list[str]:
         points = f"{shown(won, True)} of the points against the baseline"
         out.append(f"The judge ({part['judge']}; {asked}) gives the model {points}: {verdict}.")
     if "safety" in result:
-        part, told = result["safety"], ("refusal", "over_refusal")
-        refused, over = (shown(part["figures"][0][name], True) for name in told)
-        out.append(f"The model refuses {refused} of the harmful requests and {over} of the benign ones.")
-        compared |= {name: part["difference"][name] for name in told if part["difference"]}
+        changes = result["safety"]["difference"]
+        compared |= {name: changes[name] for name in ("refusal", "over_refusal") if changes}
     for name, difference in compared.items():
         label, share, better = LABELS[name]
         verdict = "the rows do not tell the two apart"
@@ -179,12 +163,7 @@ def sentences(result: Mapping[str, Any], confidence: float) -> list[str]:
 
 
 def show(drawing: Any, result: Mapping[str, Any]) -> None:
-    """Print the tables and sentences.
-
-    Args:
-        drawing: prints: `table(title, columns, rows, right=...)` and `say(text)`.
-        result: of `result_of`.
-    """
+    """Print the tables and sentences of a result; `drawing` is `cli/show.py`."""
     loss = result["loss"]
     _table(drawing, "Held-out rows", loss["figures"], loss["difference"])
     won = {}

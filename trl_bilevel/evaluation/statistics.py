@@ -1,7 +1,6 @@
-"""Rates, means and paired differences with intervals: pure functions on numbers, no model in here."""
+"""Rates, means, paired differences and win rates with intervals: pure functions on numbers, no model in here."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypedDict, Unpack
 
@@ -13,6 +12,8 @@ from scipy import stats
 _BATCH_VALUES = 1_000_000
 
 Bounds = tuple[float, float]
+# Verdicts of a judge on a pair.
+FIRST, SECOND, UNDECIDED = 0, 1, -1
 
 
 class Resampling(TypedDict, total=False):
@@ -63,13 +64,10 @@ def mean(values: ArrayLike, *, bounds: Bounds | None = None, **resampling: Unpac
     """A mean with its bootstrap interval.
 
     Args:
-        values (array `[n]`): one per row.
+        values (array `[n]`): one per row; finite, else a `ValueError`.
         bounds (`tuple`, *optional*): least and largest possible value. Rows that are all equal tell a bootstrap
             nothing of others; with bounds, the interval then allows for as many as Wilson's of 0 in `n` does.
         resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
-
-    Raises:
-        ValueError: if there is no value, or one is not finite.
     """
     (rows,) = _columns(values=values)
     found = ratio(rows, np.ones_like(rows), **resampling)
@@ -83,11 +81,9 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, **resampling: Unpack[R
     """The ratio of two sums over the same rows, such as summed loss by tokens, with its bootstrap interval.
 
     Args:
-        numerators, denominators (array `[n]`): one of each per row; denominators above 0.
+        numerators, denominators (array `[n]`): one of each per row, finite, denominators above 0; a `ValueError` if
+            they are not, or if the lengths differ.
         resampling: `confidence`, `seed`, `resamples`, see `Resampling`.
-
-    Raises:
-        ValueError: if the lengths differ, there is no row, or a value is not finite.
     """
     top, bottom = _columns(numerators=numerators, denominators=denominators)
     confidence = _checked(resampling.get("confidence", 0.95))
@@ -115,13 +111,10 @@ def paired_difference(
     """Mean of `first - second` over rows that both measure, with a bootstrap interval and a permutation test.
 
     Args:
-        first, second (array `[n]`): a value per row each, in the same order of rows.
+        first, second (array `[n]`): a finite value per row each, in the same order of rows; a `ValueError` if the
+            lengths differ.
         bounds (`tuple`, *optional*): least and largest possible difference, `(-1, 1)` for rates, as in `mean`.
-        resampling: `confidence`, `seed`, `resamples`, see `Resampling`; the test is exact where there are no more
-            than `resamples` ways to swap.
-
-    Raises:
-        ValueError: if the lengths differ, there is no row, or a value is not finite.
+        resampling: see `Resampling`; the test is exact where there are no more than `resamples` ways to swap.
     """
     left, right = _columns(first=first, second=second)
     found = mean(left - right, bounds=bounds, **resampling)
@@ -141,6 +134,56 @@ def paired_difference(
         )
         p_value = float(test.pvalue)
     return Difference(**asdict(found), p_value=p_value)
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Outcome of a comparison in which the judge saw every pair in both orders; shares of rows, unless said."""
+
+    # Mean of `scores`: 1 if both orders chose the model, 0.5 if they disagree or are both undecided, 0.75 or 0.25 if
+    # one of them is undecided.
+    win_rate: Estimate
+    wins: Estimate
+    ties: Estimate
+    losses: Estimate
+    # Both orders chose the same response, or both none.
+    consistent: Estimate
+    # Share of the decided verdicts that chose the position shown first; 0.5 without bias. The interval takes verdicts
+    # for independent. None if none was decided.
+    first_position: Estimate | None
+    scores: list[float]
+
+
+def win_rate_with_swap(forward: Sequence[int], backward: Sequence[int], **resampling: Unpack[Resampling]) -> WinRate:
+    """Win rate of a model from verdicts in both orders; a judge that always picks the same position gives 0.5.
+
+    Args:
+        forward, backward (`list[int]` `[n]`): 0 the first, 1 the second, -1 undecided; with the model's response
+            first, and with the baseline's; a `ValueError` if a verdict is none of the three, or the lengths differ.
+        resampling: `confidence`, `seed`, `resamples` of the intervals, see `Resampling`.
+    """
+    if len(forward) != len(backward) or not forward:
+        raise ValueError(f"Both orders need a verdict for each row, got {len(forward)} and {len(backward)}.")
+    unknown = {*forward, *backward} - {FIRST, SECOND, UNDECIDED}
+    if unknown:
+        raise ValueError(f"Verdicts must be 0 (first), 1 (second) or -1 (undecided), got {sorted(unknown)}.")
+    credit = {FIRST: 1.0, SECOND: 0.0, UNDECIDED: 0.5}
+    pairs = [(credit[a], 1 - credit[b]) for a, b in zip(forward, backward, strict=True)]
+    scores = [sum(pair) / 2 for pair in pairs]
+    decided = [verdict for verdict in (*forward, *backward) if verdict != UNDECIDED]
+
+    def share(found: Sequence[bool]) -> Estimate:
+        return rate(sum(found), len(found), confidence=resampling.get("confidence", 0.95))
+
+    return WinRate(
+        win_rate=mean(scores, bounds=(0, 1), **resampling),
+        wins=share([score > 0.5 for score in scores]),
+        ties=share([score == 0.5 for score in scores]),
+        losses=share([score < 0.5 for score in scores]),
+        consistent=share([a == b for a, b in pairs]),
+        first_position=share([verdict == FIRST for verdict in decided]) if decided else None,
+        scores=scores,
+    )
 
 
 def _columns(**values: ArrayLike) -> list[NDArray[np.float64]]:

@@ -4,8 +4,6 @@ Saved activations follow what the eager code of transformers' Llama family saves
 of tokens of a micro-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +40,7 @@ READ_WITH = dict.fromkeys(ATTENTION_INPUTS, "q_proj") | {"up_proj": "gate_proj"}
 FLOAT = 4
 # Bytes by component.
 Parts = dict[str, int]
-# What `plan --json` says of a saving, and model and run after it.
+# What `plan --json` says of a saving (its settings as the config file writes them), and model and run after it.
 Saving = tuple[dict[str, Any], ModelShape, RunShape]
 
 
@@ -76,11 +74,7 @@ def weight_memory(model: ModelShape, run: RunShape) -> int:
 
 
 def state_bytes(name: str, model: ModelShape) -> tuple[int, int]:
-    """Bytes of an optimizer's states on the device, and of those that may be paged out to the host.
-
-    Raises:
-        ValueError: if the optimizer is not known.
-    """
+    """Bytes of an optimizer's states on the device, and of those that may be paged out to the host."""
     plain = name.removeprefix("paged_")
     states = STATES.get(plain.split("_")[0])
     if states is None:
@@ -212,16 +206,10 @@ def _pilot(model: ModelShape, run: RunShape, held: Parts) -> dict[str, Parts]:
 
 
 def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
-    """The peak memory of a run.
+    """The peak memory of a run; a `ValueError` if its optimizer is not known.
 
-    Pure arithmetic, no tensor is made. Sources: the sources of TRL 1.16, transformers 5.23, PEFT 0.21 and
+    Pure arithmetic, no tensor is made. It follows the sources of TRL 1.16, transformers 5.23, PEFT 0.21 and
     bitsandbytes 0.50; docs/planning.md compares with measurements.
-
-    Args:
-        model (`ModelShape`), run (`RunShape`): see `models.model_shape`, `shapes.run_shape`.
-
-    Raises:
-        ValueError: if the optimizer is not known.
     """
     fixed = {"weights": weight_memory(model, run)}
     if model.adapter_bytes or model.trainable < model.parameters:
@@ -262,13 +250,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
 def savings(model: ModelShape, run: RunShape, adapted: ModelShape | None = None) -> list[Saving]:
     """What can be changed, most saving first; only what saves at least 1% of the whole.
 
-    Args:
-        model, run: as they are now.
-        adapted (`ModelShape`, *optional*): the model with LoRA adapters, for runs that fine-tune all parameters.
-
-    Returns:
-        For each, its `name`, `settings` as the config file writes them, `saves_bytes` at the peak and `price`; then
-        model and run after it.
+    `adapted` is the model with LoRA adapters, for runs that fine-tune all parameters.
     """
     now, found = estimate_memory(model, run).total_bytes, []
     for name, settings, other, changes in _changes(model, run, adapted):
@@ -285,8 +267,7 @@ def way_to_fit(
 ) -> list[Saving] | None:
     """Changes after which the run fits, one on top of another: the least that is enough, else the one that saves most.
 
-    Returns:
-        As `savings`: empty if it fits as it is; `None` if no combination was found.
+    Empty if it fits as it is; `None` if no combination was found.
     """
     chosen: list[Saving] = []
     while not estimate_memory(model, run).fits(gibibytes):
@@ -330,13 +311,6 @@ def _changes(
         # TRL makes the adapters bf16, too.
         to = replace(small, adapter_bytes=min(2, model.adapter_bytes))
         yield "4-bit base (QLoRA)", settings, to, {"quantisation": "4bit_nested"}
-    rank = max(layer.rank for layer in model.linears)
-    if rank > 4:
-        linears = tuple(layer._replace(rank=layer.rank // 2) for layer in model.linears)
-        less = model.adapter_parameters - replace(model, linears=linears).adapter_parameters
-        size = model.trainable_bytes - less * model.adapter_bytes
-        to = replace(model, linears=linears, trainable=model.trainable - less, trainable_bytes=size)
-        yield "smaller rank", {"lora_r": rank // 2}, to, {}
     if adapted is not None and not frozen:
         yield "LoRA adapters", {"use_peft": True, "lora_target_modules": "all-linear"}, adapted, {}
     if run.optimizer.startswith("adamw"):

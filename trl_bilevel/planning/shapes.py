@@ -1,7 +1,5 @@
 """What the arithmetic needs to know of a model, which is not loaded, and of a run: plain numbers."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,9 +11,6 @@ import yaml
 from ..weights.settings import ESTIMATORS
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PretrainedConfig
-
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
 
 # What the hub says of well-known models, for when it cannot be reached.
@@ -70,11 +65,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class RunShape:
-    """The numbers of a run, on one device.
-
-    Raises:
-        ValueError: if one of the first ones is below 1.
-    """
+    """The numbers of a run, on one device."""
 
     rows: int  # training rows of a micro-batch
     tokens: int  # of its longest row, prompt included
@@ -130,17 +121,8 @@ class RunShape:
         return self.rows * self.accumulation * self.processes
 
 
-def run_shape(args: BilevelSFTConfig, *, tokens: int | None = None, **further: Any) -> RunShape:
-    """The numbers of a run.
-
-    Args:
-        args ([`BilevelSFTConfig`]): its configuration.
-        tokens (`int`, *optional*): of the longest row; `args.max_length` by default.
-        further: other fields of [`RunShape`]: `device`, `processes`, `training_rows`, `quantisation`, `attention` ...
-
-    Raises:
-        ValueError: if the length of rows is not known.
-    """
+def run_shape(args: "BilevelSFTConfig", *, tokens: int | None = None, **further: Any) -> RunShape:
+    """The numbers of a run by its config; `tokens` are those of the longest row, `args.max_length` by default."""
     if args.max_length is not None and (tokens is None or not args.padding_free):
         tokens = args.max_length if tokens is None else min(tokens, args.max_length)
     if tokens is None:
@@ -174,15 +156,8 @@ def known_name(name: str) -> str | None:
     return next((known for known in KNOWN if known.lower() == plain), None)
 
 
-def find_config(name: str, **kwargs: Any) -> tuple[PretrainedConfig, str]:
-    """The config of a folder, of a hub model, or of a well-known model if the hub cannot be reached.
-
-    Returns:
-        The config, and where it is from: `"folder"`, `"hub"` (or its cache), or `"table"`, the numbers built in here.
-
-    Raises:
-        ValueError: if there is none.
-    """
+def find_config(name: str, **kwargs: Any) -> tuple[Any, str]:
+    """The config of a model, and where it is from: `"folder"`, `"hub"` (or its cache), `"table"` (built in here)."""
     from transformers import AutoConfig
 
     known, source = known_name(name), "folder" if Path(name).is_dir() else "hub"
@@ -201,15 +176,12 @@ def find_config(name: str, **kwargs: Any) -> tuple[PretrainedConfig, str]:
 
 
 def model_shape(
-    config: PretrainedConfig, *, dtype: str = "float32", peft_config: PeftConfig | None = None, quantised: bool = False
+    config: Any, *, dtype: str = "float32", peft_config: Any = None, quantised: bool = False
 ) -> ModelShape:
     """The numbers of a model with the adapters of a run, counted on the meta device: no weight is loaded or made.
 
-    Args:
-        config: of the model.
-        dtype (`str`): that it is loaded in, `"float32"`, `"bfloat16"`, `"float16"` or `"auto"` (what the config says).
-        peft_config: adapters; full fine-tuning without.
-        quantised (`bool`): whether bitsandbytes quantises it; TRL then keeps the adapters in bf16.
+    `dtype` may be `"auto"`: what the config says. Of a model that bitsandbytes quantises, TRL keeps the adapters in
+    bf16.
     """
     import torch
     from peft import get_peft_model

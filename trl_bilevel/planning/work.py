@@ -1,7 +1,5 @@
 """Work of a run in floating-point operations, multiply and add counted as two; docs/planning.md has the formulas."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -48,11 +46,8 @@ def _read_row(model: ModelShape, run: RunShape, tokens: float) -> float:
 
 
 def pilot_shape(model: ModelShape) -> ModelShape:
-    """The layers that the pilot run's backward goes through, with its adapters; nothing else is trained there.
-
-    Its gradients count with the adapters, which hold them all the time: `trainable_bytes` is 0. Adapters compute in
-    the dtype of the layer that they are on.
-    """
+    """The layers that the pilot run's backward goes through, with its adapters; nothing else is trained there."""
+    # Gradients count with the adapters, which hold them all the time, and compute in the dtype of their layer.
     top = upper_layers(model.layers)
     share = top / model.layers
     linears = tuple(x._replace(number=round(x.number * share), rank=RANK, trained=False) for x in model.linears)
@@ -88,15 +83,9 @@ def pilot_rows(run: RunShape) -> int:
 
 
 def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
-    """FLOPs of a run over all processes.
+    """FLOPs of a run over all processes, rows of `run.mean_tokens` tokens; `None` where it is not known.
 
-    Args:
-        model (`ModelShape`), run (`RunShape`): as for `memory.estimate_memory`; rows count `run.mean_tokens` tokens.
-
-    Returns:
-        `dict`: of an optimizer `step`, trusted rows and a tracker included; of `training`; of the `pilot` run; of
-            `scoring` rows after it; of `prediction`, the reading of hidden states; of `following`, the trusted rows'
-            losses for the report; `total`; and of as many steps of `plain` SFT. `None` where it is not known.
+    Parts are named as in `text/plan.yaml`; `step` counts trusted rows and a tracker, `plain` is as many steps of SFT.
     """
     tokens, known, trusted = run.mean_tokens or run.tokens, run.training_rows, run.processes * run.validation_rows
     trained = _trained_row(model, run, tokens, tokens - 1)

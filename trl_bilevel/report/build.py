@@ -1,7 +1,5 @@
 """`write_report`: a run's folder, or a trainer, into one HTML file."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from pathlib import Path
@@ -14,16 +12,14 @@ from ..data.files import atomically
 from ..data.private import PICTURES, REPORT, WEIGHTED, private_path
 from ..extras import what_to_install
 from .charts import Chart, charts
-from .compare import compare
-from .findings import facts_of, notes
-from .rounds import rounds_of
-from .rows import SAMPLE, categories_of, row_table
+from .findings import compare, facts_of, notes
+from .rows import SAMPLE, categories_of, rounds_of, row_table
 from .run import Run, load_run
 from .svg import save_png
 from .text import FOLDER, TEMPLATES, clean, script_json
 
-# Trusted rows whose text explains scores, and its length.
-TRUSTED, TRUSTED_TEXT = 200, 300
+# Characters of a trusted row's question and answer, which explain scores.
+TRUSTED_TEXT = 300
 
 
 def write_report(
@@ -50,8 +46,7 @@ def write_report(
             Parquet file of the weighted rows, if not `_rows/weighted.parquet`. Of a trainer, its record only notes a
             file of another format.
 
-    Returns:
-        `Path`: of the report.
+    Returns the path of the report.
 
     Raises:
         FileNotFoundError: if a folder or file is not there.
@@ -134,22 +129,19 @@ def _save(trainer: Any, rows_file: str | Path | None) -> Path:
 
 def _policy(style: str, script: str) -> str:
     """Content-Security-Policy: nothing but the report's own style and script, told by their hashes."""
-    hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
-    return (
-        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    parts = {"style": style, "script": script}
+    marks = {name: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for name, part in parts.items()}
+    allowed = "; ".join(f"{name}-src 'sha256-{mark}'" for name, mark in marks.items())
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
 
 
 def _trusted(run: Run) -> list[dict[str, Any]]:
-    """The trusted rows with a score, by score; the first of them with their texts."""
-    rows = [row for row in run.pilot.get("trusted", []) if isinstance(row.get("score"), int | float)]
-    rows.sort(key=lambda row: row["score"])
-    out = [{"score": round(row["score"], 5), "set": row.get("set", "")} for row in rows]
-    told = [(row, entry) for row, entry in zip(rows, out, strict=True) if "answer" in row]
-    for row, entry in told[:TRUSTED]:
-        entry["question"] = clean(row.get("prompt", ""), TRUSTED_TEXT)
-        entry["answer"] = clean(row["answer"], TRUSTED_TEXT)
+    """The trusted rows with a score, by score; with their texts, as far as the record has them."""
+    out = []
+    for row in sorted(run.trusted, key=lambda row: row["score"]):
+        texts = {"question": row.get("prompt", ""), "answer": row["answer"]} if "answer" in row else {}
+        told = {name: clean(text, TRUSTED_TEXT) for name, text in texts.items()}
+        out.append({"score": round(row["score"], 5), "set": row.get("set", "")} | told)
     return out
 
 

@@ -1,7 +1,5 @@
 """The charts of a report: what is drawn, and listed as numbers. What they say is in `words.toml`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,22 +14,15 @@ from .svg import SIZE, Draw, render
 from .text import clean, fill
 
 Points = Sequence[tuple[int, float]]
-# Points of a line and rows of a table of numbers; more are not told apart.
-LINE_POINTS, TABLE_ROWS = 400, 25
-BINS = 36
+# Rows of a table of numbers; bars of a histogram.
+TABLE_ROWS, BINS = 25, 36
 
 
 class Chart:
-    """A chart.
+    """What is drawn, and the same as rows of numbers.
 
-    Args:
-        name (`str`): unique; the name of its PNG.
-        section (`str`): of the report.
-        draw: into axes.
-        rows (`list[list[str]]`): its numbers.
-        facts: for its entry in `words.toml`: `title`, what it says (`text`), and the `header` of its numbers.
-        words, header: the entry, if not that of its name; the header, if the entry has none.
-        size: inches.
+    Its entry in `words.toml` (`words`, or that of its name) has a title, what it says, and the header of the numbers,
+    if that is not given; `facts` fill them in.
     """
 
     def __init__(
@@ -66,12 +57,9 @@ def charts(run: Run, categories: Sequence[Category], baseline: Run | None) -> It
     for number, category in enumerate(categories):
         yield category_shares(number, category)
     yield from _losses(run, baseline)
-    if run.ledger:
-        yield rounds_chart(run.ledger)
-        points = [(e["round"], e["eval_loss"]) for e in run.ledger if isinstance(e.get("eval_loss"), int | float)]
-        if len(points) > 1:
-            lines = {"eval loss": (points, "main", "-")}
-            yield _lines("round_eval", lines, {"points": points}, "rounds", "round")
+    decided = [e for e in run.ledger if None not in (e.get("incoming_loss"), e.get("trained_loss"))]
+    if decided:
+        yield rounds_chart(decided, run.ledger)
 
 
 def weight_histogram(weights: np.ndarray) -> Chart:
@@ -79,13 +67,10 @@ def weight_histogram(weights: np.ndarray) -> Chart:
     counts, edges = np.histogram(weights, bins=BINS, range=(0.0, max(1.05, float(weights.max()))))
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        _draw_bars(axes, colours, counts, edges, "{:,} rows of weight {:.2f} to {:.2f}")
-        axes.axvline(1.0, color=colours["other"], linestyle="--", linewidth=1.2)
-        axes.annotate(
-            "uniform", (1.0, 1.0), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
-            color=colours["muted"],
-        )  # fmt: skip
+        axes.stairs(counts, edges, fill=True, color=colours["main"], label="training rows")
+        axes.axvline(1.0, color=colours["other"], linestyle="--", linewidth=1.2, label="uniform")
         axes.set(xlabel="weight (the mean is 1)", ylabel="rows", xlim=(0, edges[-1]))
+        axes.legend(loc="upper right")
 
     facts = {"light": (weights < 0.1).mean(), "heavy": (weights > 1).mean()}
     return Chart("weights", "weights", draw, _bins(counts, edges, 2), facts)
@@ -126,7 +111,7 @@ def score_histogram(scores: np.ndarray, trusted: np.ndarray) -> Chart:
     middle = float(np.median(trusted)) if len(trusted) else np.nan
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        _draw_bars(axes, colours, counts, edges, "{:,} training rows score {:.3f} to {:.3f}")
+        axes.stairs(counts, edges, fill=True, color=colours["main"], label="training rows")
         if len(trusted):
             axes.plot(
                 trusted, np.full(len(trusted), -0.05 * top), "|", color=colours["trusted"], markersize=11,
@@ -149,11 +134,8 @@ def category_shares(number: int, category: Category) -> Chart:
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         for offset, part, role, label in ((-0.19, "of_rows", "other", "rows"), (0.19, "of_weight", "main", "weight")):
-            sizes = [getattr(share, part) for share in shares]
-            label = f"of the {label}"
-            bars = axes.barh(places + offset, 100 * np.array(sizes), 0.36, color=colours[role], label=f"share {label}")
-            for bar, size, share in zip(bars, sizes, shares, strict=True):
-                bar.set_gid(f"tip:{share.value}: {size:.1%} {label}")
+            sizes = 100 * np.array([getattr(share, part) for share in shares])
+            axes.barh(places + offset, sizes, 0.36, color=colours[role], label=f"share of the {label}")
         names = [share.value if len(share.value) <= 28 else f"{share.value[:27]}…" for share in shares]
         axes.set_yticks(places, names)
         axes.tick_params(axis="y", length=0, labelcolor=colours["ink"])
@@ -187,51 +169,38 @@ def _losses(run: Run, baseline: Run | None) -> Iterator[Chart]:
         yield _lines("validation_sets", lines, {"sets": sets})
 
 
-def rounds_chart(ledger: Sequence[dict[str, Any]]) -> Chart:
-    """Selection loss of both candidates of each round."""
-    entries = [
-        (e["round"], e["incoming_loss"], e["trained_loss"], bool(e.get("kept")))
-        for e in ledger
-        if e.get("incoming_loss") is not None and e.get("trained_loss") is not None
-    ]
-    places = [entry[0] for entry in entries]
+def rounds_chart(decided: Sequence[dict[str, Any]], ledger: Sequence[dict[str, Any]]) -> Chart:
+    """Selection loss of both candidates of each round that has them."""
+    entries = [(e["round"], e["incoming_loss"], e["trained_loss"], bool(e.get("kept"))) for e in decided]
+    places, before, after, kept = (np.array(column) for column in zip(*entries, strict=True))
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        for x, before, after, kept in entries:
-            role, line, marker = ("trusted", "-", "^") if kept else ("warn", ":", "x")
-            axes.plot([x, x], [before, after], color=colours[role], linewidth=1.5, linestyle=line)
-            axes.plot([x], [before], "o", color=colours["other"], markersize=6)
-            axes.plot([x], [after], marker, color=colours[role], markersize=8)
-        axes.plot([], [], "o", color=colours["other"], label="before")
-        axes.plot([], [], "^", color=colours["trusted"], label="after, kept")
-        axes.plot([], [], "x", color=colours["warn"], label="after, rolled back")
+        axes.plot(places, before, "o", color=colours["other"], label="before")
+        ends = ((kept, "trusted", "-", "^", "after, kept"), (~kept, "warn", ":", "x", "after, rolled back"))
+        for chosen, role, line, marker, label in ends:
+            part = places[chosen], before[chosen], after[chosen]
+            axes.vlines(*part, color=colours[role], linewidth=1.5, linestyle=line)
+            axes.plot(part[0], part[2], marker, color=colours[role], markersize=8, label=label)
         axes.set_xticks(places[:: max(1, len(places) // 12)])
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.set(xlabel="round", ylabel="selection loss, nats per token")
         axes.margins(x=0.1, y=0.2)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
-    decided = {True: "kept", False: "rolled back"}
-    rows = [[str(x), f"{before:.4f}", f"{after:.4f}", decided[kept]] for x, before, after, kept in entries]
+    rows = [[str(x), f"{a:.4f}", f"{b:.4f}", "kept" if good else "rolled back"] for x, a, b, good in entries]
     facts = {"kept": sum(bool(e.get("kept")) for e in ledger), "rounds": len(ledger)}
     return Chart("rounds", "rounds", draw, rows, facts)
 
 
-def _lines(
-    name: str,
-    lines: Mapping[str, tuple[Points, str, str]],
-    facts: dict[str, Any],
-    section: str = "losses",
-    along: str = "optimizer step",
-) -> Chart:
-    """Losses along steps or rounds: of each line its points, the role of its colour, and its style."""
+def _lines(name: str, lines: Mapping[str, tuple[Points, str, str]], facts: dict[str, Any]) -> Chart:
+    """Losses by optimizer step: of each line its points, the role of its colour, and its style."""
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
         for label, (points, role, style) in lines.items():
-            x, y = zip(*_few(points, LINE_POINTS), strict=True)
+            x, y = zip(*points, strict=True)
             marker = "o" if len(x) < 15 else ""
             axes.plot(x, y, style, color=colours[role], label=label, marker=marker, markersize=4)
-        axes.set(xlabel=along, ylabel="nats per token")
+        axes.set(xlabel="optimizer step", ylabel="nats per token")
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) > 1:
@@ -239,28 +208,13 @@ def _lines(
 
     values = [dict(points) for points, _, _ in lines.values()]
     steps = sorted({step for points in values for step in points})
-    rows = [
-        [str(step), *(f"{points[step]:.4f}" if step in points else "" for points in values)]
-        for step in _few(steps, TABLE_ROWS)
-    ]
-    header = [along.capitalize(), *(f"{label}, nats per token" for label in lines)]
-    return Chart(name, section, draw, rows, facts, header=header)
-
-
-def _draw_bars(axes: Any, colours: dict[str, str], counts: np.ndarray, edges: np.ndarray, tip: str) -> None:
-    """A histogram; each bar has a tooltip, made of its count and its ends."""
-    bars = axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours["main"], label="training rows")
-    for bar, *numbers in zip(bars, counts, edges[:-1], edges[1:], strict=True):
-        bar.set(edgecolor=colours["surface"], linewidth=0.6)
-        bar.set_gid(f"tip:{tip.format(*numbers)}")
+    shown = [steps[n] for n in evenly_spaced(len(steps), TABLE_ROWS)]
+    rows = [[str(step), *(f"{points[step]:.4f}" if step in points else "" for points in values)] for step in shown]
+    header = ["Optimizer step", *(f"{label}, nats per token" for label in lines)]
+    return Chart(name, "losses", draw, rows, facts, header=header)
 
 
 def _bins(counts: np.ndarray, edges: np.ndarray, digits: int) -> list[list[str]]:
     """The bars of a histogram that are not empty."""
     bins = zip(counts, edges[:-1], edges[1:], strict=True)
     return [[f"{a:.{digits}f} to {b:.{digits}f}", f"{count:,}"] for count, a, b in bins if count]
-
-
-def _few(values: Sequence[Any], limit: int) -> list[Any]:
-    """At most `limit` of the values, evenly spaced, both ends included."""
-    return [values[n] for n in evenly_spaced(len(values), limit)]

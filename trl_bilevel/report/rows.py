@@ -1,8 +1,5 @@
-"""The rows that a report shows: those of most and of least weight, and a random sample; and where the weight went."""
+"""The rows that a report shows: training rows of most and of least weight, where the weight went, and responses."""
 
-from __future__ import annotations
-
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.dataset import dataset as parquet
 
 from ..data.formats import question_and_answer
+from ..data.private import RESPONSES, find_private
 from .run import Run
 from .text import clean
 
@@ -23,6 +22,8 @@ QUESTION, ANSWER = 400, 600
 CATEGORIES, LOOKED_AT = 40, 2000
 SHOWN_CATEGORIES = 12
 CATEGORY_COLUMNS = 4
+# Questions that are shown of a round, and of all rounds.
+PER_ROUND, IN_ALL = 6, 48
 OWN_COLUMNS = ("sample_id", "data_weight", "data_rank")
 
 
@@ -37,9 +38,7 @@ class Share(NamedTuple):
 
 
 class Category(NamedTuple):
-    """Where the weight went, by the values of a column: those of most rows first; what is beyond
-    `SHOWN_CATEGORIES` is one entry, "(N others)".
-    """
+    """Where the weight went, by the values of a column: those of most rows first; the rest is one, "(N others)"."""
 
     column: str
     shares: list[Share]
@@ -59,19 +58,10 @@ def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_rows(path: Path, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Some rows of a parquet file by number, as dicts; the file is read a batch at a time."""
-    wanted = np.sort(np.asarray(numbers, dtype=np.int64))
-    found: dict[int, dict[str, Any]] = {}
-    start = 0
-    with pq.ParquetFile(path) as file:
-        names = [n for n in file.schema_arrow.names if n not in ("input_ids", "labels", "attention_mask")]
-        for batch in file.iter_batches(batch_size=4096, columns=names):
-            inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
-            if len(inside):
-                rows = batch.take(pa.array(inside - start)).to_pylist()
-                found |= dict(zip(inside.tolist(), rows, strict=True))
-            start += batch.num_rows
-    return found
+    """Some rows of a parquet file by number, as dicts."""
+    file, wanted = parquet(path), sorted(numbers)
+    names = [name for name in file.schema.names if name not in ("input_ids", "labels", "attention_mask")]
+    return dict(zip(wanted, file.take(wanted, columns=names).to_pylist(), strict=True))
 
 
 def row_table(run: Run, categories: Sequence[Category]) -> dict[str, Any]:
@@ -119,20 +109,58 @@ def _may_be_categorical(field: pa.Field) -> bool:
 
 
 def _category(column: str, values: pa.ChunkedArray, weights: np.ndarray) -> Category:
-    rows: Counter[str] = Counter()
-    mass: defaultdict[str, float] = defaultdict(float)
-    for value, weight in zip(values.to_pylist(), weights.tolist(), strict=True):
-        if not np.isnan(weight):
-            text = clean("(missing)" if value is None else value, 60)
-            rows[text] += 1
-            mass[text] += weight
-    kinds = [kind for kind, _ in rows.most_common()]
-    groups = {kind: [kind] for kind in kinds[:SHOWN_CATEGORIES]}
-    if len(kinds) > SHOWN_CATEGORIES:
-        groups[f"({len(kinds) - SHOWN_CATEGORIES} others)"] = kinds[SHOWN_CATEGORIES:]
-    whole = sum(mass.values()) or 1.0
+    live = np.flatnonzero(~np.isnan(weights))
+    texts = values.take(pa.array(live)).to_pylist()
+    texts = np.array([clean("(missing)" if value is None else value, 60) for value in texts], dtype=object)
+    kinds, place, counts = np.unique(texts, return_inverse=True, return_counts=True)
+    mass = np.bincount(place, weights[live])
+    order = np.argsort(-counts, kind="stable")
+    groups = [(kinds[n], order[k : k + 1]) for k, n in enumerate(order[:SHOWN_CATEGORIES])]
+    if len(others := order[SHOWN_CATEGORIES:]):
+        groups.append((f"({len(others)} others)", others))
     shares = []
-    for label, members in groups.items():
-        count, weight = sum(rows[kind] for kind in members), sum(mass[kind] for kind in members)
-        shares.append(Share(label, count, count / rows.total(), weight / whole, weight / count))
+    for label, members in groups:
+        count, weight = int(counts[members].sum()), float(mass[members].sum())
+        shares.append(Share(label, count, count / len(live), weight / (mass.sum() or 1.0), weight / count))
     return Category(column, shares)
+
+
+def rounds_of(run: Run) -> list[dict[str, Any]]:
+    """For each round its ledger `entry`, some `questions` that its responses answer, and the number of all of them."""
+    share = min(PER_ROUND, max(1, IN_ALL // max(1, len(run.ledger))))
+    out = []
+    for place, entry in enumerate(run.ledger):
+        number = entry.get("round", place)
+        questions, count = _questions(run, find_private(run.folder, RESPONSES) / f"round-{number:04d}.parquet", share)
+        out.append({"number": number, "entry": entry, "questions": questions, "all_questions": count})
+    return out
+
+
+def _questions(run: Run, path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
+    """The questions of a round whose responses differ most in weight, and how many there are in all."""
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, ValueError):
+        rows = []
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["sample_id"], []).append(row)
+    spread = {key: np.std([_weight(row, 0.0) for row in group]) for key, group in groups.items()}
+    chosen = sorted(groups, key=lambda key: -spread[key])[:limit]
+    offline: dict[int, dict[str, Any]] = {}
+    if run.told("weights", "asks_own_rows") is not False and run.rows_file is not None:
+        offline = read_rows(run.rows_file, chosen)
+    questions = [
+        {
+            "number": key,
+            "offline": question_and_answer(offline[key])[1] if key in offline else None,
+            "responses": sorted(groups[key], key=lambda row: -_weight(row, -1.0)),
+        }
+        for key in chosen
+    ]
+    return questions, len(groups)
+
+
+def _weight(row: dict[str, Any], otherwise: float) -> float:
+    value = row["weight"]
+    return float(value) if value is not None and np.isfinite(value) else otherwise

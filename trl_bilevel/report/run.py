@@ -1,9 +1,6 @@
 """What a run left on disk, read back. No torch in here: a report is made in seconds."""
 
-from __future__ import annotations
-
 import json
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,29 +21,17 @@ WEIGHT = "data_weight"
 
 @dataclass
 class Run:
-    """A run's folder, as far as it could be read.
-
-    Attributes:
-        folder (`Path`): of the run.
-        record (`dict`): `_record/run.json`; empty if there is none.
-        pilot (`dict`): `_record/pilot.json`; empty if there is none.
-        history (`list[dict]`): the trainer's log.
-        weights (`ndarray` float64 `[N]`, *optional*): of the training rows, mean one; NaN for rows not trained on.
-        scores (`ndarray` float64 `[N]`, *optional*): NaN for rows without a score.
-        rows_file (`Path`, *optional*): parquet file with the rows' texts, whose weights are those of this run.
-        ledger (`list[dict]`): rounds of a self-refining run.
-        wrong (`dict[str, str]`): files of rows that are left out, and why (see `mismatch`).
-    """
+    """A run's folder, as far as it could be read."""
 
     folder: Path
-    record: dict[str, Any] = field(default_factory=dict)
-    pilot: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    weights: np.ndarray | None = None
-    scores: np.ndarray | None = None
-    rows_file: Path | None = None
-    ledger: list[dict[str, Any]] = field(default_factory=list)
-    wrong: dict[str, str] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)  # `_record/run.json`; empty if there is none
+    pilot: dict[str, Any] = field(default_factory=dict)  # `_record/pilot.json`
+    history: list[dict[str, Any]] = field(default_factory=list)  # the trainer's log
+    weights: np.ndarray | None = None  # float64 [N], of the training rows, mean one; NaN for rows not trained on
+    scores: np.ndarray | None = None  # float64 [N]; NaN for rows without a score
+    rows_file: Path | None = None  # parquet file with the rows' texts, whose weights are those of this run
+    ledger: list[dict[str, Any]] = field(default_factory=list)  # rounds of a self-refining run
+    wrong: dict[str, str] = field(default_factory=dict)  # files of rows that are left out, and why (see `mismatch`)
 
     @property
     def name(self) -> str:
@@ -86,11 +71,15 @@ class Run:
         """True if the weights were learned in this run (else they were given, or there are none)."""
         return bool(self.told("weights", "learned", otherwise=self.weights is not None))
 
+    @property
+    def trusted(self) -> list[dict[str, Any]]:
+        """Trusted rows that the pilot held back and scored."""
+        return [row for row in self.pilot.get("trusted", []) if isinstance(row.get("score"), int | float)]
+
     @cached_property
     def trusted_scores(self) -> np.ndarray:
         """Scores of the trusted rows that the pilot held back, float64 `[c]`."""
-        values = [entry.get("score") for entry in self.pilot.get("trusted", [])]
-        return np.array([value for value in values if isinstance(value, int | float)], dtype=float)
+        return np.array([row["score"] for row in self.trusted], dtype=float)
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of a quantity, by step."""
@@ -105,16 +94,7 @@ class Run:
 
 
 def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
-    """Read a run's folder.
-
-    Args:
-        folder: the `output_dir` of a run.
-        rows_file: parquet file with the rows and their weights, if it is not `weighted.parquet` in the folder.
-
-    Raises:
-        FileNotFoundError: if the folder is not there, or `rows_file`.
-        ValueError: if it holds no run of ours, the record has another format, or `rows_file` does not end in .parquet.
-    """
+    """Read a run's folder; `rows_file` holds its rows, if that is not `weighted.parquet` in the folder."""
     folder = Path(folder)
     if not folder.is_dir():
         hint = " It is a file: give the folder that holds it." if folder.is_file() else ""
@@ -127,17 +107,17 @@ def load_run(folder: str | Path, rows_file: str | Path | None = None) -> Run:
                 "report with the version of trl-bilevel that wrote it."
             )
     files = _rows_files(run, rows_file)
-    run.history = _history(run)
+    run.history = run.told("log_history", otherwise=[])
     run.ledger = _ledger(find_private(folder, LEDGER))
     run.weights = _weights(run, files)
     found = {path: mismatch(run, path) for path in files}
     run.rows_file = next((path for path, wrong in found.items() if wrong is None), None)
     run.wrong = {path.name: wrong for path, wrong in found.items() if wrong is not None}
     run.scores = _scores(run)
-    if not (run.record or run.pilot or run.history or run.ledger or run.weights is not None):
+    if not (run.record or run.pilot or run.ledger or run.weights is not None):
         raise ValueError(
-            f"{folder} holds no run: no {RECORD}/run.json, no checkpoint, no {WEIGHTED_FILE}, no ledger.jsonl. Give "
-            "the `output_dir` of `trl-bilevel sft`, `refine` or `rank`, or of one of their trainers."
+            f"{folder} holds no run: no {RECORD}/run.json, no {WEIGHTED_FILE}, no ledger.jsonl. Give the `output_dir` "
+            "of `trl-bilevel sft`, `refine` or `rank`, or of one of their trainers."
         )
     return run
 
@@ -147,17 +127,13 @@ def mismatch(run: Run, path: Path) -> str | None:
 
     Its weights tell: a folder that was used before may hold the rows of an earlier run, and as many of them.
     """
-    try:
-        count = pq.read_metadata(path).num_rows
-    except (OSError, ValueError):
-        return "cannot be read"
-    if run.weights is None:
-        return "is not of this run, of which no weights are known"
-    if count != len(run.weights):
-        return f"has {count} rows, the run had {len(run.weights)}"
     values = _numbers(path, WEIGHT)
     if values is None:
-        return f"has no column {WEIGHT}, by which its rows could be told from others"
+        return f"cannot be read, or has no column {WEIGHT}, by which its rows could be told from others"
+    if run.weights is None:
+        return "is not of this run, of which no weights are known"
+    if len(values) != len(run.weights):
+        return f"has {len(values)} rows, the run had {len(run.weights)}"
     # Weights that were given may have another mean, and may have been given to rows that were then dropped.
     known = ~np.isnan(run.weights)
     values, own = (part[known] * (known.sum() / (part[known].sum() or 1.0)) for part in (values, run.weights))
@@ -174,27 +150,13 @@ def _rows_files(run: Run, given: str | Path | None) -> list[Path]:
             raise FileNotFoundError(f"There is no file {path} with the weighted rows.")
         if path.suffix != ".parquet":
             raise ValueError(
-                f"`rows_file` (`--rows`) must be a .parquet file with the weighted rows, got {str(path)!r}. Leave it "
-                f"out if the run's folder has its {WEIGHTED_FILE}, or convert the file: "
-                "`datasets.load_dataset('json', data_files=FILE, split='train').to_parquet(...)`."
+                f"`rows_file` (`--rows`) must be a .parquet file with the weighted rows, got {str(path)!r}. Convert "
+                "it: `datasets.load_dataset('json', data_files=FILE, split='train').to_parquet(...)`."
             )
         return [path]
     noted = run.told("rows_file")
     paths = [find_private(run.folder, WEIGHTED_FILE), *([run.folder / noted] if noted else [])]
     return [path for path in paths if path.suffix == ".parquet" and path.is_file()]
-
-
-def _history(run: Run) -> list[dict[str, Any]]:
-    """The log of the record, or without one, the log that reaches furthest of the checkpoints that can be read.
-
-    Beside a record, or what a pilot left, checkpoints may be those of an earlier run in the same folder.
-    """
-    found = [run.record.get("log_history") or []]
-    for path in [] if run.record or run.pilot else run.folder.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", path.name):
-            found.append(read_json(path / "trainer_state.json").get("log_history") or [])
-    entries = [[e for e in log if isinstance(e, dict) and isinstance(e.get("step"), int)] for log in found]
-    return max(entries, key=lambda log: max((e["step"] for e in log), default=-1))
 
 
 def _weights(run: Run, files: list[Path]) -> np.ndarray | None:

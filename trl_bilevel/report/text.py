@@ -1,7 +1,5 @@
 """Text of unknown origin, made fit to be shown: rows and responses are hostile input. And the report's own words."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -18,15 +16,13 @@ _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2028\u2029\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ufdd0-\ufdef\ufffe\uffff\U000e0000-\U000e007f]"
 )
+# Half a pair, which no file can hold.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _SCRIPT = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
 
 
 def clean(text: Any, limit: int | None = None) -> str:
-    """Text with hidden characters written out (`U+202E` in angle brackets), of at most `limit` characters, `…` added.
-
-    Half a surrogate pair, which no file can hold, becomes U+FFFD.
-    """
+    """Text with hidden characters written out (⟨U+202E⟩), of at most `limit` characters, `…` added."""
     text = str(text).replace("\r\n", "\n")
     if limit is not None and len(text) > limit:
         text = text[:limit].rstrip() + " …"
@@ -34,10 +30,7 @@ def clean(text: Any, limit: int | None = None) -> str:
 
 
 def script_json(value: Any) -> Markup:
-    """A value as JSON for a `<script type="application/json">` element: no text in it can end the element.
-
-    NaN and infinity become null; texts are cleaned.
-    """
+    """A value as JSON, texts cleaned, for a `<script type="application/json">` element: none of them can end it."""
     plain = json.dumps(finite(value, clean), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(plain.translate(_SCRIPT))
 
