@@ -92,7 +92,7 @@ def test_a_predictor_of_further_rows(chosen, rows, tokenizer, tiny_model):
 
 def test_equal_scores_give_equal_weights(chosen, monkeypatch, caplog):
     monkeypatch.setattr(module, "_row_scores", lambda pilot, rows, *args: torch.zeros(rows.count, 2))
-    monkeypatch.setattr(module, "_trusted_scores", lambda pilot, trusted: torch.zeros(len(trusted), 2))
+    monkeypatch.setattr(module, "trusted_values", lambda trusted, values: torch.zeros(len(trusted), 2))
     found = chosen()
     assert found.weights.tolist() == [1.0] * 80 and "nothing to select by" in caplog.text
 

@@ -28,11 +28,8 @@ def rows_carrying(weights: ArrayLike, share: float = 0.8) -> int:
 
 def data_ranks(weights: ArrayLike) -> NDArray[np.int64]:
     """Rank of each weight, int64 `[N]`: 0 is the highest; ties in row order; NaN last."""
-    keys = -np.asarray(weights, dtype=np.float64)
-    order = np.argsort(keys, kind="stable")
-    ranks = np.empty(len(order), dtype=np.int64)
-    ranks[order] = np.arange(len(order))
-    return ranks
+    order = np.argsort(-np.asarray(weights, dtype=np.float64), kind="stable")
+    return np.argsort(order)
 
 
 def weight_quantiles(
@@ -43,16 +40,12 @@ def weight_quantiles(
 
 
 def evenly_spaced(count: int, limit: int) -> NDArray[np.int64]:
-    """At most `limit` indices spread evenly over `range(count)`, int64, both ends included: a fixed sample for
-    statistics of O(limit) cost.
-    """
+    """At most `limit` indices spread evenly over `range(count)`, int64, both ends included."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
 
 
 def paired_standard_error(first: ArrayLike, second: ArrayLike) -> float | None:
-    """Standard error of the mean of `first - second`, `[n]` each; None if the lengths differ or there is no second
-    row.
-    """
+    """Standard error of the mean of `first - second`, `[n]` each; None if lengths differ, or below two rows."""
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(left) != len(right) or len(left) < 2:
         return None

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import calibration
-from ..core.calibration import ending_logits
+from ..core.calibration import calibrate, ending_logits
 from ..core.prediction import TabulatedPredictor
-from ..data.rows import Rows, batched
+from ..data.rows import Rows
 from ..data.trusted import TrustedSets
 from .errors import NonFiniteScoreError, row_list
 from .language_model import LanguageModel, left_as_it_was
-from .pilot import BATCH_ROWS, BATCH_TOKENS, Pilot, PilotRecipe, pilot_tokens
+from .pilot import BATCH_ROWS, BATCH_TOKENS, Pilot, PilotRecipe, pilot_tokens, trusted_values
 from .prediction import Prediction, prediction_tokens
 from .processes import Processes
 from .progress import Progress, tokens_of
@@ -83,14 +82,12 @@ def choose(
     """Learn what each row is worth. A function of its arguments: nothing about the model is changed.
 
     Args:
-        model: as it is before training; the choice is for training from here.
         rows, trusted: prepared alike, so that the same kind of tokens is scored.
         settings ([`WeightSettings`]): resolved.
         seed (`int`): of the pilot.
         groups (`Tensor` int64 `[rows.count]`, *optional*): group of each of the caller's rows; one weight per group.
         checkpointing (`bool`): compute layers again in the pilot's backward, to save memory.
         store (`Store`, *optional*): where to note scores, so that a killed run goes on.
-        hidden_progress (`bool`): draw no progress bar.
         further (`bool`): also make a predictor for rows that are not here (`Choice.predictor`); at most half of the
             rows are scored then.
 
@@ -113,13 +110,14 @@ def choose(
         pilot = Pilot(model, recipe)
         reads = 2 * tokens_of(rows.lengths, sample.tolist()) + prediction_tokens(rows, count, settings.feature_depth)
         tokens = pilot_tokens(rows, pulling, recipe) + reads
-        progress.plan(tokens)
-        progress.say(
-            f"Choosing weights reads about {tokens:,.0f} tokens, {tokens / max(1, sum(rows.lengths)):.1f} times the "
-            f"rows' own, and takes {pilot.bytes / 1e6:,.0f} MB of memory for its adapters beside the model."
-        )
-        pilot = _trained(pilot, rows, pulling, store, progress)
-        trusted_scores = processes.first(_trusted_scores(pilot, held_back))
+        progress.reset(round(tokens))
+        if not progress.disable:
+            progress.write(
+                f"Choosing weights reads about {tokens:,.0f} tokens, {tokens / max(1, sum(rows.lengths)):.1f} times "
+                f"the rows' own, and takes {pilot.bytes / 1e6:,.0f} MB of memory for its adapters beside the model."
+            )
+        _train(pilot, rows, pulling, store, progress)
+        trusted_scores = processes.first(trusted_values(held_back, pilot.scores))
         scores = _row_scores(pilot, rows, sample, processes, store, progress)
         _check(scores, trusted_scores, settings.pilot_learning_rate)
         pilot_seconds = time.perf_counter() - start
@@ -138,11 +136,7 @@ def choose(
 
 
 def check_sizes(rows: Rows, trusted: TrustedSets) -> None:
-    """Refuse too few rows.
-
-    Raises:
-        ValueError: naming how many there are, and how many are needed.
-    """
+    """Refuse too few rows by a `ValueError` that says how many are needed."""
     if len(rows) == 0:
         raise ValueError(
             f"None of the {rows.count} training rows has a token to learn from within `max_length`. Raise it, or look "
@@ -160,23 +154,22 @@ def check_sizes(rows: Rows, trusted: TrustedSets) -> None:
         )
 
 
-def _trained(pilot: Pilot, rows: Rows, pulling: TrustedSets, store: Store, progress: Progress) -> Pilot:
-    progress.stage("Training the pilot")
+def _train(pilot: Pilot, rows: Rows, pulling: TrustedSets, store: Store, progress: Progress) -> None:
+    progress.set_description("Training the pilot")
     saved = store.read("pilot")
-    if saved is not None:
+    if saved is None:
+        pilot.train(rows, pulling, progress.done)
+        store.write("pilot", pilot.tensors())
+    else:
         pilot.load_tensors(saved)
         progress.done(pilot_tokens(rows, pulling, pilot.recipe))
-        return pilot
-    pilot.train(rows, pulling, progress.done)
-    store.write("pilot", pilot.tensors())
-    return pilot
 
 
 def _row_scores(
     pilot: Pilot, rows: Rows, sample: Tensor, processes: Processes, store: Store, progress: Progress
 ) -> Tensor:
     """Scores of the sampled rows by the caller's row number, float32 `[count, 2]`; NaN for all others."""
-    progress.stage("Scoring rows")
+    progress.set_description("Scoring rows")
     scores = torch.zeros(rows.count, 2)
     own = processes.own(rows.batches(sample.tolist(), BATCH_TOKENS, BATCH_ROWS))
     name, done = f"scores-{processes.rank}", 0
@@ -193,17 +186,6 @@ def _row_scores(
     # NaN means "not scored": a score that is not a number is told from that.
     out[rows.ids[sample]] = scores[rows.ids[sample]].nan_to_num(nan=torch.inf)
     return out
-
-
-def _trusted_scores(pilot: Pilot, trusted: TrustedSets) -> Tensor:
-    """Scores of held-back trusted rows in the order of `places()`, float32 `[c, 2]`."""
-    places = trusted.places()
-    line = {place: n for n, place in enumerate(places)}
-    lengths = {(name, place): trusted.sets[name].lengths[place] for name, place in places}
-    scores = torch.zeros(len(places), 2)
-    for part in batched(lengths, BATCH_TOKENS, BATCH_ROWS):
-        scores[[line[key] for key in part]] = pilot.scores(trusted.batch(part))
-    return scores
 
 
 def _check(scores: Tensor, trusted: Tensor, learning_rate: float) -> None:
@@ -229,7 +211,7 @@ def _weigh(
     """Weights of all rows from scores of some; facts about them; a predictor of further ones, if wanted."""
     known = ~torch.isnan(scores).any(-1)
     first = scores[known, 0]
-    found = calibration.calibrate(first, trusted_scores[:, 0], shares)
+    found = calibrate(first, trusted_scores[:, 0], shares)
     ends = ending_logits(scores[known, 1], trusted_scores[:, 1], found.logits.exp(), shares)
     found = found._replace(logits=found.logits + ends)
     facts: dict[str, Any] = {
@@ -246,25 +228,22 @@ def _weigh(
         )
         return torch.where(kept, 1.0, torch.nan), facts, None
     z[known] = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
-    result = predict.weigh(known.nonzero().squeeze(1), found, settings.calibration_sharpness, further)
-    facts["smoothing"] = result.smoothing
-    logits = result.weights.clamp(min=1e-30).log()
+    weights, facts["smoothing"], predictor = predict.weigh(
+        known.nonzero().squeeze(1), found, settings.calibration_sharpness, further
+    )
+    logits = weights.clamp(min=1e-30).log()
     logits = settings.calibration_sharpness * (logits - logits[kept].max()) + TILT * z.clamp(-5, 5)
     weights = finished(logits.clamp(-RANGE, RANGE).exp(), kept, groups, settings.filter_rate)
-    return weights, facts, result.predictor
+    return weights, facts, predictor
 
 
 def finished(weights: Tensor, kept: Tensor, groups: Tensor | None = None, filter_rate: float = 0.0) -> Tensor:
-    """Weights of mean one, per group if groups are given, without those of the lowest ones.
+    """Weights float32 `[N]` of mean one over the rows that are `kept`, NaN for the others.
 
     Args:
         weights (`Tensor` float `[N]`): above 0.
-        kept (`Tensor` bool `[N]`): rows that count; the others get NaN.
         groups (`Tensor` int64 `[N]`, *optional*): a group's weight is the mean of its rows'.
         filter_rate (`float`): share of the rows, those of the lowest weights, that gets weight 0.
-
-    Returns:
-        `Tensor` float32 `[N]`.
     """
     values = weights.double()
     if groups is not None:

@@ -7,7 +7,7 @@ pull both are the same to the last bit, and all scores are 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,25 @@ def trusted_batches(trusted: TrustedSets, draws: dict[str, TrustedSampler], step
     batches = [trusted.batch(part) for part in parts]
     factors = trusted.row_factors([row for part in parts for row in part], torch.cat([_scored(b) for b in batches]))
     yield from zip(batches, factors.split([len(part) for part in parts]), strict=True)
+
+
+def in_batches(lengths: Sequence[int], values: Callable[[list[int]], Tensor]) -> Tensor:
+    """Values of rows in their order, computed in batches of similar length.
+
+    Args:
+        lengths: tokens of each row.
+        values: gives those of the rows at some places, `[b, ...]`.
+    """
+    parts = batched(dict(enumerate(lengths)), BATCH_TOKENS, BATCH_ROWS)
+    places = torch.tensor([place for part in parts for place in part])
+    return torch.cat([values(part) for part in parts])[places.argsort()]
+
+
+def trusted_values(trusted: TrustedSets, values: Callable[[Any], Tensor]) -> Tensor:
+    """Values of all trusted rows in the order of `places()`, `[c, ...]`; `values` gives those of a batch."""
+    places = trusted.places()
+    lengths = [trusted.sets[name].lengths[place] for name, place in places]
+    return in_batches(lengths, lambda part: values(trusted.batch([places[n] for n in part])))
 
 
 def _scored(batch: Any) -> Tensor:

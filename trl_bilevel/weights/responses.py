@@ -17,10 +17,10 @@ from ..core.implicit import implicit_weights, question_weights
 from ..data.files import atomically
 from ..data.identity import SAMPLE_ID
 from ..data.private import RESPONSES, private_path
-from ..data.rows import Collate, batched
+from ..data.rows import Collate
 from .errors import NonFiniteScoreError
 from .lookahead import Lookahead
-from .pilot import BATCH_ROWS, BATCH_TOKENS
+from .pilot import in_batches
 from .processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,8 @@ def score_responses(
         {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + list(answer), SAMPLE_ID: -1}
         for prompt, answer in zip(prompt_ids, completion_ids, strict=True)
     ]
-    scores = torch.zeros(len(rows))
-    lengths = {place: len(row["input_ids"]) for place, row in enumerate(rows)}
-    for places in batched(lengths, BATCH_TOKENS, BATCH_ROWS):
-        scores[places] = lookahead.scores(collate([rows[place] for place in places]))
-    return scores
+    lengths = [len(row["input_ids"]) for row in rows]
+    return in_batches(lengths, lambda places: lookahead.scores(collate([rows[place] for place in places])))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .._version import __version__
 from ..core.statistics import effective_sample_size, evenly_spaced, weight_quantiles
-from ..data.files import atomically
+from ..data.files import finite
 from ..data.groups import Groups
 from ..data.rows import Rows
 from ..data.sampling import content_hash
 from ..data.trusted import TrustedSets
 from .choose import Choice, choose
 from .language_model import LanguageModel, model_hash
-from .result import FACTS_FILE, FORMAT, WEIGHTS_FILE, read_files
+from .result import equal_weights, read_files, write_files
 from .settings import WeightSettings
 from .store import Store
 
@@ -54,7 +52,7 @@ class TrainingWeights:
         self.identity = dict(identity)
         self.groups = groups
         self.any_identity = any_identity
-        self.values = torch.where(kept, 1.0, torch.nan)
+        self.values = equal_weights(kept)
         self.scores = torch.full((len(kept),), torch.nan)
         self.facts: dict[str, Any] = {}
         # True once they are chosen, given or loaded.
@@ -65,7 +63,13 @@ class TrainingWeights:
         """Go by what choosing found out."""
         self.values, self.scores, self.facts = choice.weights, choice.scores[:, 0].contiguous(), dict(choice.facts)
         self.known = True
-        self._warn_if_collapsed()
+        size = effective_sample_size(self.sampled())
+        if size < NEARLY_COLLAPSED:
+            logger.warning(
+                f"The weights have nearly collapsed: their effective sample size is {size:.1%} of the rows. Give more "
+                "trusted rows, and rows that are like good training rows in form (the same columns and chat format), "
+                "or lower `calibration_sharpness`."
+            )
 
     def give(self, weights: Tensor) -> None:
         """Go by given weights `[N]` (at least 0), scaled to mean one over the rows trained on."""
@@ -112,25 +116,12 @@ class TrainingWeights:
             out |= {f"selector/share/{name}": share for name, share in shares[:LOGGED_GROUPS]}
         return out
 
-    def _warn_if_collapsed(self) -> None:
-        size = effective_sample_size(self.sampled())
-        if size < NEARLY_COLLAPSED:
-            logger.warning(
-                f"The weights have nearly collapsed: their effective sample size is {size:.1%} of the rows. Give more "
-                "trusted rows, and rows that are like good training rows in form (the same columns and chat format), "
-                "or lower `calibration_sharpness`."
-            )
-
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint needs."""
         return {"values": self.values, "scores": self.scores}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave.
-
-        Raises:
-            ValueError: if they are of another number of rows.
-        """
+        """Restore what `tensors` gave; refuse those of another number of rows."""
         if tensors["values"].shape != self.values.shape:
             raise ValueError(
                 f"The saved weights are of {len(tensors['values'])} rows, this run has {len(self.values)}. Resume "
@@ -140,13 +131,8 @@ class TrainingWeights:
 
     def save(self, folder: str | Path) -> None:
         """Write `weights.safetensors` and `weights.json` into a folder, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors().items()}
-        told = {"format": FORMAT, "identity": self.identity, "known": self.known, "facts": self.facts}
-        atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
-        text = json.dumps(told, indent=2, default=str)
-        atomically(folder / FACTS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        told = {"identity": self.identity, "known": self.known, "facts": self.facts}
+        write_files(Path(folder), self.tensors(), told)
 
     def load(self, folder: str | Path) -> None:
         """Restore what `save` wrote.
@@ -155,14 +141,9 @@ class TrainingWeights:
             FileNotFoundError: if the folder has no weights.
             ValueError: if they are damaged, or belong to other data or settings.
         """
-        folder = Path(folder)
-        if not (folder / FACTS_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no weights ({WEIGHTS_FILE}, {FACTS_FILE}): it is not a checkpoint of a run with "
-                "weighted rows. Resuming would silently forget the weights."
-            )
-        told, tensors = read_files(folder)
-        saved, own = _flat(told["identity"]), _flat(json.loads(json.dumps(self.identity, default=str)))
+        other = ": it is not a checkpoint of a run with weighted rows. Resuming would silently forget the weights"
+        told, tensors = read_files(Path(folder), missing=other)
+        saved, own = _flat(told["identity"]), _flat(finite(self.identity))
         changed = [f"{k}: {saved.get(k)!r} then, {own[k]!r} now" for k in own if own[k] != saved.get(k)]
         if changed and not self.any_identity:
             raise ValueError(

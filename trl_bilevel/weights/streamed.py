@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -108,12 +107,12 @@ class StreamedWeights(TrainingWeights):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint needs."""
-        predictor = {} if self.predictor is None else self.predictor.tensors()
+        predictor = {} if self.predictor is None else vars(self.predictor)
         return super().tensors() | {f"predictor.{name}": value for name, value in predictor.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
         super().load_tensors(tensors)
-        names = [field.name for field in fields(TabulatedPredictor)]
-        if f"predictor.{names[0]}" in tensors:
-            self.predictor = TabulatedPredictor(**{name: tensors[f"predictor.{name}"] for name in names})
+        found = {k.removeprefix("predictor."): v for k, v in tensors.items() if k.startswith("predictor.")}
+        if found:
+            self.predictor = TabulatedPredictor(**found)
