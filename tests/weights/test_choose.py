@@ -110,7 +110,7 @@ def test_held_back_rows_do_not_pull(chosen, monkeypatch):
     found = chosen()
     held = {tuple(row["input_ids"]) for part in found.held_back.sets.values() for row in part.dataset}
     assert len(held) == 5 and len(seen[0]) == 15 and not held & seen[0]
-    assert found.trusted_scores.shape == (5, 2) and float(found.trusted_shares.sum()) == pytest.approx(1)
+    assert found.trusted_scores.shape == (5, 2) and float(found.held_back.shares().sum()) == pytest.approx(1)
 
 
 def test_groups_share_the_mean(chosen):

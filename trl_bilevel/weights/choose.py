@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,21 +48,17 @@ class Choice:
     Attributes:
         weights (`Tensor` float32 `[count]`): of the caller's rows, mean one; NaN for rows that preparation dropped.
         scores (`Tensor` float32 `[count, 2]`): score and surprise of the end of each row; NaN where not scored.
-        trusted_scores (`Tensor` float32 `[c, 2]`), trusted_places (`list[tuple[str, int]]`), trusted_shares
-            (`Tensor` float32 `[c]`): of the trusted rows that were held back: scores, (set, place in the held-back
-            part), share in the trusted loss.
-        held_back (`TrustedSets`): these rows.
+        held_back (`TrustedSets`): the trusted rows that were held back.
+        trusted_scores (`Tensor` float32 `[c, 2]`): theirs, in the order of `places()`.
         facts (`dict`): steps, rows scored, seconds and so on, as plain values.
         predictor (`TabulatedPredictor`, *optional*): gives the weights of further rows.
     """
 
     weights: Tensor
     scores: Tensor
-    trusted_scores: Tensor
-    trusted_places: list[tuple[str, int]]
-    trusted_shares: Tensor
     held_back: TrustedSets
-    facts: dict[str, Any] = field(default_factory=dict)
+    trusted_scores: Tensor
+    facts: dict[str, Any]
     predictor: TabulatedPredictor | None = None
 
 
@@ -122,8 +118,9 @@ def choose(
         _check(scores, trusted_scores, settings.pilot_learning_rate)
         pilot_seconds = time.perf_counter() - start
         predict = Prediction(model, rows, trusted, settings.feature_depth, seed, processes, progress)
-        shares = held_back.shares()
-        weights, facts, predictor = _weigh(scores, trusted_scores, shares, predict, settings, groups, further)
+        weights, facts, predictor = _weigh(
+            scores, trusted_scores, held_back.shares(), predict, settings, groups, further
+        )
     facts |= {
         "estimator": recipe.estimator,
         "steps": steps,
@@ -132,7 +129,7 @@ def choose(
         "pilot_seconds": round(pilot_seconds, 2),
         "seconds": round(time.perf_counter() - start, 2),
     }
-    return Choice(weights, scores, trusted_scores, held_back.places(), shares, held_back, facts, predictor)
+    return Choice(weights, scores, held_back, trusted_scores, facts, predictor)
 
 
 def check_sizes(rows: Rows, trusted: TrustedSets) -> None:

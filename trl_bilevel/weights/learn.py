@@ -113,7 +113,9 @@ def learn_weights(
         )
     check_dataset(train_dataset, "`train_dataset`")
     trusted = trusted_sets(validation_dataset)
-    shares = set_weights(_weights_of(settings), trusted)
+    shares = set_weights(
+        settings.validation_weights if isinstance(settings.validation_weights, dict) else None, trusted
+    )
     ours = [name for name in RESERVED_COLUMNS if name in train_dataset.column_names]
     if ours:
         logger.warning(f"The columns {ours} of `train_dataset`, of an earlier choice, are replaced.")
@@ -151,6 +153,7 @@ def learn_weights(
         _tell_of_rows(key, rows, sets[key])
     both = TrustedSets(sets, shares)
     check_sizes(rows, both)
+    on_gpu = next(model.parameters()).device.type == "cuda"
     facts: dict[str, Any] = {
         "model": Path(name).name if Path(name).exists() else name,
         "settings": asdict(settings) | {"max_length": max_length, "seed": seed},
@@ -159,14 +162,13 @@ def learn_weights(
         "fingerprint": fingerprint(train_dataset),
         "validation": {key: {"rows": len(part), "weight": shares[key]} for key, part in sets.items()},
         "versions": {"trl-bilevel": __version__} | {each: version(each) for each in ("trl", "transformers", "torch")},
-        "device": torch.cuda.get_device_name() if next(model.parameters()).device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "processes": PartialState().num_processes,
     }
     if settings.weight_estimator == "none":
         nothing = torch.full((len(train_dataset),), torch.nan)
         return RowWeights(equal_weights(rows.kept), nothing, facts, train_dataset)
-    reader = LanguageModel(model, _computes_in_bf16(model) if bf16 is None else bf16)
-    on_gpu = reader.device.type == "cuda"
+    reader = LanguageModel(model, on_gpu and torch.cuda.is_bf16_supported() if bf16 is None else bf16)
     choice = choose_noted(
         reader,
         rows,
@@ -181,10 +183,6 @@ def learn_weights(
     )
     scores = choice.scores[:, 0].contiguous()
     return RowWeights(choice.weights, scores, facts | choice.facts, train_dataset, choice, processing_class.decode)
-
-
-def _weights_of(settings: WeightSettings) -> dict[str, float] | None:
-    return settings.validation_weights if isinstance(settings.validation_weights, dict) else None
 
 
 def _groups(settings: WeightSettings, rows: Dataset) -> torch.Tensor | None:
@@ -215,8 +213,3 @@ def _tell_of_rows(name: str, rows: Rows, trusted: Rows) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _computes_in_bf16(model: Any) -> bool:
-    device = next(model.parameters()).device
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()

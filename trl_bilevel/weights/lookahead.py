@@ -27,8 +27,6 @@ class Lookahead:
     every process computes the same.
 
     Args:
-        model: as it is when `refresh` is called.
-        trusted: rows that pull.
         learning_rate (`float`): of AdamW, constant, without weight decay (`pilot_learning_rate`).
         seed (`int`): of the adapter, and of which trusted rows a step has.
         checkpointing (`bool`): compute the layers again in the backward, to save memory.
@@ -59,10 +57,7 @@ class Lookahead:
         adapted_modules(self._layers)
 
     def refresh(self, step: int) -> None:
-        """Take the steps anew, from the model as it is.
-
-        Args:
-            step (`int`): of the training; other steps draw other trusted rows.
+        """Take the steps anew, from the model as it is; another `step` of the training draws other trusted rows.
 
         Raises:
             NonFiniteScoreError: if a gradient is NaN or infinite.
@@ -71,8 +66,7 @@ class Lookahead:
             adapter = Adapter(self._layers, self.seed)
             optimizer = adamw(adapter, self.learning_rate)
             for number in range(step, step + self.steps):
-                parts = list(trusted_batches(self.trusted, self._draws, number))
-                train_step(self.model, adapter, optimizer, parts)
+                train_step(self.model, adapter, optimizer, trusted_batches(self.trusted, self._draws, number))
         self.adapter = adapter
 
     @torch.no_grad()

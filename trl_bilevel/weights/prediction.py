@@ -173,6 +173,5 @@ def _mean(states: Tensor, tokens: Tensor) -> Tensor:
 
 def prediction_tokens(rows: Rows, scored: int, depth: float) -> float:
     """About how many tokens pass through the model for `weigh`, a whole forward counted once."""
-    total = sum(rows.lengths)
     share = scored / max(1, len(rows))
-    return total * (share * SMOOTHING_DEPTH + (1 - share) * depth)
+    return sum(rows.lengths) * (share * SMOOTHING_DEPTH + (1 - share) * depth)

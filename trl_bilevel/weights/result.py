@@ -71,11 +71,9 @@ class RowWeights:
             count (`int`, *optional*): rows to draw; by default as many as have a weight.
             seed (`int`): of the draw. Each row comes the floor or the ceiling of its expected number of times.
         """
-        rows = self.to_dataset()
-        weights = torch.nan_to_num(self.values)
         count = int((~torch.isnan(self.values)).sum()) if count is None else count
-        drawn = systematic_resample(weights, count, torch.Generator().manual_seed(seed))
-        return rows.select(drawn.tolist())
+        generator = torch.Generator().manual_seed(seed)
+        return self.to_dataset().select(systematic_resample(torch.nan_to_num(self.values), count, generator).tolist())
 
     def save(self, folder: str | Path) -> None:
         """Write `weights.safetensors` and `weights.json` into a folder, each whole or not at all; no text of a row."""

@@ -41,7 +41,6 @@ class TrainingWeights:
     Args:
         kept (`Tensor` bool `[N]`): rows that are trained on.
         identity (`dict`): what must not change between saving and loading: fingerprints and settings.
-        groups (`Groups`, *optional*): rows that share a weight.
         any_identity (`bool`): load a state although its identity is another one.
     """
 
@@ -143,8 +142,13 @@ class TrainingWeights:
         """
         other = ": it is not a checkpoint of a run with weighted rows. Resuming would silently forget the weights"
         told, tensors = read_files(Path(folder), missing=other)
-        saved, own = _flat(told["identity"]), _flat(finite(self.identity))
-        changed = [f"{k}: {saved.get(k)!r} then, {own[k]!r} now" for k in own if own[k] != saved.get(k)]
+        # Settings one by one, so that the message names those that differ.
+        saved, own = (part | part.get("settings", {}) for part in (told["identity"], finite(self.identity)))
+        changed = [
+            f"{name}: {saved.get(name)!r} then, {value!r} now"
+            for name, value in own.items()
+            if name != "settings" and value != saved.get(name)
+        ]
         if changed and not self.any_identity:
             raise ValueError(
                 f"The weights in {folder} belong to other training data or settings ({'; '.join(changed)}). Resume "
@@ -153,11 +157,6 @@ class TrainingWeights:
             )
         self.load_tensors(tensors)
         self.known, self.facts = told["known"], told["facts"]
-
-
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """With settings one by one, so that a message names those that differ."""
-    return {name: value for name, value in identity.items() if name != "settings"} | identity.get("settings", {})
 
 
 def choose_noted(
@@ -171,11 +170,9 @@ def choose_noted(
     also: Any = None,
     **how: Any,
 ) -> Choice:
-    """Choose before a training, with notes in a folder (if one is given), so that a killed run goes on from them.
+    """`choose`, with notes in a folder (if one is given), so that a killed run goes on from them.
 
-    Args:
-        model, rows, trusted, settings, seed, how: as `choose` takes them.
-        also: what else must be the same for notes to be used, as plain values.
+    Notes are used if `also`, plain values, and what `choose` is given are the same.
     """
     key = {
         "rows": content_hash(rows.dataset),
