@@ -69,9 +69,6 @@ def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | 
         scores (`Tensor` float32 `[N]`): one per row, finite.
         trusted_scores (`Tensor` float32 `[c]`): of trusted rows that neither end of the difference was trained on.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
-
-    Raises:
-        ValueError: if there is no trusted score, or a score is not finite.
     """
     if trusted_scores.numel() == 0:
         raise ValueError("Calibration needs at least one held-back validation row, got none.")
@@ -113,9 +110,8 @@ def ending_logits(
     succession), so a few trusted rows prove little. No effect where weighted training rows end like trusted ones.
 
     Args:
-        surprise (`Tensor` float32 `[N]`): between 0 and 1, see `core.scores.difference_scores`.
+        surprise, weights (`Tensor` float32 `[N]`): of the training rows, see `core.scores.difference_scores`.
         trusted_surprise (`Tensor` float32 `[c]`): of trusted rows that neither model was trained on.
-        weights (`Tensor` float32 `[N]`): weights of the training rows so far.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
     """
     odds = []

@@ -115,14 +115,12 @@ def recalibrated(
     mass on good rows as scored ones (59% each on 1,280 rows, docs/results.md).
 
     Args:
-        predicted (`Tensor` float32 `[N]`): of rows that were not scored.
-        trusted (`Tensor` float32 `[c]`): of trusted rows.
+        predicted, trusted (`Tensor` float32 `[N]`, `[c]`): of rows that were not scored, and of trusted rows.
         mean_weight (`float`): mean weight of the scored rows, a random sample of the same rows.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
 
     Returns:
-        `Tensor` float32 `[N]`: between `FLOOR` and 1, in the order of `predicted`, with mean `mean_weight` unless
-        that takes weights over 1.
+        `Tensor` float32 `[N]`: between `FLOOR` and 1, with mean `mean_weight` unless that takes weights over 1.
     """
     weights = calibrate(predicted, trusted, trusted_weights).logits.exp()
     return (weights * (mean_weight / float(weights.mean()))).clamp(FLOOR, 1.0)
@@ -141,8 +139,7 @@ def smoothed_logits(
 
     Args:
         own (`Calibration`): of the rows' own scores, `[n]`; other factors of the weights may be in its logits.
-        second (`Tensor` float32 `[n]`): weights predicted for the same rows from others.
-        trusted (`Tensor` float32 `[c]`): weights predicted for trusted rows.
+        second, trusted (`Tensor` float32 `[n]`, `[c]`): weights predicted for the same rows, and for trusted rows.
         explained (`float`): share of the weights' variance that `second` explains; no effect at 0 or less.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
 
@@ -173,16 +170,10 @@ def cross_predictions(features: Tensor, weights: Tensor) -> tuple[Tensor, float]
 
 
 def fit_weight_predictor(features: Tensor, weights: Tensor) -> WeightPredictor:
-    """Ridge regression of weights on features, the penalty chosen by leave-one-out errors.
+    """Ridge regression of weights `[n]` on features `[n, d]`, the penalty chosen by leave-one-out errors.
 
     Weights, not their logarithms: a least-squares prediction is then the expected weight given the features, the
     posterior of being good up to the scale, so rows that the features do not tell apart share their mean weight.
-
-    Args:
-        features (`Tensor` float `[n, d]`), weights (`Tensor` float `[n]`, at least 0): of the scored rows, finite.
-
-    Raises:
-        ValueError: if there are fewer than two rows, or a value is not finite.
     """
     x, y = _arrays(features, weights, least=2)
     model = _regression().fit(x, y)

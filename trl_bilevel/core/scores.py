@@ -31,14 +31,6 @@ class RowLosses(NamedTuple):
         return (self.sums / self.counts).detach()
 
 
-def loss_score(model_losses: Tensor) -> Tensor:
-    """`-ell_i(theta)`, `[b]`: the score of the published selector.
-
-    Mixes "harmful" with "hard": low-effort answers become easy, so it learns to prefer them.
-    """
-    return -model_losses
-
-
 def difference_score(reference_losses: Tensor, model_losses: Tensor) -> Tensor:
     """`1 - ell_i(model) / ell_i(reference)`, `[b]`: by which share validation lowers the row's loss.
 

@@ -32,13 +32,6 @@ def data_ranks(weights: ArrayLike) -> NDArray[np.int64]:
     return np.argsort(order)
 
 
-def weight_quantiles(
-    weights: ArrayLike, probabilities: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
-) -> NDArray[np.float64]:
-    """Quantiles of weights `[N]`, float64 `[len(probabilities)]`."""
-    return np.quantile(_live(weights), probabilities)
-
-
 def evenly_spaced(count: int, limit: int) -> NDArray[np.int64]:
     """At most `limit` indices spread evenly over `range(count)`, int64, both ends included."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
@@ -63,11 +56,7 @@ def gap_recovered(uniform: float, selected: float, oracle: float) -> float:
 
 
 def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
-    """Standard error of an area under the ROC curve, from as many scores of either class (Hanley and McNeil, 1982).
-
-    Raises:
-        ValueError: if a class is empty.
-    """
+    """Standard error of an area under the ROC curve, from as many scores of either class (Hanley and McNeil, 1982)."""
     if positives < 1 or negatives < 1:
         raise ValueError(f"Both classes need scores, got {positives} and {negatives}.")
     first, second = auc / (2 - auc), 2 * auc**2 / (1 + auc)

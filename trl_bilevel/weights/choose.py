@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._version import __version__
 from ..core.calibration import calibrate, ending_logits
 from ..core.prediction import TabulatedPredictor
 from ..data.rows import Rows
+from ..data.sampling import content_hash
 from ..data.trusted import TrustedSets
 from .errors import NonFiniteScoreError, row_list
-from .language_model import LanguageModel, left_as_it_was
+from .language_model import LanguageModel, left_as_it_was, model_hash
 from .pilot import BATCH_ROWS, BATCH_TOKENS, Pilot, PilotRecipe, pilot_tokens, trusted_values
 from .prediction import Prediction, prediction_tokens
 from .processes import Processes
@@ -71,7 +74,8 @@ def choose(
     seed: int,
     groups: Tensor | None = None,
     checkpointing: bool = False,
-    store: Store | None = None,
+    folder: Path | None = None,
+    also: Any = None,
     hidden_progress: bool = True,
     further: bool = False,
 ) -> Choice:
@@ -83,7 +87,8 @@ def choose(
         seed (`int`): of the pilot.
         groups (`Tensor` int64 `[rows.count]`, *optional*): group of each of the caller's rows; one weight per group.
         checkpointing (`bool`): compute layers again in the pilot's backward, to save memory.
-        store (`Store`, *optional*): where to note scores, so that a killed run goes on.
+        folder (`Path`, *optional*): where to note scores, so that a killed run goes on from them; removed in the end.
+        also: what else must be the same for notes to be used, as plain values.
         further (`bool`): also make a predictor for rows that are not here (`Choice.predictor`); at most half of the
             rows are scored then.
 
@@ -92,7 +97,17 @@ def choose(
         NonFiniteScoreError: if a score is NaN or infinite.
     """
     check_sizes(rows, trusted)
-    start, processes, store = time.perf_counter(), Processes.now(), store or Store(None, {})
+    start, processes = time.perf_counter(), Processes.now()
+    key = {
+        "rows": content_hash(rows.dataset),
+        "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
+        "shares": trusted.weights,
+        "settings": asdict(settings) | {"seed": seed, "bf16": model.bf16},
+        "version": __version__,
+        "also": also,
+        "model": model_hash(model.model),
+    }
+    store = Store(folder, key)
     steps = settings.pilot_steps or default_pilot_steps(len(rows))
     rate = settings.pilot_learning_rate
     recipe = PilotRecipe(settings.weight_estimator, steps, rate, seed, checkpointing=checkpointing)
@@ -121,6 +136,7 @@ def choose(
         weights, facts, predictor = _weigh(
             scores, trusted_scores, held_back.shares(), predict, settings, groups, further
         )
+    store.remove()
     facts |= {
         "estimator": recipe.estimator,
         "steps": steps,

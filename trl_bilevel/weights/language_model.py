@@ -40,7 +40,7 @@ class LanguageModel:
         self.model = model
         self.bf16 = bf16
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.head = self.base.get_output_embeddings() if hasattr(self.base, "get_output_embeddings") else None
+        self.head: Any = self.base.get_output_embeddings() if hasattr(self.base, "get_output_embeddings") else None
         if self.head is None:
             raise ValueError(
                 f"{type(self.base).__name__} has no output embeddings: rows are scored by the likelihood of their "
@@ -73,7 +73,6 @@ class LanguageModel:
         """Log-probabilities `[n]` of `targets` after `states` `[n, d]`; a backward makes the logits again."""
 
         def compute(states: Tensor) -> Tensor:
-            assert self.head is not None
             logits = _at_least_float32(self._final(self.head(states)))
             return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
@@ -103,7 +102,6 @@ class LanguageModel:
         Of the batch, the first `tokens` of each row are read.
         """
         found: list[Tensor] = []
-        assert self.head is not None
         inputs = {k: v[:, :tokens] for k, v in self._token_inputs(batch).items()}
         with self.head.register_forward_hook(lambda head, args, output: found.append(output)), self._precision():
             own = self.base(**inputs, use_cache=False).logits.float()
@@ -124,7 +122,6 @@ class LanguageModel:
             # The model's own forward then makes logits of one token a row, which nobody reads.
             return (args[0][:, :1], *args[1:])
 
-        assert self.head is not None
         with self.head.register_forward_pre_hook(take):
             self.model(**self.inputs(batch), use_cache=False)
         if not found:

@@ -40,8 +40,7 @@ class PilotRecipe:
     """How the two ends are trained.
 
     Attributes:
-        estimator (`str`): `"value_function"` or `"lookahead"`.
-        steps (`int`), learning_rate (`float`): of AdamW, constant, without weight decay.
+        steps, learning_rate: of AdamW, constant, without weight decay.
         seed (`int`): of the adapters and of the order of the rows.
         pull (`float`): share of the trusted rows in the loss of the end that they pull (`"value_function"`).
         checkpointing (`bool`): compute the layers again in the backward, to save memory.
@@ -179,11 +178,9 @@ def trusted_batches(trusted: TrustedSets, draws: dict[str, TrustedSampler], step
 
 
 def in_batches(lengths: Sequence[int], values: Callable[[list[int]], Tensor]) -> Tensor:
-    """Values of rows in their order, computed in batches of similar length.
+    """Values of rows in their order, `[n, ...]`, computed in batches of similar length.
 
-    Args:
-        lengths: tokens of each row.
-        values: gives those of the rows at some places, `[b, ...]`.
+    `lengths` are the rows' tokens, and `values` gives the values `[b, ...]` of the rows at some places.
     """
     parts = batched(dict(enumerate(lengths)), BATCH_TOKENS, BATCH_ROWS)
     places = torch.tensor([place for part in parts for place in part])

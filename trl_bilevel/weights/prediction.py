@@ -66,8 +66,7 @@ class Prediction:
         Args:
             scored (`Tensor` int64 `[n]`): row numbers of the scored rows, a random sample, ascending.
             own (`Calibration`): of their scores.
-            sharpness (`float`): of the weights that a predictor of further rows gives.
-            further (`bool`): also make a predictor for rows that are not here.
+            sharpness (`float`): of the weights that a predictor of further rows gives, which is made if `further`.
 
         Returns:
             Weights float32 `[count]` of the caller's rows, between `FLOOR` and 1, 0 for dropped rows; the share of

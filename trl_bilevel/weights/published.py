@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core import selector
-from ..core.scores import RowLosses, difference_score, loss_score
+from ..core.scores import RowLosses, difference_score
 from .state import TrainingWeights
 
 
@@ -97,10 +97,7 @@ class Tracker:
         """One step on the rows' losses times `factor`; returns their mean losses `[b]` before it, per batch.
 
         Forward and backward run within the swap, so that gradient checkpointing computes again with the right values.
-        The model's own gradients must be empty.
-
-        Args:
-            total: sums a tensor over the processes.
+        The model's own gradients must be empty. `total` sums a tensor over the processes.
         """
         losses = []
         with self.swapped():
@@ -131,14 +128,11 @@ class Tracker:
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors()` gave."""
+        parts = _parts(tensors)
         with torch.no_grad():
             for n, value in enumerate(self.values):
-                value.copy_(tensors[f"tracker.{n}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                _, number, name = key.split(".", 2)
-                state.setdefault(int(number), {})[name] = tensor
+                value.copy_(parts["tracker"][str(n)])
+        state = {int(number): entry for number, entry in _parts(parts.get("optimizer", {})).items()}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -165,16 +159,15 @@ class MovingWeights(TrainingWeights):
         return selector.sample_weights(self.state, ids.cpu())
 
     def update(self, ids: Tensor, losses: Tensor, reference: Tensor | None, step: int, steps: int) -> None:
-        """Move weights after step `step` of `steps`.
+        """Move weights after step `step` of `steps`, by mean losses `[b]` of its rows under the model and the tracker.
 
-        Args:
-            ids (`Tensor` int64 `[b]`): its rows, of all processes.
-            losses, reference (`Tensor` float32 `[b]`): mean losses of the rows under the model, and under the tracker.
+        `ids` (int64 `[b]`) are its rows, of all processes.
         """
         recipe = self.recipe
         if step < math.ceil(recipe.warmup * steps):
             return
-        scores = (loss_score(losses) if reference is None else difference_score(reference, losses)).cpu().float()
+        # A row's own loss mixes "harmful" with "hard": low-effort answers become easy, and weights learn to like them.
+        scores = (-losses if reference is None else difference_score(reference, losses)).cpu().float()
         ids, rate, pull = ids.cpu(), recipe.learning_rate, recipe.entropy_coef
         if recipe.tracks:
             selector.update_sparse_centred(self.state, ids, scores, learning_rate=rate, entropy_coef=pull)
@@ -206,10 +199,16 @@ class MovingWeights(TrainingWeights):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
         super().load_tensors(tensors)
-        parts: dict[str, dict[str, Tensor]] = {"selector": {}, "lower": {}}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(".")
-            parts.setdefault(part, {})[name] = tensor
-        self.state.load_tensors(parts["selector"])
+        parts = _parts(tensors)
+        self.state.load_tensors(parts.get("selector", {}))
         if self.tracker is not None:
             self.tracker.load_tensors(parts["lower"])
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the first part of their names and the rest."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        out.setdefault(part, {})[name] = tensor
+    return out

@@ -109,15 +109,7 @@ def write_files(folder: Path, tensors: dict[str, Tensor], told: dict[str, Any]) 
 
 
 def read_files(folder: Path, missing: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `weights.json` and `weights.safetensors` of a folder hold.
-
-    Args:
-        missing (`str`): what the error says of a folder without them.
-
-    Raises:
-        FileNotFoundError: if the folder has no weights.
-        ValueError: if they are damaged, or of another version.
-    """
+    """What `weights.json` and `weights.safetensors` of a folder hold; `missing`: what to say if they are not there."""
     if not (folder / WEIGHTS_FILE).is_file() or not (folder / FACTS_FILE).is_file():
         raise FileNotFoundError(f"{folder} has no weights ({WEIGHTS_FILE}, {FACTS_FILE}){missing}.")
     try:

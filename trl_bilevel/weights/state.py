@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .._version import __version__
-from ..core.statistics import effective_sample_size, evenly_spaced, weight_quantiles
+from ..core.statistics import effective_sample_size, evenly_spaced
 from ..data.files import finite
 from ..data.groups import Groups
-from ..data.rows import Rows
-from ..data.sampling import content_hash
-from ..data.trusted import TrustedSets
-from .choose import Choice, choose
-from .language_model import LanguageModel, model_hash
+from .choose import Choice
 from .result import equal_weights, read_files, write_files
-from .settings import WeightSettings
-from .store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +80,10 @@ class TrainingWeights:
     def loss_scale(self, tokens: Tensor) -> float:
         """What the weighted sum of losses is multiplied by, beside one over the tokens of a step.
 
-        The objective is `sum w l / sum w t` over the rows (`l` a row's summed loss, `t` its tokens), as if row `i`
-        were visited `w_i` times. A step divides by the tokens of its rows, so what is left is `sum t / sum w t`. It is
-        taken over all rows: over those of one step, it would take the weight away from a row that comes alone.
-
-        Args:
-            tokens (`Tensor` `[N]`): tokens of each of the caller's rows that the loss counts.
+        The objective is `sum w l / sum w t` over the rows (`l` a row's summed loss, `t` its `tokens` that the loss
+        counts, `[N]`), as if row `i` were visited `w_i` times. A step divides by the tokens of its rows, so what is
+        left is `sum t / sum w t`. It is taken over all rows: over those of one step, it would take the weight away
+        from a row that comes alone.
         """
         weighed = (torch.nan_to_num(self.values.double()) * tokens).sum()
         return float(tokens[self.kept].sum() / weighed.clamp(min=1e-30))
@@ -107,7 +98,7 @@ class TrainingWeights:
             return {}
         weights = self.sampled()
         out = {"selector/ess": effective_sample_size(weights)}
-        for level, value in zip(QUANTILES, weight_quantiles(weights, QUANTILES).tolist(), strict=True):
+        for level, value in zip(QUANTILES, np.quantile(weights.double().numpy(), QUANTILES).tolist(), strict=True):
             out[f"selector/weight_q{round(100 * level):02d}"] = value
         out |= {f"selector/{name}": self.facts[name] for name in ("score_mean", "score_std") if name in self.facts}
         if self.groups is not None:
@@ -157,33 +148,3 @@ class TrainingWeights:
             )
         self.load_tensors(tensors)
         self.known, self.facts = told["known"], told["facts"]
-
-
-def choose_noted(
-    model: LanguageModel,
-    rows: Rows,
-    trusted: TrustedSets,
-    settings: WeightSettings,
-    folder: Path | None,
-    *,
-    seed: int,
-    also: Any = None,
-    **how: Any,
-) -> Choice:
-    """`choose`, with notes in a folder (if one is given), so that a killed run goes on from them.
-
-    Notes are used if `also`, plain values, and what `choose` is given are the same.
-    """
-    key = {
-        "rows": content_hash(rows.dataset),
-        "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
-        "shares": trusted.weights,
-        "settings": asdict(settings) | {"seed": seed, "bf16": model.bf16},
-        "version": __version__,
-        "also": also,
-        "model": model_hash(model.model),
-    }
-    store = Store(folder, key)
-    choice = choose(model, rows, trusted, settings, seed=seed, store=store, **how)
-    store.remove()
-    return choice

@@ -56,8 +56,8 @@ class StreamedWeights(TrainingWeights):
         Cost: a forward without gradient through the lower layers.
         """
         if self.groups is not None:
-            group_weights = self._of_groups()
-            return torch.where(ids.cpu() < 0, 1.0, group_weights[ids.cpu().clamp(min=0)])
+            ids = ids.cpu()
+            return torch.where(ids < 0, 1.0, self._of_groups()[ids.clamp(min=0)])
         if self.predictor is None:
             return torch.ones(len(batch["input_ids"]))
         model = self.model.model
