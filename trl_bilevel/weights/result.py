@@ -117,11 +117,11 @@ def read_files(folder: Path, missing: str = "") -> tuple[dict[str, Any], dict[st
         tensors = load_file(folder / WEIGHTS_FILE)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}). Use other ones.") from error
-    if not isinstance(told, dict) or not {"format", "facts", "values", "scores"} <= {*told, *tensors}:
+    if not isinstance(told, dict) or not {"facts", "values", "scores"} <= {*told, *tensors}:
         raise ValueError(f"The weights in {folder} are damaged (parts are missing). Use other ones.")
-    if told["format"] != FORMAT:
+    if told.get("format") != FORMAT:
         raise ValueError(
-            f"The weights in {folder} have format {told['format']!r}, this version reads {FORMAT}. Use the "
+            f"The weights in {folder} have format {told.get('format')!r}, this version reads {FORMAT}. Use the "
             "version of trl-bilevel that wrote them."
         )
     return told, tensors
