@@ -6,8 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_bilevel.core.calibration import _lowest_kind, _quantile, calibrate, calibrated_logits, ending_logits
+from trl_bilevel.core.calibration import _lowest_kind, _quantile, calibrate, ending_logits
 from trl_bilevel.core.resampling import systematic_resample
+
+
+def calibrated_logits(*args):
+    return calibrate(*args).logits
+
+
+def lowest_kind(trusted, x):
+    return _lowest_kind(trusted.double(), torch.ones(len(trusted), dtype=torch.float64), x.double())
 
 
 def mixture(seed, good, bad, distance):
@@ -86,7 +94,7 @@ def test_a_kind_in_the_minority_among_trusted_rows_keeps_its_weight(seed):
     """A quarter of the trusted rows held back can by chance hold three rows of a kind that is a half of all."""
     x, draw = two_kinds(seed)
     trusted = torch.cat([draw(9, 1.4, 0.15), draw(3, 0.2, 0.15)])
-    assert len(_lowest_kind(trusted.double(), None, x.double())) == 3
+    assert len(lowest_kind(trusted, x)) == 3
     found = calibrate(x, trusted)
     high, low, bad = (float(part.mean()) for part in found.logits.exp().split([40, 100, 80]))
     assert high == 1 and low > 0.6 and bad < 0.25
@@ -99,7 +107,7 @@ def test_bad_trusted_rows_are_no_kind_of_their_own(seed):
     """Nothing scores below them, so they do not set the level from which rows weigh in full."""
     x, draw = two_kinds(seed)
     trusted = torch.cat([draw(19, 0.2, 0.15), draw(5, -1.0, 0.05)])
-    assert len(_lowest_kind(trusted.double(), None, x.double())) == 24
+    assert len(lowest_kind(trusted, x)) == 24
     assert float(calibrated_logits(x, trusted)[140:].exp().mean()) < 0.8
 
 
@@ -108,7 +116,7 @@ def test_a_tenth_of_the_trusted_rows_is_too_few_for_a_kind():
     x, draw = two_kinds(0)
     x = torch.cat([x, draw(60, -6.0, 0.5)])
     trusted = torch.cat([draw(54, 0.2, 0.15), draw(6, -1.0, 0.05)])
-    assert len(_lowest_kind(trusted.double(), None, x.double())) == 60
+    assert len(lowest_kind(trusted, x)) == 60
 
 
 @pytest.mark.parametrize("count", [24, 64])
@@ -117,19 +125,19 @@ def test_trusted_rows_of_one_kind_are_one(count):
     x = torch.cat([torch.randn(100, generator=generator), torch.randn(100, generator=generator) - 6])
     for _ in range(50):
         trusted = torch.randn(count, generator=generator)
-        assert len(_lowest_kind(trusted.double(), None, x.double())) == count
+        assert len(lowest_kind(trusted, x)) == count
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
 def test_quantiles_of_weighted_values(level):
     values = torch.tensor([3.0, 1.0, 2.0, 7.0, 4.0], dtype=torch.float64)
     expected = float(np.quantile(values.numpy(), level, method="hazen"))
-    assert float(_quantile(values, None, level)) == pytest.approx(expected)
+    assert float(_quantile(values, torch.ones(5), level)) == pytest.approx(expected)
     assert float(_quantile(values, torch.full((5,), 0.3), level)) == pytest.approx(expected, abs=1e-6)
     # Values of no weight do not count, and heavy ones count as if repeated.
     assert float(_quantile(values, torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]), level)) == 2.0
     weights = torch.tensor([1.0, 8.0, 1.0, 1.0, 1.0])
-    assert float(_quantile(values, weights, 0.3)) < 1.1 < float(_quantile(values, None, 0.3))
+    assert float(_quantile(values, weights, 0.3)) < 1.1 < float(_quantile(values, torch.ones(5), 0.3))
 
 
 def test_trusted_weights_count_like_repeated_rows():

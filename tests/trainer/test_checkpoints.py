@@ -13,7 +13,7 @@ from tests.conftest import parameters
 from tests.errors_table import CHECKPOINTS, bad_input
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.trainer.checkpoints import resume_point
-from trl_bilevel.weights import state
+from trl_bilevel.weights import result
 
 
 def make(folder, step, files):
@@ -131,7 +131,7 @@ def test_a_full_disk_costs_no_checkpoint(fails, saving, tmp_path, monkeypatch):
         save_file(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save_file", full)
+        patch.setattr(result, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             saving(FullDisk).train()
     resumed = saving()

@@ -92,7 +92,7 @@ def test_a_predictor_of_further_rows(chosen, rows, tokenizer, tiny_model):
 
 def test_equal_scores_give_equal_weights(chosen, monkeypatch, caplog):
     monkeypatch.setattr(module, "_row_scores", lambda pilot, rows, *args: torch.zeros(rows.count, 2))
-    monkeypatch.setattr(module, "_trusted_scores", lambda pilot, trusted: torch.zeros(len(trusted), 2))
+    monkeypatch.setattr(module, "trusted_values", lambda trusted, values: torch.zeros(len(trusted), 2))
     found = chosen()
     assert found.weights.tolist() == [1.0] * 80 and "nothing to select by" in caplog.text
 
@@ -110,7 +110,7 @@ def test_held_back_rows_do_not_pull(chosen, monkeypatch):
     found = chosen()
     held = {tuple(row["input_ids"]) for part in found.held_back.sets.values() for row in part.dataset}
     assert len(held) == 5 and len(seen[0]) == 15 and not held & seen[0]
-    assert found.trusted_scores.shape == (5, 2) and float(found.trusted_shares.sum()) == pytest.approx(1)
+    assert found.trusted_scores.shape == (5, 2) and float(found.held_back.shares().sum()) == pytest.approx(1)
 
 
 def test_groups_share_the_mean(chosen):

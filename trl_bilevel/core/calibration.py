@@ -53,11 +53,6 @@ class Calibration(NamedTuple):
     good_share: float
 
 
-def calibrated_logits(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | None = None) -> Tensor:
-    """The `logits` of `calibrate`."""
-    return calibrate(scores, trusted_scores, trusted_weights).logits
-
-
 def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | None = None) -> Calibration:
     """Logits whose softmax weights make the training rows score like trusted rows.
 
@@ -74,9 +69,6 @@ def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | 
         scores (`Tensor` float32 `[N]`): one per row, finite.
         trusted_scores (`Tensor` float32 `[c]`): of trusted rows that neither end of the difference was trained on.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
-
-    Raises:
-        ValueError: if there is no trusted score, or a score is not finite.
     """
     if trusted_scores.numel() == 0:
         raise ValueError("Calibration needs at least one held-back validation row, got none.")
@@ -88,16 +80,15 @@ def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | 
     if float(spread) < SCORE_RESOLUTION:
         return Calibration(torch.zeros_like(scores), 1.0)
     x, y = (x - mean) / spread, (y - mean) / spread
+    shares = _shares(y, trusted_weights)
 
     grid = torch.linspace(float(x.min()), float(x.max()), GRID, dtype=torch.float64)
     train = _smooth_density(x, grid)
-    count, centre, variance = _moments(y, trusted_weights)
-    good = _trusted_density(count, centre, variance, grid)
+    good = _trusted_density(*_moments(y, shares), grid)
     ratio = isotonic_regression((good / train).numpy(), weights=train.numpy()).x
     logits = torch.from_numpy(ratio).clamp(min=0).add(1e-300).log()
-    lowest = _lowest_kind(y, trusted_weights, x)
-    shares = None if trusted_weights is None else trusted_weights.cpu()[lowest]
-    plateau = _interpolate(grid, logits, _quantile(y[lowest], shares, PLATEAU).reshape(1))
+    lowest = _lowest_kind(y, shares, x)
+    plateau = _interpolate(grid, logits, _quantile(y[lowest], shares[lowest], PLATEAU).reshape(1))
     logits = _interpolate(grid, (logits - plateau).clamp(min=math.log(FLOOR), max=0.0), x)
     # The trusted rows' mix of kinds says nothing of the training rows': then the weights do, as posteriors.
     one_kind = len(lowest) == len(y)
@@ -108,7 +99,7 @@ def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | 
 def ending_logits(
     surprise: Tensor, trusted_surprise: Tensor, weights: Tensor, trusted_weights: Tensor | None = None
 ) -> Tensor:
-    """What the ends of the answers add to the logits of `calibrated_logits`.
+    """What the ends of the answers add to the logits of `calibrate`, float32 `[N]`, at most 0.
 
     Whether an answer stops in the right place is one decision among dozens of tokens. It drowns in the mean over the
     response, where answers that were cut off even rank *above* whole ones, since the first words gain most (measured
@@ -119,21 +110,23 @@ def ending_logits(
     succession), so a few trusted rows prove little. No effect where weighted training rows end like trusted ones.
 
     Args:
-        surprise (`Tensor` float32 `[N]`): between 0 and 1, see `core.scores.difference_scores`.
+        surprise, weights (`Tensor` float32 `[N]`): of the training rows, see `core.scores.difference_scores`.
         trusted_surprise (`Tensor` float32 `[c]`): of trusted rows that neither model was trained on.
-        weights (`Tensor` float32 `[N]`): weights of the training rows so far.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
-
-    Returns:
-        `Tensor` float32 `[N]`: at most 0.
     """
-    surprise_odds = []
-    for values, shares in ((trusted_surprise, trusted_weights), (surprise, weights)):
-        count, mean, _ = _moments(values.double().cpu(), None if shares is None else shares.cpu())
+    odds = []
+    for values, counts in ((trusted_surprise, trusted_weights), (surprise, weights)):
+        known = values.double().cpu()
+        count, mean, _ = _moments(known, _shares(known, counts))
         rate = (count * mean + 1) / (count + 2)
-        surprise_odds.append(rate / (1 - rate))
-    ratio = float((surprise_odds[0] / surprise_odds[1]).clamp(max=1))
+        odds.append(rate / (1 - rate))
+    ratio = float((odds[0] / odds[1]).clamp(max=1))
     return torch.log1p(-(1 - ratio) * surprise)
+
+
+def _shares(values: Tensor, weights: Tensor | None) -> Tensor:
+    """How much each value counts, float64 `[c]`; equally by default."""
+    return torch.ones_like(values) if weights is None else weights.to(values)
 
 
 def _winsorise(values: Tensor, x: Tensor) -> Tensor:
@@ -158,18 +151,16 @@ def _smooth_density(x: Tensor, grid: Tensor) -> Tensor:
     return (kernel @ histogram / (bandwidth * math.sqrt(2 * math.pi))).clamp(min=1e-12)
 
 
-def _moments(y: Tensor, weights: Tensor | None) -> tuple[float, Tensor, Tensor]:
+def _moments(y: Tensor, shares: Tensor) -> tuple[float, Tensor, Tensor]:
     """Effective number, mean and variance (not corrected for the number) of weighted values."""
-    share = torch.ones_like(y) if weights is None else weights.to(y)
-    share = share / share.sum()
+    share = shares / shares.sum()
     mean = (share * y).sum()
     return float(1 / (share**2).sum()), mean, (share * (y - mean) ** 2).sum()
 
 
-def _quantile(y: Tensor, weights: Tensor | None, level: float) -> Tensor:
+def _quantile(y: Tensor, shares: Tensor, level: float) -> Tensor:
     """Quantile of weighted values, linear between the middles of their steps."""
-    share = torch.ones_like(y) if weights is None else weights.to(y)
-    y, share = y[share > 0], share[share > 0]
+    y, share = y[shares > 0], shares[shares > 0]
     order = y.argsort()
     share = share[order]
     middle = (share.cumsum(0) - share / 2) / share.sum()
@@ -179,14 +170,11 @@ def _quantile(y: Tensor, weights: Tensor | None, level: float) -> Tensor:
     return torch.lerp(y[order[left]], y[order[right]], ((level - middle[left]) / gap).clamp(0, 1))
 
 
-def _lowest_kind(y: Tensor, weights: Tensor | None, x: Tensor) -> Tensor:
-    """Places of the trusted scores that are of the lowest kind; all of them if they do not fall into kinds.
+def _lowest_kind(y: Tensor, shares: Tensor, x: Tensor) -> Tensor:
+    """Places of the trusted scores `y` that are of the lowest kind; all of them if they do not fall into kinds.
 
-    Args:
-        y (`Tensor` float64 `[c]`), weights (`Tensor` `[c]`, *optional*): trusted scores, and how much each counts.
-        x (`Tensor` float64 `[N]`): scores of the training rows.
+    `x` are the scores of the training rows.
     """
-    shares = torch.ones_like(y) if weights is None else weights.to(y)
     ordered = x.sort().values
     kind = y.argsort()
     while len(kind) >= LEAST_OF_KINDS:

@@ -31,14 +31,10 @@ def implicit_weights(scores: Tensor, generations: int, temperature: float) -> Te
     Args:
         scores (`Tensor` float `[Q * G]`): NaN for a response that is left out; it gets weight NaN, and the others of
             its question share the weight.
-        generations (`int`): G.
-        temperature (`float`): tau, in the units of the scores (nats per token).
+        generations, temperature: G, and tau in the units of the scores (nats per token).
 
     Returns:
         `Tensor` float32 `[Q * G]`.
-
-    Raises:
-        ValueError: if the number of scores is no multiple of G, or tau is not above 0.
     """
     if temperature <= 0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}.")
@@ -64,14 +60,10 @@ def question_weights(weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """Outcome of a round.
+    """Whether the trained model of a round is kept, and why.
 
-    Attributes:
-        kept: whether the trained model is kept.
-        incoming_loss, trained_loss: selection losses of both candidates (nats per token, weighted mean over rows).
-        difference, standard_error: weighted mean over rows of trained less incoming loss, and its standard error
-            (paired).
-        reason: in words.
+    Losses are selection losses of both candidates (nats per token, weighted mean over rows); the difference is trained
+    less incoming, with its paired standard error.
     """
 
     kept: bool
@@ -85,10 +77,7 @@ class Decision:
 def decide(incoming: Tensor, trained: Tensor, weights: Tensor | None = None) -> Decision:
     """Keep the trained model if its selection loss is not above the incoming one's.
 
-    Args:
-        incoming, trained (`Tensor` float `[n]`): losses of the selection rows under both candidates.
-        weights (`Tensor` float `[n]`, *optional*): share of each row in the selection loss, of sum one; equal by
-            default.
+    All are `[n]`, of the selection rows: losses under both candidates, and shares of sum one (equal by default).
     """
     incoming, trained = incoming.double(), trained.double()
     count = len(incoming)

@@ -9,7 +9,7 @@ score.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .calibration import FLOOR, Calibration, calibrate, calibrated_logits
+from .calibration import FLOOR, Calibration, calibrate
 from .statistics import evenly_spaced
 
 # Strengths of the ridge penalty that leave-one-out errors choose from.
@@ -36,7 +36,6 @@ class WeightPredictor:
     """Predicts weights from features.
 
     Attributes:
-        model: standardisation and ridge regression.
         error (`float`): root mean square of the leave-one-out errors: how far a predicted weight is off.
         explained (`float`): share of the weights' variance that leave-one-out predictions explain; 0 or less if the
             features say nothing, and then all predictions are near the mean weight.
@@ -67,14 +66,6 @@ class TabulatedPredictor:
     knots: Tensor
     weights: Tensor
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def to(self, device: torch.device) -> TabulatedPredictor:
-        """The same on a device, where it predicts without host-device syncs."""
-        return TabulatedPredictor(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
-
     def __call__(self, features: Tensor) -> Tensor:
         """Weights, float32 `[b]`, for features `[b, d]`; mean one over the rows that `tabulate` saw."""
         predicted = (features.double() - self.mean) / self.scale @ self.coefficients + self.intercept
@@ -87,10 +78,7 @@ class TabulatedPredictor:
 def tabulate(predictor: WeightPredictor, predicted: Tensor, weights: Tensor, knots: int = 256) -> TabulatedPredictor:
     """What `predictor` says, turned into weights as it was for a sample of rows.
 
-    Args:
-        predicted, weights (`Tensor` float32 `[n]`): the predictor's values for a sample of rows, and the weights that
-            `recalibrated` made of them.
-        knots (`int`): how many points of the map are kept, evenly spaced among the sample.
+    `predicted` and `weights` (float32 `[n]`) are its values for the sample, and what `recalibrated` made of them.
     """
     order = torch.argsort(predicted)
     chosen = order[evenly_spaced(len(order), knots)]
@@ -127,16 +115,14 @@ def recalibrated(
     mass on good rows as scored ones (59% each on 1,280 rows, docs/results.md).
 
     Args:
-        predicted (`Tensor` float32 `[N]`): of rows that were not scored.
-        trusted (`Tensor` float32 `[c]`): of trusted rows.
+        predicted, trusted (`Tensor` float32 `[N]`, `[c]`): of rows that were not scored, and of trusted rows.
         mean_weight (`float`): mean weight of the scored rows, a random sample of the same rows.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
 
     Returns:
-        `Tensor` float32 `[N]`: between `FLOOR` and 1, in the order of `predicted`, with mean `mean_weight` unless
-        that takes weights over 1.
+        `Tensor` float32 `[N]`: between `FLOOR` and 1, with mean `mean_weight` unless that takes weights over 1.
     """
-    weights = calibrated_logits(predicted, trusted, trusted_weights).exp()
+    weights = calibrate(predicted, trusted, trusted_weights).logits.exp()
     return (weights * (mean_weight / float(weights.mean()))).clamp(FLOOR, 1.0)
 
 
@@ -153,8 +139,7 @@ def smoothed_logits(
 
     Args:
         own (`Calibration`): of the rows' own scores, `[n]`; other factors of the weights may be in its logits.
-        second (`Tensor` float32 `[n]`): weights predicted for the same rows from others.
-        trusted (`Tensor` float32 `[c]`): weights predicted for trusted rows.
+        second, trusted (`Tensor` float32 `[n]`, `[c]`): weights predicted for the same rows, and for trusted rows.
         explained (`float`): share of the weights' variance that `second` explains; no effect at 0 or less.
         trusted_weights (`Tensor` float32 `[c]`, *optional*): how much each trusted row counts; equal by default.
 
@@ -176,52 +161,38 @@ def smoothed_logits(
 def cross_predictions(features: Tensor, weights: Tensor) -> tuple[Tensor, float]:
     """Weight of each row as predicted from the others: in `FOLDS` parts, each by a fit on the rest.
 
-    Args:
-        features (`Tensor` float `[n, d]`), weights (`Tensor` float `[n]`): as for `fit_weight_predictor`, the rows in
-            random order.
-
-    Returns:
-        `tuple` of `Tensor` float32 `[n]` and `float`: the predictions, and the share of the weights' variance that
-        they explain (0 or less if nothing).
+    Takes what `fit_weight_predictor` takes, rows in random order. Returns the predictions, float32 `[n]`, and the
+    share of the weights' variance that they explain (0 or less if nothing).
     """
-    _check(features, weights, 4)
-    x, y = _arrays(features, weights)
+    x, y = _arrays(features, weights, least=4)
     predicted = cross_val_predict(_regression(), x, y, cv=KFold(min(FOLDS, len(y) // 2)))
-    variance = float(y.var())
-    explained = 1 - float(((y - predicted) ** 2).mean()) / variance if variance > 0 else 0.0
-    return torch.from_numpy(predicted).float(), explained
+    return torch.from_numpy(predicted).float(), _explained(y, ((y - predicted) ** 2).mean())
 
 
 def fit_weight_predictor(features: Tensor, weights: Tensor) -> WeightPredictor:
-    """Ridge regression of weights on features, the penalty chosen by leave-one-out errors.
+    """Ridge regression of weights `[n]` on features `[n, d]`, the penalty chosen by leave-one-out errors.
 
     Weights, not their logarithms: a least-squares prediction is then the expected weight given the features, the
     posterior of being good up to the scale, so rows that the features do not tell apart share their mean weight.
-
-    Args:
-        features (`Tensor` float `[n, d]`), weights (`Tensor` float `[n]`, at least 0): of the scored rows, finite.
-
-    Raises:
-        ValueError: if there are fewer than two rows, or a value is not finite.
     """
-    _check(features, weights, 2)
-    x, y = _arrays(features, weights)
+    x, y = _arrays(features, weights, least=2)
     model = _regression().fit(x, y)
     errors = model[-1].cv_results_.reshape(len(y), -1).mean(0).min()
+    return WeightPredictor(model, float(errors**0.5), _explained(y, errors))
+
+
+def _explained(y: np.ndarray, squared_error: Any) -> float:
     variance = float(y.var())
-    return WeightPredictor(model, float(errors**0.5), 1 - float(errors) / variance if variance > 0 else 0.0)
+    return 1 - float(squared_error) / variance if variance > 0 else 0.0
 
 
-def _check(features: Tensor, weights: Tensor, least: int) -> None:
+def _arrays(features: Tensor, weights: Tensor, least: int) -> tuple[np.ndarray, np.ndarray]:
     if len(features) != len(weights) or len(weights) < least:
         raise ValueError(
             f"Needs features and weights of the same rows, at least {least}; got {len(features)}, {len(weights)}."
         )
     if not bool(torch.isfinite(features).all() and torch.isfinite(weights).all()):
         raise ValueError("Needs finite features and weights; got NaN or infinite ones.")
-
-
-def _arrays(features: Tensor, weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return features.double().cpu().numpy(), weights.double().cpu().numpy()
 
 

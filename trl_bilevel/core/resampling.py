@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def systematic_resample(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` indices, index `i` about `count * weights[i] / sum(weights)` times, in random order.
+    """`count` indices (int64), index `i` about `count * weights[i] / sum(weights)` times, in random order.
 
     Systematic resampling: every index is drawn the floor or the ceiling of its expected number of times, in
     expectation exactly that often. Equal weights draw every index once when `count` is their number: an ordinary
@@ -16,16 +16,8 @@ def systematic_resample(weights: Tensor, count: int, generator: torch.Generator)
     The expected gradient is that of the weighted loss, but no forward is spent on rows of weight near zero and the
     variance is far lower: the batch is full of rows that count.
 
-    Args:
-        weights (`Tensor` float `[N]`): at least 0, not all 0.
-        count (`int`): number of draws.
-        generator: source of randomness, on the CPU.
-
-    Returns:
-        `Tensor` int64 `[count]`.
-
     Raises:
-        ValueError: if weights are negative, not finite, or all zero.
+        ValueError: if weights `[N]` are negative, not finite, or all zero.
     """
     weights = weights.double().cpu()
     total = weights.sum()

@@ -31,14 +31,6 @@ class RowLosses(NamedTuple):
         return (self.sums / self.counts).detach()
 
 
-def loss_score(model_losses: Tensor) -> Tensor:
-    """`-ell_i(theta)`, `[b]`: the score of the published selector.
-
-    Mixes "harmful" with "hard": low-effort answers become easy, so it learns to prefer them.
-    """
-    return -model_losses
-
-
 def difference_score(reference_losses: Tensor, model_losses: Tensor) -> Tensor:
     """`1 - ell_i(model) / ell_i(reference)`, `[b]`: by which share validation lowers the row's loss.
 
@@ -64,31 +56,15 @@ def difference_scores(reference: RowLosses, model: RowLosses) -> Tensor:
     return torch.stack([response, 1 - torch.exp(-model.endings.detach())], dim=-1)
 
 
-def sum_segments(tokens: Tensor, segments: Tensor, count: int) -> Tensor:
-    """Sums over the tokens of each packed row, `[count]`.
-
-    Args:
-        tokens (`Tensor`): one value per token, in the order of `segments`.
-        segments (`Tensor` int64): the row of each token, below `count`; negative for padding, which is left out.
-    """
-    index = segments.flatten()
-    values = tokens.flatten()
-    # Padding goes into a bin of its own: picking tokens by a mask would wait for the device.
-    sums = torch.zeros(count + 1, dtype=values.dtype, device=values.device)
-    return sums.index_add_(0, torch.where(index < 0, count, index), values)[:count]
-
-
 def row_losses(
     log_probs: Tensor, label_mask: Tensor, segments: Tensor | None = None, count: int | None = None
 ) -> RowLosses:
-    """Losses of every row from per-token log-probabilities.
+    """Losses of every row from per-token log-probabilities `[B, S]`, zero on ignored positions.
 
     Args:
-        log_probs (`Tensor` `[B, S]`): per-token log-probabilities, zero on ignored positions.
         label_mask (`Tensor` bool `[B, S]`): true on scored positions.
         segments (`Tensor` int64 `[B, S]`, *optional*): row of each token where batch rows hold several of them,
-            negative for padding.
-        count (`int`, *optional*): rows of a batch with `segments`.
+            negative for padding; then `count` is the number of rows.
     """
     losses = -log_probs.to(torch.promote_types(log_probs.dtype, torch.float32)) * label_mask
     goes_on = torch.nn.functional.pad(label_mask[:, 1:], (0, 1), value=False)
@@ -100,7 +76,9 @@ def row_losses(
         if segments is None:
             return tokens.sum(-1)
         assert count is not None
-        return sum_segments(tokens.to(losses.dtype), segments, count)
+        # Padding goes into a bin of its own: picking tokens by a mask would wait for the device.
+        index = torch.where(segments < 0, count, segments).flatten()
+        return losses.new_zeros(count + 1).index_add_(0, index, tokens.to(losses.dtype).flatten())[:count]
 
     return RowLosses(
         sums=total(losses),

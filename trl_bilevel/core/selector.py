@@ -32,8 +32,7 @@ class SelectorState:
         score_mean (`Tensor` float32 `[N]`): running mean of the row's standardised scores, NaN before the first one.
         total (`Tensor` float64 `[2]`): sum of `exp(logits)`, and the number of rows that are trained on.
         score_stats (`Tensor` float64 `[2]`): running mean and variance of the raw scores, NaN before the first batch.
-        step (`Tensor` int64 `[]`): number of updates done.
-        changed (`Tensor` int64 `[]`): logits changed since the sum was last computed afresh.
+        step, changed (`Tensor` int64 `[]`): updates done; logits changed since the sum was last computed afresh.
         moments (`Tensor` float32 `[2, N]`, *optional*): Adam's first and second moment, for `update_adam` only.
     """
 
@@ -50,11 +49,7 @@ class SelectorState:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors()` gave, in place.
-
-        Raises:
-            ValueError: if names or shapes differ from this state's.
-        """
+        """Restore what `tensors()` gave, in place; refuse other names or shapes."""
         own = self.tensors()
         if {k: tuple(v.shape) for k, v in own.items()} != {k: tuple(v.shape) for k, v in tensors.items()}:
             raise ValueError(
@@ -65,15 +60,7 @@ class SelectorState:
 
 
 def init_selector(active: Tensor, adam: bool = False) -> SelectorState:
-    """A uniform selector.
-
-    Args:
-        active (`Tensor` bool `[N]`): rows to train on; the others get no weight.
-        adam (`bool`): keep the moments that `update_adam` needs.
-
-    Raises:
-        ValueError: if no row is active.
-    """
+    """A uniform selector of the `active` rows (bool `[N]`); with the moments that `update_adam` needs, if asked."""
     if not bool(active.any()):
         raise ValueError("The selector needs at least one row to weigh, got none.")
     logits = torch.zeros(active.shape).masked_fill_(~active, -torch.inf)
@@ -101,7 +88,7 @@ def sample_weights(state: SelectorState, rows: Tensor | slice) -> Tensor:
 
 
 def standardise(state: SelectorState, scores: Tensor, momentum: float = 0.9) -> Tensor:
-    """Scores centred and scaled by running statistics, which then take this batch in. `[b]` float32 in, float32 out.
+    """Scores float32 `[b]` centred and scaled by running statistics, which then take this batch in.
 
     Running statistics, not the batch's own, so that a batch of one row moves its weight too.
     """
@@ -118,7 +105,7 @@ def standardise(state: SelectorState, scores: Tensor, momentum: float = 0.9) -> 
 
 def update_sparse_centred(
     state: SelectorState, rows: Tensor, scores: Tensor, *, learning_rate: float, entropy_coef: float
-) -> Tensor:
+) -> None:
     """Move the logits of the rows in the batch by their standardised score, and pull them towards uniform.
 
     `s_k <- (1 - entropy_coef) s_k + learning_rate z_k` for the rows of the batch only. The pull is the gradient step
@@ -128,35 +115,23 @@ def update_sparse_centred(
     Args:
         rows (`Tensor` int64 `[b]`): rows of the batch; repeated rows count once, with their mean score.
         scores (`Tensor` float32 `[b]`): larger means that training on the row helps the validation loss more.
-
-    Returns:
-        `Tensor` float32 `[b]`: the standardised scores.
     """
-    z = _merge_duplicates(rows, standardise(state, scores))
-    _remember(state, rows, z)
-    unique, first = _first_places(rows)
-    old = state.logits[unique]
-    new = ((1 - entropy_coef) * old + learning_rate * z[first]).clamp(-LOGIT_BOUND, LOGIT_BOUND)
+    rows, z = _take_scores(state, rows, scores)
+    old = state.logits[rows]
+    new = ((1 - entropy_coef) * old + learning_rate * z).clamp(-LOGIT_BOUND, LOGIT_BOUND)
     state.total[0] += (new.double().exp() - old.double().exp()).sum()
-    state.logits[unique] = new
+    state.logits[rows] = new
     # When a large weight leaves, the sum keeps its rounding: compute it afresh once in N changes.
-    state.changed += len(unique)
+    state.changed += len(rows)
     if int(state.changed) >= len(state.logits):
         refresh_total(state)
     state.step += 1
-    return z
 
 
 def minibatch_gradient(state: SelectorState, rows: Tensor, losses: Tensor) -> Tensor:
-    """Gradient of the weighted minibatch loss `(1/B) sum_{i in B} w_i loss_i` by all logits, in closed form.
+    """Gradient of the weighted minibatch loss `(1/B) sum_{i in B} w_i loss_i` by all logits, float32 `[N]`.
 
     `d/ds_k = (N/B) p_k (1[k in B] loss_k - sum_{i in B} p_i loss_i)` with `p = softmax(s)`. Dense in `k`.
-
-    Args:
-        rows (`Tensor` int64 `[B]`), losses (`Tensor` `[B]`).
-
-    Returns:
-        `Tensor` float32 `[N]`.
     """
     p = state.logits.double().exp() / state.total[0]
     weighted = p[rows] * losses.double()
@@ -164,67 +139,35 @@ def minibatch_gradient(state: SelectorState, rows: Tensor, losses: Tensor) -> Te
     return (grad * state.total[1] / rows.numel()).float()
 
 
-def negative_entropy_gradient(state: SelectorState) -> Tensor:
-    """Gradient of `sum_i p_i log p_i` by all logits `[N]`: `p_k (log p_k - sum_i p_i log p_i)`."""
-    logits = state.logits.double()
-    p = logits.exp() / state.total[0]
-    log_p = torch.where(p > 0, logits - state.total[0].log(), 0.0)
-    return (p * (log_p - (p * log_p).sum())).float()
-
-
 def update_adam(
-    state: SelectorState,
-    rows: Tensor,
-    scores: Tensor,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    entropy_coef: float = 0.0,
-    eps: float = 1e-8,
-) -> Tensor:
-    """Adam on the dense gradient of `-(1/B) sum w_i score_i + entropy_coef * negative entropy`.
+    state: SelectorState, rows: Tensor, scores: Tensor, *, learning_rate: float, betas: tuple[float, float]
+) -> None:
+    """Adam on the dense gradient of `-(1/B) sum w_i score_i`.
 
     The update of the authors' code, kept to reproduce it: O(N) per step, 8 more bytes per row, and all logits drift
     since Adam normalises the tiny push that every off-batch logit gets.
-
-    Args:
-        betas (`tuple[float, float]`): decay of the moments, as in `torch.optim.Adam`.
-
-    Returns:
-        `Tensor` float32 `[b]`: the standardised scores (for the record only; the step uses the raw ones).
     """
-    if state.moments is None:
-        raise ValueError("update_adam needs a selector made by init_selector(..., adam=True).")
-    z = _merge_duplicates(rows, standardise(state, scores))
-    _remember(state, rows, z)
+    assert state.moments is not None
+    _take_scores(state, rows, scores)
     grad = minibatch_gradient(state, rows, -scores)
-    if entropy_coef:
-        grad = grad + entropy_coef * negative_entropy_gradient(state)
     state.step += 1
     first, second = state.moments
     first.lerp_(grad, 1 - betas[0])
     second.lerp_(grad * grad, 1 - betas[1])
     corrected = first / (1 - betas[0] ** state.step)
-    scale = (second / (1 - betas[1] ** state.step)).sqrt() + eps
+    scale = (second / (1 - betas[1] ** state.step)).sqrt() + 1e-8
     state.logits -= learning_rate * corrected / scale
     refresh_total(state)
-    return z
 
 
-def _merge_duplicates(rows: Tensor, values: Tensor) -> Tensor:
-    """Mean of `values` over equal rows, at each of them: the dataloader pads the last batch of several processes."""
+def _take_scores(state: SelectorState, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows of a batch and their standardised scores, which `score_mean` takes in.
+
+    Rows may repeat, as the dataloader pads the last batch of several processes: then a score is their mean.
+    """
     unique, place = rows.unique(return_inverse=True)
-    sums = torch.zeros(len(unique), dtype=values.dtype).index_add_(0, place, values)
-    return (sums / torch.bincount(place))[place]
-
-
-def _first_places(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The different rows, and one place in `rows` of each."""
-    unique, place = rows.unique(return_inverse=True)
-    first = torch.empty(len(unique), dtype=torch.int64).scatter_(0, place, torch.arange(len(rows)))
-    return unique, first
-
-
-def _remember(state: SelectorState, rows: Tensor, z: Tensor, momentum: float = 0.5) -> None:
-    old = state.score_mean[rows]
-    state.score_mean[rows] = torch.where(torch.isnan(old), z, momentum * old + (1 - momentum) * z)
+    values = standardise(state, scores)
+    z = torch.zeros(len(unique), dtype=values.dtype).index_add_(0, place, values) / torch.bincount(place)
+    old = state.score_mean[unique]
+    state.score_mean[unique] = torch.where(torch.isnan(old), z, 0.5 * old + 0.5 * z)
+    return unique, z

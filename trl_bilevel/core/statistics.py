@@ -28,31 +28,17 @@ def rows_carrying(weights: ArrayLike, share: float = 0.8) -> int:
 
 def data_ranks(weights: ArrayLike) -> NDArray[np.int64]:
     """Rank of each weight, int64 `[N]`: 0 is the highest; ties in row order; NaN last."""
-    keys = -np.asarray(weights, dtype=np.float64)
-    order = np.argsort(keys, kind="stable")
-    ranks = np.empty(len(order), dtype=np.int64)
-    ranks[order] = np.arange(len(order))
-    return ranks
-
-
-def weight_quantiles(
-    weights: ArrayLike, probabilities: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
-) -> NDArray[np.float64]:
-    """Quantiles of weights `[N]`, float64 `[len(probabilities)]`."""
-    return np.quantile(_live(weights), probabilities)
+    order = np.argsort(-np.asarray(weights, dtype=np.float64), kind="stable")
+    return np.argsort(order)
 
 
 def evenly_spaced(count: int, limit: int) -> NDArray[np.int64]:
-    """At most `limit` indices spread evenly over `range(count)`, int64, both ends included: a fixed sample for
-    statistics of O(limit) cost.
-    """
+    """At most `limit` indices spread evenly over `range(count)`, int64, both ends included."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
 
 
 def paired_standard_error(first: ArrayLike, second: ArrayLike) -> float | None:
-    """Standard error of the mean of `first - second`, `[n]` each; None if the lengths differ or there is no second
-    row.
-    """
+    """Standard error of the mean of `first - second`, `[n]` each; None if lengths differ, or below two rows."""
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(left) != len(right) or len(left) < 2:
         return None
@@ -70,11 +56,7 @@ def gap_recovered(uniform: float, selected: float, oracle: float) -> float:
 
 
 def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
-    """Standard error of an area under the ROC curve, from as many scores of either class (Hanley and McNeil, 1982).
-
-    Raises:
-        ValueError: if a class is empty.
-    """
+    """Standard error of an area under the ROC curve, from as many scores of either class (Hanley and McNeil, 1982)."""
     if positives < 1 or negatives < 1:
         raise ValueError(f"Both classes need scores, got {positives} and {negatives}.")
     first, second = auc / (2 - auc), 2 * auc**2 / (1 + auc)

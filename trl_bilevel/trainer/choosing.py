@@ -14,9 +14,10 @@ from ..data.export import weighted_dataset
 from ..data.identity import fingerprint
 from ..data.rows import Rows
 from ..data.trusted import TrustedSets
+from ..weights.choose import choose
 from ..weights.language_model import LanguageModel
 from ..weights.settings import WeightSettings
-from ..weights.state import TrainingWeights, choose_noted
+from ..weights.state import TrainingWeights
 from . import checks
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpoints import SavesWeights
@@ -88,13 +89,13 @@ class ChoosesWeights(SavesWeights):
         if self.weights is None or self.weights.known or self.rows is None or self.trusted is None:
             return
         args: Any = self.args
-        choice = choose_noted(
+        choice = choose(
             self._reader(),
             self.rows,
             self.trusted,
             WeightSettings(**weight_settings(args)),
-            self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None,
             seed=args.seed,
+            folder=self.record.folder / "choosing" if args.should_save and args.world_size == 1 else None,
             checkpointing=args.gradient_checkpointing,
             hidden_progress=args.disable_tqdm,
             **how,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +24,9 @@ LEAST_LAYERS = 2
 
 
 class Adapter:
-    """Low-rank updates of the linear layers of the upper part of a model.
+    """Low-rank updates of the linear layers in the upper part of a decoder's layers, which are given from below.
 
-    Args:
-        layers: all layers of the decoder, from below.
-        seed (`int`): of the first matrices; the second ones are zero, so that a new adapter has no effect.
+    The first matrices are drawn by `seed`; the second ones are zero, so that a new adapter has no effect.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module], seed: int):
@@ -37,7 +35,8 @@ class Adapter:
         self.values: list[torch.nn.Parameter] = []
         for name, module in self.sites:
             inner, outer = widths(module)
-            generator = torch.Generator().manual_seed(_number(f"{seed}:{name}"))
+            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
             bound = 1 / math.sqrt(inner)
             first = torch.empty(RANK, inner).uniform_(-bound, bound, generator=generator)
             device = next(module.parameters()).device
@@ -46,17 +45,12 @@ class Adapter:
     @contextmanager
     def added(self) -> Iterator[None]:
         """Within, the model computes with the adapter."""
-        handles = [
-            module.register_forward_hook(self._hook(self.values[2 * n], self.values[2 * n + 1]))
-            for n, (_, module) in enumerate(self.sites)
-        ]
-        # With an adapter and gradient checkpointing, transformers has the embeddings' output require a gradient.
-        handles.append(self.lowest.register_forward_pre_hook(_detached, with_kwargs=True))
-        try:
+        with ExitStack() as hooks:
+            for (_, module), first, second in zip(self.sites, self.values[::2], self.values[1::2], strict=True):
+                hooks.enter_context(module.register_forward_hook(self._hook(first, second)))
+            # With an adapter and gradient checkpointing, transformers has the embeddings' output require a gradient.
+            hooks.enter_context(self.lowest.register_forward_pre_hook(_detached, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @staticmethod
     def _hook(first: Tensor, second: Tensor) -> Any:
@@ -67,12 +61,6 @@ class Adapter:
             return output + (SCALE * linear(low, second.to(dtype))).to(output.dtype)
 
         return add
-
-    @torch.no_grad()
-    def copy_from(self, other: Adapter) -> None:
-        """Take over another adapter's values."""
-        for own, value in zip(self.values, other.values, strict=True):
-            own.copy_(value)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All values, float32 on the CPU, by name."""
@@ -87,8 +75,11 @@ class Adapter:
 
 def _detached(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hidden states come as the first argument, or by name."""
-    own = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
-    return own, {name: value.detach() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+
+    def cut(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
 
 
 def upper_layers(count: int) -> int:
@@ -99,8 +90,7 @@ def upper_layers(count: int) -> int:
 def adapted_modules(layers: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
     """The linear layers of the upper layers, by names that are the same with and without an adapter of the caller's.
 
-    Raises:
-        ValueError: if there is none.
+    If there is none, that is a `ValueError`.
     """
     found: list[tuple[str, torch.nn.Module]] = []
     for number in range(len(layers) - upper_layers(len(layers)), len(layers)):
@@ -126,7 +116,3 @@ def widths(module: torch.nn.Module) -> tuple[int, int]:
         if isinstance(getattr(module, inner, None), int) and isinstance(getattr(module, outer, None), int):
             return getattr(module, inner), getattr(module, outer)
     return 0, 0
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

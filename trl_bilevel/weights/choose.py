@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import calibration
-from ..core.calibration import ending_logits
+from .._version import __version__
+from ..core.calibration import calibrate, ending_logits
 from ..core.prediction import TabulatedPredictor
-from ..data.rows import Rows, batched
+from ..data.rows import Rows
+from ..data.sampling import content_hash
 from ..data.trusted import TrustedSets
 from .errors import NonFiniteScoreError, row_list
-from .language_model import LanguageModel, left_as_it_was
-from .pilot import BATCH_ROWS, BATCH_TOKENS, Pilot, PilotRecipe, pilot_tokens
+from .language_model import LanguageModel, left_as_it_was, model_hash
+from .pilot import BATCH_ROWS, BATCH_TOKENS, Pilot, PilotRecipe, pilot_tokens, trusted_values
 from .prediction import Prediction, prediction_tokens
 from .processes import Processes
 from .progress import Progress, tokens_of
@@ -49,21 +51,17 @@ class Choice:
     Attributes:
         weights (`Tensor` float32 `[count]`): of the caller's rows, mean one; NaN for rows that preparation dropped.
         scores (`Tensor` float32 `[count, 2]`): score and surprise of the end of each row; NaN where not scored.
-        trusted_scores (`Tensor` float32 `[c, 2]`), trusted_places (`list[tuple[str, int]]`), trusted_shares
-            (`Tensor` float32 `[c]`): of the trusted rows that were held back: scores, (set, place in the held-back
-            part), share in the trusted loss.
-        held_back (`TrustedSets`): these rows.
+        held_back (`TrustedSets`): the trusted rows that were held back.
+        trusted_scores (`Tensor` float32 `[c, 2]`): theirs, in the order of `places()`.
         facts (`dict`): steps, rows scored, seconds and so on, as plain values.
         predictor (`TabulatedPredictor`, *optional*): gives the weights of further rows.
     """
 
     weights: Tensor
     scores: Tensor
-    trusted_scores: Tensor
-    trusted_places: list[tuple[str, int]]
-    trusted_shares: Tensor
     held_back: TrustedSets
-    facts: dict[str, Any] = field(default_factory=dict)
+    trusted_scores: Tensor
+    facts: dict[str, Any]
     predictor: TabulatedPredictor | None = None
 
 
@@ -76,21 +74,21 @@ def choose(
     seed: int,
     groups: Tensor | None = None,
     checkpointing: bool = False,
-    store: Store | None = None,
+    folder: Path | None = None,
+    also: Any = None,
     hidden_progress: bool = True,
     further: bool = False,
 ) -> Choice:
     """Learn what each row is worth. A function of its arguments: nothing about the model is changed.
 
     Args:
-        model: as it is before training; the choice is for training from here.
         rows, trusted: prepared alike, so that the same kind of tokens is scored.
         settings ([`WeightSettings`]): resolved.
         seed (`int`): of the pilot.
         groups (`Tensor` int64 `[rows.count]`, *optional*): group of each of the caller's rows; one weight per group.
         checkpointing (`bool`): compute layers again in the pilot's backward, to save memory.
-        store (`Store`, *optional*): where to note scores, so that a killed run goes on.
-        hidden_progress (`bool`): draw no progress bar.
+        folder (`Path`, *optional*): where to note scores, so that a killed run goes on from them; removed in the end.
+        also: what else must be the same for notes to be used, as plain values.
         further (`bool`): also make a predictor for rows that are not here (`Choice.predictor`); at most half of the
             rows are scored then.
 
@@ -99,7 +97,17 @@ def choose(
         NonFiniteScoreError: if a score is NaN or infinite.
     """
     check_sizes(rows, trusted)
-    start, processes, store = time.perf_counter(), Processes.now(), store or Store(None, {})
+    start, processes = time.perf_counter(), Processes.now()
+    key = {
+        "rows": content_hash(rows.dataset),
+        "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
+        "shares": trusted.weights,
+        "settings": asdict(settings) | {"seed": seed, "bf16": model.bf16},
+        "version": __version__,
+        "also": also,
+        "model": model_hash(model.model),
+    }
+    store = Store(folder, key)
     steps = settings.pilot_steps or default_pilot_steps(len(rows))
     rate = settings.pilot_learning_rate
     recipe = PilotRecipe(settings.weight_estimator, steps, rate, seed, checkpointing=checkpointing)
@@ -113,19 +121,22 @@ def choose(
         pilot = Pilot(model, recipe)
         reads = 2 * tokens_of(rows.lengths, sample.tolist()) + prediction_tokens(rows, count, settings.feature_depth)
         tokens = pilot_tokens(rows, pulling, recipe) + reads
-        progress.plan(tokens)
-        progress.say(
-            f"Choosing weights reads about {tokens:,.0f} tokens, {tokens / max(1, sum(rows.lengths)):.1f} times the "
-            f"rows' own, and takes {pilot.bytes / 1e6:,.0f} MB of memory for its adapters beside the model."
-        )
-        pilot = _trained(pilot, rows, pulling, store, progress)
-        trusted_scores = processes.first(_trusted_scores(pilot, held_back))
+        progress.reset(round(tokens))
+        if not progress.disable:
+            progress.write(
+                f"Choosing weights reads about {tokens:,.0f} tokens, {tokens / max(1, sum(rows.lengths)):.1f} times "
+                f"the rows' own, and takes {pilot.bytes / 1e6:,.0f} MB of memory for its adapters beside the model."
+            )
+        _train(pilot, rows, pulling, store, progress)
+        trusted_scores = processes.first(trusted_values(held_back, pilot.scores))
         scores = _row_scores(pilot, rows, sample, processes, store, progress)
         _check(scores, trusted_scores, settings.pilot_learning_rate)
         pilot_seconds = time.perf_counter() - start
         predict = Prediction(model, rows, trusted, settings.feature_depth, seed, processes, progress)
-        shares = held_back.shares()
-        weights, facts, predictor = _weigh(scores, trusted_scores, shares, predict, settings, groups, further)
+        weights, facts, predictor = _weigh(
+            scores, trusted_scores, held_back.shares(), predict, settings, groups, further
+        )
+    store.remove()
     facts |= {
         "estimator": recipe.estimator,
         "steps": steps,
@@ -134,15 +145,11 @@ def choose(
         "pilot_seconds": round(pilot_seconds, 2),
         "seconds": round(time.perf_counter() - start, 2),
     }
-    return Choice(weights, scores, trusted_scores, held_back.places(), shares, held_back, facts, predictor)
+    return Choice(weights, scores, held_back, trusted_scores, facts, predictor)
 
 
 def check_sizes(rows: Rows, trusted: TrustedSets) -> None:
-    """Refuse too few rows.
-
-    Raises:
-        ValueError: naming how many there are, and how many are needed.
-    """
+    """Refuse too few rows by a `ValueError` that says how many are needed."""
     if len(rows) == 0:
         raise ValueError(
             f"None of the {rows.count} training rows has a token to learn from within `max_length`. Raise it, or look "
@@ -160,23 +167,22 @@ def check_sizes(rows: Rows, trusted: TrustedSets) -> None:
         )
 
 
-def _trained(pilot: Pilot, rows: Rows, pulling: TrustedSets, store: Store, progress: Progress) -> Pilot:
-    progress.stage("Training the pilot")
+def _train(pilot: Pilot, rows: Rows, pulling: TrustedSets, store: Store, progress: Progress) -> None:
+    progress.set_description("Training the pilot")
     saved = store.read("pilot")
-    if saved is not None:
+    if saved is None:
+        pilot.train(rows, pulling, progress.done)
+        store.write("pilot", pilot.tensors())
+    else:
         pilot.load_tensors(saved)
         progress.done(pilot_tokens(rows, pulling, pilot.recipe))
-        return pilot
-    pilot.train(rows, pulling, progress.done)
-    store.write("pilot", pilot.tensors())
-    return pilot
 
 
 def _row_scores(
     pilot: Pilot, rows: Rows, sample: Tensor, processes: Processes, store: Store, progress: Progress
 ) -> Tensor:
     """Scores of the sampled rows by the caller's row number, float32 `[count, 2]`; NaN for all others."""
-    progress.stage("Scoring rows")
+    progress.set_description("Scoring rows")
     scores = torch.zeros(rows.count, 2)
     own = processes.own(rows.batches(sample.tolist(), BATCH_TOKENS, BATCH_ROWS))
     name, done = f"scores-{processes.rank}", 0
@@ -193,17 +199,6 @@ def _row_scores(
     # NaN means "not scored": a score that is not a number is told from that.
     out[rows.ids[sample]] = scores[rows.ids[sample]].nan_to_num(nan=torch.inf)
     return out
-
-
-def _trusted_scores(pilot: Pilot, trusted: TrustedSets) -> Tensor:
-    """Scores of held-back trusted rows in the order of `places()`, float32 `[c, 2]`."""
-    places = trusted.places()
-    line = {place: n for n, place in enumerate(places)}
-    lengths = {(name, place): trusted.sets[name].lengths[place] for name, place in places}
-    scores = torch.zeros(len(places), 2)
-    for part in batched(lengths, BATCH_TOKENS, BATCH_ROWS):
-        scores[[line[key] for key in part]] = pilot.scores(trusted.batch(part))
-    return scores
 
 
 def _check(scores: Tensor, trusted: Tensor, learning_rate: float) -> None:
@@ -229,7 +224,7 @@ def _weigh(
     """Weights of all rows from scores of some; facts about them; a predictor of further ones, if wanted."""
     known = ~torch.isnan(scores).any(-1)
     first = scores[known, 0]
-    found = calibration.calibrate(first, trusted_scores[:, 0], shares)
+    found = calibrate(first, trusted_scores[:, 0], shares)
     ends = ending_logits(scores[known, 1], trusted_scores[:, 1], found.logits.exp(), shares)
     found = found._replace(logits=found.logits + ends)
     facts: dict[str, Any] = {
@@ -246,25 +241,22 @@ def _weigh(
         )
         return torch.where(kept, 1.0, torch.nan), facts, None
     z[known] = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
-    result = predict.weigh(known.nonzero().squeeze(1), found, settings.calibration_sharpness, further)
-    facts["smoothing"] = result.smoothing
-    logits = result.weights.clamp(min=1e-30).log()
+    weights, facts["smoothing"], predictor = predict.weigh(
+        known.nonzero().squeeze(1), found, settings.calibration_sharpness, further
+    )
+    logits = weights.clamp(min=1e-30).log()
     logits = settings.calibration_sharpness * (logits - logits[kept].max()) + TILT * z.clamp(-5, 5)
     weights = finished(logits.clamp(-RANGE, RANGE).exp(), kept, groups, settings.filter_rate)
-    return weights, facts, result.predictor
+    return weights, facts, predictor
 
 
 def finished(weights: Tensor, kept: Tensor, groups: Tensor | None = None, filter_rate: float = 0.0) -> Tensor:
-    """Weights of mean one, per group if groups are given, without those of the lowest ones.
+    """Weights float32 `[N]` of mean one over the rows that are `kept`, NaN for the others.
 
     Args:
         weights (`Tensor` float `[N]`): above 0.
-        kept (`Tensor` bool `[N]`): rows that count; the others get NaN.
         groups (`Tensor` int64 `[N]`, *optional*): a group's weight is the mean of its rows'.
         filter_rate (`float`): share of the rows, those of the lowest weights, that gets weight 0.
-
-    Returns:
-        `Tensor` float32 `[N]`.
     """
     values = weights.double()
     if groups is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,21 +27,20 @@ class _ReachedDepth(Exception):
 
 
 class LanguageModel:
-    """Reads a (PEFT) causal language model. Holds no state of its own, and changes none of the model's.
+    """Reads a (PEFT) causal language model, not wrapped by DDP or the like, and changes nothing of it.
 
     Args:
-        model: not wrapped by DDP or the like.
         bf16 (`bool`): compute in bfloat16 under autocast, as `bf16=True` of a trainer does.
 
     Raises:
-        ValueError: if the model has no output embeddings that its forward calls.
+        ValueError: if the model has no output embeddings.
     """
 
     def __init__(self, model: Any, bf16: bool = False):
         self.model = model
         self.bf16 = bf16
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.head = self.base.get_output_embeddings() if hasattr(self.base, "get_output_embeddings") else None
+        self.head: Any = self.base.get_output_embeddings() if hasattr(self.base, "get_output_embeddings") else None
         if self.head is None:
             raise ValueError(
                 f"{type(self.base).__name__} has no output embeddings: rows are scored by the likelihood of their "
@@ -53,10 +53,7 @@ class LanguageModel:
         return self.base.get_input_embeddings().weight.device
 
     def row_losses(self, batch: Mapping[str, Any]) -> RowLosses:
-        """Losses of the rows of a collated batch, packed or not, with gradient if that is on.
-
-        No logits of all tokens are made.
-        """
+        """Losses of the rows of a collated batch, packed or not; logits of all tokens are never made at once."""
         with self._precision():
             hidden = self._last_states(batch)
             labels = batch["labels"].to(hidden.device)
@@ -76,7 +73,6 @@ class LanguageModel:
         """Log-probabilities `[n]` of `targets` after `states` `[n, d]`; a backward makes the logits again."""
 
         def compute(states: Tensor) -> Tensor:
-            assert self.head is not None
             logits = _at_least_float32(self._final(self.head(states)))
             return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
@@ -87,38 +83,28 @@ class LanguageModel:
     def _final(self, logits: Tensor) -> Tensor:
         """What some models do to the logits of their head (see their `config`): a scale, a soft cap."""
         config = self.base.config.get_text_config()
-        scale = next(
-            (
-                value
-                for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-                if (value := getattr(config, name, None)) is not None
-            ),
-            1.0,
-        )
-        divisor = getattr(config, "logits_scaling", None)
+
+        def setting(*names: str) -> float | None:
+            values = (getattr(config, name, None) for name in names)
+            return next((value for value in values if value is not None), None)
+
+        scale, divisor = setting("logit_scale", "output_multiplier", "lm_head_multiplier"), setting("logits_scaling")
         if divisor is not None:
             scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-        logits = logits if scale == 1.0 else logits * scale
-        caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
-        cap = next((value for value in caps if value is not None), None)
+        logits = logits if scale in (None, 1.0) else logits * scale
+        cap = setting("final_logit_softcapping", "logits_soft_cap")
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
     def check_logits(self, batch: Mapping[str, Any], tokens: int = 16) -> None:
         """Refuse a model that does something else to the logits of its head than `_final` knows: losses were wrong.
 
-        Args:
-            batch: of one row, of which the first `tokens` are read.
+        Of the batch, the first `tokens` of each row are read.
         """
         found: list[Tensor] = []
-        assert self.head is not None
-        handle = self.head.register_forward_hook(lambda head, args, output: found.append(output))
-        inputs = {k: v[:, :tokens] for k, v in self.inputs(batch).items() if k in ("input_ids", "attention_mask")}
-        try:
-            with self._precision():
-                own = self.base(**inputs, use_cache=False).logits.float()
-        finally:
-            handle.remove()
+        inputs = {k: v[:, :tokens] for k, v in self._token_inputs(batch).items()}
+        with self.head.register_forward_hook(lambda head, args, output: found.append(output)), self._precision():
+            own = self.base(**inputs, use_cache=False).logits.float()
         if found and not torch.allclose(
             own, self._final(found[0]).float(), rtol=0, atol=0.02 * float(own.abs().max())
         ):
@@ -136,12 +122,8 @@ class LanguageModel:
             # The model's own forward then makes logits of one token a row, which nobody reads.
             return (args[0][:, :1], *args[1:])
 
-        assert self.head is not None
-        handle = self.head.register_forward_pre_hook(take)
-        try:
+        with self.head.register_forward_pre_hook(take):
             self.model(**self.inputs(batch), use_cache=False)
-        finally:
-            handle.remove()
         if not found:
             raise ValueError(
                 f"The forward of {type(self.base).__name__} does not call its output embeddings, so its rows cannot "
@@ -162,33 +144,21 @@ class LanguageModel:
 
     @torch.no_grad()
     def states(self, batch: Mapping[str, Any], depths: Sequence[float]) -> list[Tensor]:
-        """Hidden states float32 `[B, S, d]` after shares of the layers (at least one); the layers above are not run.
-
-        Raises:
-            ValueError: if the layers do not give such states.
-        """
+        """Hidden states float32 `[B, S, d]` after shares of the layers (at least one); those above are not run."""
         decoder, layers = self.decoder()
         places = [max(0, round(depth * len(layers)) - 1) for depth in depths]
         found: dict[int, Tensor] = {}
 
-        def keep(place: int, output: Any) -> None:
+        def keep(place: int, layer: torch.nn.Module, args: Any, output: Any) -> None:
             found[place] = output[0] if isinstance(output, tuple) else output
             if place == max(places):
                 raise _ReachedDepth
 
-        handles = [
-            layers[place].register_forward_hook(lambda layer, args, output, place=place: keep(place, output))
-            for place in set(places)
-        ]
-        inputs = {k: v for k, v in self.inputs(batch).items() if k in ("input_ids", "attention_mask")}
-        try:
-            with self._precision():
-                decoder(**inputs, use_cache=False)
-        except _ReachedDepth:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        inputs = self._token_inputs(batch)
+        with suppress(_ReachedDepth), ExitStack() as hooks, self._precision():
+            for place in set(places):
+                hooks.enter_context(layers[place].register_forward_hook(partial(keep, place)))
+            decoder(**inputs, use_cache=False)
         for state in found.values():
             if state.ndim != 3 or state.shape[:2] != inputs["input_ids"].shape:
                 raise ValueError(
@@ -198,11 +168,7 @@ class LanguageModel:
         return [found[place].float() for place in places]
 
     def decoder(self) -> tuple[Any, Any]:
-        """The decoder, and its list of layers.
-
-        Raises:
-            ValueError: if the model is not built that way.
-        """
+        """The decoder, and its list of layers; a `ValueError` if the model is not built that way."""
         base = self.base
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
         if decoder is base:
@@ -222,6 +188,9 @@ class LanguageModel:
         device = self.device
         own = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in own.items()}
+
+    def _token_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in self.inputs(batch).items() if name in ("input_ids", "attention_mask")}
 
     def _precision(self) -> Any:
         if not self.bf16:

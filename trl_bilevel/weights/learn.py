@@ -23,12 +23,11 @@ from ..data.models import load_model
 from ..data.rows import Rows, padded, plain_rows
 from ..data.tokens import Tokeniser
 from ..data.trusted import TrustedSets, set_weights
-from .choose import check_sizes
+from .choose import check_sizes, choose
 from .language_model import LanguageModel
 from .quantization import keep_4bit_weights
 from .result import RowWeights, equal_weights
 from .settings import WeightSettings
-from .state import choose_noted
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,8 @@ def learn_weights(
         )
     check_dataset(train_dataset, "`train_dataset`")
     trusted = trusted_sets(validation_dataset)
-    shares = set_weights(_weights_of(settings), trusted)
+    given = settings.validation_weights
+    shares = set_weights(given if isinstance(given, dict) else None, trusted)
     ours = [name for name in RESERVED_COLUMNS if name in train_dataset.column_names]
     if ours:
         logger.warning(f"The columns {ours} of `train_dataset`, of an earlier choice, are replaced.")
@@ -123,7 +123,14 @@ def learn_weights(
         for argument, part in ({"`train_dataset`": train_dataset} | named).items():
             check_columns(part, argument, dataset_text_field)
             check_filled(part, argument, dataset_text_field)
-    groups = _groups(settings, train_dataset)
+    groups, column = None, settings.selector_group_column
+    if column is not None:
+        if column not in train_dataset.column_names:
+            raise ValueError(
+                f"`selector_group_column={column!r}` is not a column of `train_dataset`, which has "
+                f"{train_dataset.column_names}."
+            )
+        groups = make_groups(train_dataset.with_format(None)[column]).of_row
     name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     if isinstance(model, str):
         kwargs = {"trust_remote_code": trust_remote_code} | dict(model_init_kwargs or {})
@@ -143,14 +150,20 @@ def learn_weights(
         return plain_rows(read.prepare(rows, formatting_func), collate, len(rows))
 
     rows = prepared(train_dataset)
+    if len(rows) < rows.count:
+        logger.warning(
+            f"{rows.count - len(rows)} of {rows.count} training rows have nothing to learn from within `max_length`. "
+            "They have no weight (NaN)."
+        )
     sets = {}
     for key, part in trusted.items():
         if formatting_func is None:
             check_same_format(part, f"`validation_dataset` {key!r}", completions)
         sets[key] = prepared(part)
-        _tell_of_rows(key, rows, sets[key])
+        _tell_of_trusted(key, sets[key], rows)
     both = TrustedSets(sets, shares)
     check_sizes(rows, both)
+    on_gpu = next(model.parameters()).device.type == "cuda"
     facts: dict[str, Any] = {
         "model": Path(name).name if Path(name).exists() else name,
         "settings": asdict(settings) | {"max_length": max_length, "seed": seed},
@@ -159,21 +172,20 @@ def learn_weights(
         "fingerprint": fingerprint(train_dataset),
         "validation": {key: {"rows": len(part), "weight": shares[key]} for key, part in sets.items()},
         "versions": {"trl-bilevel": __version__} | {each: version(each) for each in ("trl", "transformers", "torch")},
-        "device": torch.cuda.get_device_name() if next(model.parameters()).device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "processes": PartialState().num_processes,
     }
     if settings.weight_estimator == "none":
         nothing = torch.full((len(train_dataset),), torch.nan)
         return RowWeights(equal_weights(rows.kept), nothing, facts, train_dataset)
-    reader = LanguageModel(model, _computes_in_bf16(model) if bf16 is None else bf16)
-    on_gpu = reader.device.type == "cuda"
-    choice = choose_noted(
+    reader = LanguageModel(model, on_gpu and torch.cuda.is_bf16_supported() if bf16 is None else bf16)
+    choice = choose(
         reader,
         rows,
         both,
         settings,
-        None if work_dir is None else Path(work_dir),
         seed=seed,
+        folder=None if work_dir is None else Path(work_dir),
         also={"max_length": max_length},
         groups=groups,
         checkpointing=on_gpu if gradient_checkpointing is None else gradient_checkpointing,
@@ -183,28 +195,8 @@ def learn_weights(
     return RowWeights(choice.weights, scores, facts | choice.facts, train_dataset, choice, processing_class.decode)
 
 
-def _weights_of(settings: WeightSettings) -> dict[str, float] | None:
-    return settings.validation_weights if isinstance(settings.validation_weights, dict) else None
-
-
-def _groups(settings: WeightSettings, rows: Dataset) -> torch.Tensor | None:
-    column = settings.selector_group_column
-    if column is None:
-        return None
-    if column not in rows.column_names:
-        raise ValueError(
-            f"`selector_group_column={column!r}` is not a column of `train_dataset`, which has {rows.column_names}."
-        )
-    return make_groups(rows.with_format(None)[column]).of_row
-
-
-def _tell_of_rows(name: str, rows: Rows, trusted: Rows) -> None:
-    """Say which rows are left out, and which stand on both sides."""
-    if len(rows) < rows.count:
-        logger.warning(
-            f"{rows.count - len(rows)} of {rows.count} training rows have nothing to learn from within `max_length`. "
-            "They have no weight (NaN)."
-        )
+def _tell_of_trusted(name: str, trusted: Rows, rows: Rows) -> None:
+    """Say how many trusted rows are left out, and how many are training rows too."""
     if len(trusted) < trusted.count:
         logger.warning(f"{trusted.count - len(trusted)} of {trusted.count} rows of trusted set {name!r} were dropped.")
     overlap = count_overlap(rows.dataset, trusted.dataset)
@@ -215,8 +207,3 @@ def _tell_of_rows(name: str, rows: Rows, trusted: Rows) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _computes_in_bf16(model: Any) -> bool:
-    device = next(model.parameters()).device
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()

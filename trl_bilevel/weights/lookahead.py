@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .settings import PILOT_ROWS
 STEPS = 4
 
 
+@dataclass
 class Lookahead:
     """Scores responses by an adapter of its own that has taken `STEPS` steps on trusted rows.
 
@@ -26,9 +28,7 @@ class Lookahead:
     likelier it is for the model that the trusted rows have pulled. The model is left as it was, to the last bit, and
     every process computes the same.
 
-    Args:
-        model: as it is when `refresh` is called.
-        trusted: rows that pull.
+    Attributes:
         learning_rate (`float`): of AdamW, constant, without weight decay (`pilot_learning_rate`).
         seed (`int`): of the adapter, and of which trusted rows a step has.
         checkpointing (`bool`): compute the layers again in the backward, to save memory.
@@ -38,41 +38,31 @@ class Lookahead:
         ValueError: if the model has no layers that can be adapted.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        trusted: TrustedSets,
-        learning_rate: float,
-        seed: int,
-        checkpointing: bool = False,
-        steps: int = STEPS,
-    ):
-        self.model = model
-        self.trusted = trusted
-        self.learning_rate = learning_rate
-        self.seed = seed
-        self.steps = steps
-        self.adapter: Adapter | None = None
-        self._layers = model.decoder()[1]
-        self._checkpointed = self._layers if checkpointing else []
-        self._draws = trusted.samplers(PILOT_ROWS, seed)
+    model: LanguageModel
+    trusted: TrustedSets
+    learning_rate: float
+    seed: int
+    checkpointing: bool = False
+    steps: int = STEPS
+    adapter: Adapter | None = None
+
+    def __post_init__(self) -> None:
+        self._layers = self.model.decoder()[1]
+        self._draws = self.trusted.samplers(PILOT_ROWS, self.seed)
         adapted_modules(self._layers)
 
     def refresh(self, step: int) -> None:
-        """Take the steps anew, from the model as it is.
-
-        Args:
-            step (`int`): of the training; other steps draw other trusted rows.
+        """Take the steps anew, from the model as it is; another `step` of the training draws other trusted rows.
 
         Raises:
             NonFiniteScoreError: if a gradient is NaN or infinite.
         """
-        with left_as_it_was(self.model.model), torch.enable_grad(), checkpointed(self._checkpointed):
+        layers = self._layers if self.checkpointing else []
+        with left_as_it_was(self.model.model), torch.enable_grad(), checkpointed(layers):
             adapter = Adapter(self._layers, self.seed)
             optimizer = adamw(adapter, self.learning_rate)
             for number in range(step, step + self.steps):
-                parts = list(trusted_batches(self.trusted, self._draws, number))
-                train_step(self.model, adapter, optimizer, parts)
+                train_step(self.model, adapter, optimizer, trusted_batches(self.trusted, self._draws, number))
         self.adapter = adapter
 
     @torch.no_grad()

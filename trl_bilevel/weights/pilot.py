@@ -7,7 +7,7 @@ pull both are the same to the last bit, and all scores are 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,7 @@ class PilotRecipe:
     """How the two ends are trained.
 
     Attributes:
-        estimator (`str`): `"value_function"` or `"lookahead"`.
-        steps (`int`), learning_rate (`float`): of AdamW, constant, without weight decay.
+        steps, learning_rate: of AdamW, constant, without weight decay.
         seed (`int`): of the adapters and of the order of the rows.
         pull (`float`): share of the trusted rows in the loss of the end that they pull (`"value_function"`).
         checkpointing (`bool`): compute the layers again in the backward, to save memory.
@@ -56,12 +55,7 @@ class PilotRecipe:
 
 
 class Pilot:
-    """Trains the two ends, and scores rows by them.
-
-    Args:
-        model: within `left_as_it_was`.
-        recipe: how to train.
-    """
+    """Trains the two ends, and scores rows by them, within `left_as_it_was`."""
 
     def __init__(self, model: LanguageModel, recipe: PilotRecipe):
         self.model = model
@@ -75,12 +69,7 @@ class Pilot:
         return 2 * 4 * sum(4 * value.numel() for value in self.mixture.values)
 
     def train(self, rows: Rows, trusted: TrustedSets, done: Callable[[float], None] = lambda tokens: None) -> None:
-        """Train both ends.
-
-        Args:
-            rows: to learn from, in the order of their content.
-            trusted: rows that pull.
-            done: told of the tokens that have passed.
+        """Train both ends; `done` is told of the tokens that have passed.
 
         Raises:
             NonFiniteScoreError: if a gradient is NaN or infinite.
@@ -97,18 +86,17 @@ class Pilot:
                 weighted = _token_mean(batches)
                 ends = [(self.mixture, weighted)]
                 if recipe.estimator == "value_function":
-                    pulling = list(trusted_batches(trusted, draws, step)) if recipe.pull > 0 else []
-                    shares = [(b, (1 - recipe.pull) * f) for b, f in weighted] + [
-                        (b, recipe.pull * f) for b, f in pulling
-                    ]
+                    shares = [(b, (1 - recipe.pull) * f) for b, f in weighted]
+                    if recipe.pull > 0:
+                        shares += [(b, recipe.pull * f) for b, f in trusted_batches(trusted, draws, step)]
                     ends.append((self.pulled, shares))
                 for end, parts in ends:
                     train_step(self.model, end, optimizers[id(end)], parts)
                 done(sum(b["input_ids"].numel() for _, parts in ends for b, _ in parts))
             if recipe.estimator == "lookahead":
-                self.pulled.copy_from(self.mixture)
+                self.pulled.load_tensors("", self.mixture.tensors(""))
                 for step in range(lookahead_steps(recipe.steps)):
-                    parts = list(trusted_batches(trusted, draws, recipe.steps + step))
+                    parts = trusted_batches(trusted, draws, recipe.steps + step)
                     train_step(self.model, self.pulled, optimizers[id(self.pulled)], parts)
                     done(sum(b["input_ids"].numel() for b, _ in parts))
 
@@ -148,10 +136,9 @@ def adamw(adapter: Adapter, learning_rate: float) -> torch.optim.Optimizer:
 def train_step(
     model: LanguageModel, adapter: Adapter, optimizer: torch.optim.Optimizer, parts: list[tuple[Any, Tensor]]
 ) -> None:
-    """One step of an adapter on weighted sums of row losses.
+    """One step of an adapter on weighted sums of row losses, within `left_as_it_was`.
 
     Args:
-        model: within `left_as_it_was`.
         parts: batches, and what the summed loss of each of their rows is multiplied by.
 
     Raises:
@@ -180,14 +167,31 @@ def _token_mean(batches: list[Any]) -> list[tuple[Any, Tensor]]:
     return [(batch, torch.full((len(batch["labels"]),), 1.0 / max(1.0, float(tokens)))) for batch in batches]
 
 
-def trusted_batches(trusted: TrustedSets, draws: dict[str, TrustedSampler], step: int) -> Iterator[tuple[Any, Tensor]]:
+def trusted_batches(trusted: TrustedSets, draws: dict[str, TrustedSampler], step: int) -> list[tuple[Any, Tensor]]:
     """The trusted rows of a step in batches, each row collated once, with factors that make up their loss."""
     drawn = [(name, place) for name, sampler in draws.items() for place in sampler.rows(step)]
     lengths = {n: trusted.sets[name].lengths[place] for n, (name, place) in enumerate(drawn)}
     parts = [[drawn[n] for n in part] for part in batched(lengths, BATCH_TOKENS, BATCH_ROWS)]
     batches = [trusted.batch(part) for part in parts]
     factors = trusted.row_factors([row for part in parts for row in part], torch.cat([_scored(b) for b in batches]))
-    yield from zip(batches, factors.split([len(part) for part in parts]), strict=True)
+    return list(zip(batches, factors.split([len(part) for part in parts]), strict=True))
+
+
+def in_batches(lengths: Sequence[int], values: Callable[[list[int]], Tensor]) -> Tensor:
+    """Values of rows in their order, `[n, ...]`, computed in batches of similar length.
+
+    `lengths` are the rows' tokens, and `values` gives the values `[b, ...]` of the rows at some places.
+    """
+    parts = batched(dict(enumerate(lengths)), BATCH_TOKENS, BATCH_ROWS)
+    places = torch.tensor([place for part in parts for place in part])
+    return torch.cat([values(part) for part in parts])[places.argsort()]
+
+
+def trusted_values(trusted: TrustedSets, values: Callable[[Any], Tensor]) -> Tensor:
+    """Values of all trusted rows in the order of `places()`, `[c, ...]`; `values` gives those of a batch."""
+    places = trusted.places()
+    lengths = [trusted.sets[name].lengths[place] for name, place in places]
+    return in_batches(lengths, lambda part: values(trusted.batch([places[n] for n in part])))
 
 
 def _scored(batch: Any) -> Tensor:

@@ -21,10 +21,10 @@ from ..core.prediction import (
     smoothed_logits,
     tabulate,
 )
-from ..data.rows import Rows, batched
+from ..data.rows import Rows
 from ..data.trusted import TrustedSets
 from .language_model import LanguageModel
-from .pilot import BATCH_ROWS, BATCH_TOKENS
+from .pilot import BATCH_ROWS, BATCH_TOKENS, trusted_values
 from .processes import Processes
 from .progress import Progress, tokens_of
 from .settings import MIN_SCORED_ROWS
@@ -37,29 +37,12 @@ FITTED_ROWS = 2048
 SMOOTHING_DEPTH = 2 / 3
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """Weights of all rows, and how they came about.
-
-    Attributes:
-        weights (`Tensor` float32 `[count]`): of the caller's rows, between `FLOOR` and 1; 0 for dropped rows.
-        smoothing (`float`, *optional*): share of the weights' variance that rows alike explain; None if weights are
-            not smoothed.
-        predictor (`TabulatedPredictor`, *optional*): gives the weights of further rows (`further`).
-    """
-
-    weights: Tensor
-    smoothing: float | None = None
-    predictor: TabulatedPredictor | None = None
-
-
 @dataclass
 class Prediction:
-    """Reads rows, fits, and predicts.
+    """Reads all rows and all trusted rows, fits, and predicts.
 
     Attributes:
         model: within `left_as_it_was`.
-        rows, trusted: all rows, and all trusted rows.
         depth (`float`): share of the layers that predictions rest on.
         seed (`int`): of the order of the rows.
     """
@@ -72,7 +55,9 @@ class Prediction:
     processes: Processes
     progress: Progress
 
-    def weigh(self, scored: Tensor, own: Calibration, sharpness: float = 1.0, further: bool = False) -> Predicted:
+    def weigh(
+        self, scored: Tensor, own: Calibration, sharpness: float = 1.0, further: bool = False
+    ) -> tuple[Tensor, float | None, TabulatedPredictor | None]:
         """Weights of all rows: of the scored ones with what rows alike say, of the others as their states predict.
 
         Cost: a forward without gradient through the lower layers for every row: two thirds of them for scored rows,
@@ -81,8 +66,11 @@ class Prediction:
         Args:
             scored (`Tensor` int64 `[n]`): row numbers of the scored rows, a random sample, ascending.
             own (`Calibration`): of their scores.
-            sharpness (`float`): of the weights that a predictor of further rows gives.
-            further (`bool`): also make a predictor for rows that are not here.
+            sharpness (`float`): of the weights that a predictor of further rows gives, which is made if `further`.
+
+        Returns:
+            Weights float32 `[count]` of the caller's rows, between `FLOOR` and 1, 0 for dropped rows; the share of
+            the weights' variance that rows alike explain, None if weights are not smoothed; the predictor.
         """
         # In the order by content: results do not depend on the caller's, and the first rows are a random sample.
         order = self.rows.order(self.seed)
@@ -120,7 +108,7 @@ class Prediction:
             out[self.rows.ids[others]] = found
             self._tell(fit, len(ids), len(others))
             predictor = tabulate(fit, predicted, found**sharpness) if further else None
-        return Predicted(self.processes.first(out), smoothing, predictor)
+        return self.processes.first(out), smoothing, predictor
 
     def _tell(self, fit: WeightPredictor, scored: int, others: int) -> None:
         logger.info(
@@ -157,7 +145,7 @@ class Prediction:
 
     def _passes(self, places: Tensor, depths: Sequence[float], stage: str) -> Any:
         """This process's batches of rows, and their features."""
-        self.progress.stage(stage)
+        self.progress.set_description(stage)
         batches = self.rows.batches(places.tolist(), BATCH_TOKENS, BATCH_ROWS)
         for batch in self.processes.own(batches):
             yield batch, features(self.model, self.rows.batch(batch), depths)
@@ -165,13 +153,8 @@ class Prediction:
 
     def _trusted(self, fit: WeightPredictor, depth: float) -> Tensor:
         """What is predicted for the trusted rows, float32 `[c]`; the same on every process."""
-        places = self.trusted.places()
-        line = {place: n for n, place in enumerate(places)}
-        lengths = {(name, place): self.trusted.sets[name].lengths[place] for name, place in places}
-        out = torch.zeros(len(places))
-        for part in batched(lengths, BATCH_TOKENS, BATCH_ROWS):
-            out[[line[key] for key in part]] = fit(*features(self.model, self.trusted.batch(part), [depth]))
-        return self.processes.first(out)
+        values = trusted_values(self.trusted, lambda batch: fit(*features(self.model, batch, [depth])))
+        return self.processes.first(values)
 
 
 def features(model: LanguageModel, batch: Mapping[str, Any], depths: Sequence[float]) -> list[Tensor]:
@@ -189,6 +172,5 @@ def _mean(states: Tensor, tokens: Tensor) -> Tensor:
 
 def prediction_tokens(rows: Rows, scored: int, depth: float) -> float:
     """About how many tokens pass through the model for `weigh`, a whole forward counted once."""
-    total = sum(rows.lengths)
     share = scored / max(1, len(rows))
-    return total * (share * SMOOTHING_DEPTH + (1 - share) * depth)
+    return sum(rows.lengths) * (share * SMOOTHING_DEPTH + (1 - share) * depth)

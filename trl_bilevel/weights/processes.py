@@ -12,17 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others. The pilot is trained by each for itself, and rows are scored by turns: a row's
-    score does not depend on how many processes there are.
+    """This process among the others: its number, how many there are, and the device for what is exchanged.
 
-    Attributes:
-        rank, count (`int`): number of this process, and of all.
-        device: for what is exchanged.
+    The pilot is trained by each for itself, and rows are scored by turns: a row's score does not depend on how many
+    processes there are.
     """
 
-    rank: int = 0
-    count: int = 1
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (devices do not change)
+    rank: int
+    count: int
+    device: torch.device
 
     @classmethod
     def now(cls) -> Processes:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core import selector
-from ..core.scores import RowLosses, difference_score, loss_score
+from ..core.scores import RowLosses, difference_score
 from .state import TrainingWeights
 
 
@@ -28,25 +28,25 @@ class Recipe:
     """How weights move.
 
     Attributes:
-        adam (`bool`): dense Adam on the gradient of the weighted loss, or steps of the batch's rows alone.
         learning_rate (`float`), entropy_coef (`float`): of the logits.
         warmup (`float`): share of the steps with equal weights: both ends of a difference have to learn rows first.
-        tracks (`bool`): scores are differences to a tracker.
+        tracks (`bool`): scores are differences to a tracker, and move the batch's rows alone; else they are the
+            rows' losses, and dense Adam moves all.
     """
 
-    adam: bool
     learning_rate: float
     entropy_coef: float = 0.0
     warmup: float = 0.0
     tracks: bool = False
-    betas: tuple[float, float] = (0.9, 0.95)
 
 
 RECIPES = {
-    "paper": Recipe(True, 1e-4),
-    "seal": Recipe(True, 5e-3),
-    "sparse_centred": Recipe(False, 0.5, 0.02, 0.17, True),
+    "paper": Recipe(1e-4),
+    "seal": Recipe(5e-3),
+    "sparse_centred": Recipe(0.5, entropy_coef=0.02, warmup=0.17, tracks=True),
 }
+# Of Adam on the logits.
+BETAS = (0.9, 0.95)
 
 
 class Tracker:
@@ -61,12 +61,7 @@ class Tracker:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        max_grad_norm: float,
+        self, model: torch.nn.Module, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float
     ):
         self.model = model
         self.values = [torch.nn.Parameter(p.detach().clone()) for p in self.parameters]
@@ -102,10 +97,7 @@ class Tracker:
         """One step on the rows' losses times `factor`; returns their mean losses `[b]` before it, per batch.
 
         Forward and backward run within the swap, so that gradient checkpointing computes again with the right values.
-        The model's own gradients must be empty.
-
-        Args:
-            total: sums a tensor over the processes.
+        The model's own gradients must be empty. `total` sums a tensor over the processes.
         """
         losses = []
         with self.swapped():
@@ -136,26 +128,17 @@ class Tracker:
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors()` gave."""
+        parts = _parts(tensors)
         with torch.no_grad():
             for n, value in enumerate(self.values):
-                value.copy_(tensors[f"tracker.{n}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                _, number, name = key.split(".", 2)
-                state.setdefault(int(number), {})[name] = tensor
+                value.copy_(parts["tracker"][str(n)])
+        state = {int(number): entry for number, entry in _parts(parts.get("optimizer", {})).items()}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 class MovingWeights(TrainingWeights):
-    """Weights that the scores of every step's rows move.
-
-    Args:
-        kept, identity, any_identity: as for `TrainingWeights`.
-        recipe: how they move.
-        tracker (`Tracker`, *optional*): for a recipe that tracks.
-    """
+    """Weights that the scores of every step's rows move; `tracker` is for a recipe that tracks."""
 
     def __init__(
         self,
@@ -168,7 +151,7 @@ class MovingWeights(TrainingWeights):
         super().__init__(kept, identity, None, any_identity)
         self.recipe = recipe
         self.tracker = tracker
-        self.state = selector.init_selector(kept, recipe.adam)
+        self.state = selector.init_selector(kept, adam=not recipe.tracks)
         self.known = True
 
     def of(self, ids: Tensor) -> Tensor:
@@ -176,24 +159,20 @@ class MovingWeights(TrainingWeights):
         return selector.sample_weights(self.state, ids.cpu())
 
     def update(self, ids: Tensor, losses: Tensor, reference: Tensor | None, step: int, steps: int) -> None:
-        """Move weights after a step.
+        """Move weights after step `step` of `steps`, by mean losses `[b]` of its rows under the model and the tracker.
 
-        Args:
-            ids (`Tensor` int64 `[b]`): its rows, of all processes.
-            losses, reference (`Tensor` float32 `[b]`): mean losses of the rows under the model, and under the tracker.
-            step, steps (`int`): of the training.
+        `ids` (int64 `[b]`) are its rows, of all processes.
         """
         recipe = self.recipe
         if step < math.ceil(recipe.warmup * steps):
             return
-        scores = (loss_score(losses) if reference is None else difference_score(reference, losses)).cpu().float()
-        if recipe.adam:
-            rate, betas = recipe.learning_rate, recipe.betas
-            selector.update_adam(self.state, ids.cpu(), scores, learning_rate=rate, betas=betas)
+        # A row's own loss mixes "harmful" with "hard": low-effort answers become easy, and weights learn to like them.
+        scores = (-losses if reference is None else difference_score(reference, losses)).cpu().float()
+        ids, rate, pull = ids.cpu(), recipe.learning_rate, recipe.entropy_coef
+        if recipe.tracks:
+            selector.update_sparse_centred(self.state, ids, scores, learning_rate=rate, entropy_coef=pull)
         else:
-            selector.update_sparse_centred(
-                self.state, ids.cpu(), scores, learning_rate=recipe.learning_rate, entropy_coef=recipe.entropy_coef
-            )
+            selector.update_adam(self.state, ids, scores, learning_rate=rate, betas=BETAS)
         self.facts |= {"score_mean": float(scores.mean()), "score_std": float(scores.std(unbiased=False))}
 
     def refresh(self) -> None:
@@ -220,10 +199,16 @@ class MovingWeights(TrainingWeights):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
         super().load_tensors(tensors)
-        self.state.load_tensors(_with_prefix(tensors, "selector."))
+        parts = _parts(tensors)
+        self.state.load_tensors(parts.get("selector", {}))
         if self.tracker is not None:
-            self.tracker.load_tensors(_with_prefix(tensors, "lower."))
+            self.tracker.load_tensors(parts["lower"])
 
 
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the first part of their names and the rest."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        out.setdefault(part, {})[name] = tensor
+    return out

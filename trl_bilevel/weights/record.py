@@ -24,28 +24,16 @@ TRUSTED_TEXTS, TEXT_LENGTH = 200, 1500
 
 
 def run_record(facts: Mapping[str, Any], rows_file: str) -> dict[str, Any]:
-    """`run.json` of a choice that no training followed.
-
-    Args:
-        facts: of the `RowWeights`.
-        rows_file (`str`): parquet file of the weighted rows.
-    """
+    """`run.json` of a choice that no training followed, from facts of its `RowWeights`."""
     seconds = facts.get("seconds", 0.0)
+    own = ("model", "device", "processes", "versions", "settings")
+    data = {"rows_trained_on": facts["rows_kept"]} | {k: facts[k] for k in ("rows", "fingerprint", "validation")}
     return {
         "format": FORMAT,
         "kind": "rank",
         "finished": True,
-        "model": facts["model"],
-        "device": facts["device"],
-        "processes": facts["processes"],
-        "versions": facts["versions"],
-        "settings": facts["settings"],
-        "data": {
-            "rows": facts["rows"],
-            "rows_trained_on": facts["rows_kept"],
-            "fingerprint": facts["fingerprint"],
-            "validation": facts["validation"],
-        },
+        **{name: facts[name] for name in own},
+        "data": data,
         "weights": {"learned": True, "given": False, "smoothing": facts.get("smoothing")},
         "seconds": {"selection": seconds, "total": seconds},
         "rows_file": rows_file,
@@ -53,22 +41,14 @@ def run_record(facts: Mapping[str, Any], rows_file: str) -> dict[str, Any]:
 
 
 def write_pilot(folder: Path, choice: Choice, decode: Callable[..., str]) -> None:
-    """Write `pilot.json` and `scores.parquet`.
-
-    Args:
-        folder: of the record.
-        choice: what choosing found out.
-        decode: makes text of token ids (a tokenizer's).
-
-    Raises:
-        OSError, pyarrow.ArrowException: if a file cannot be written.
-    """
+    """Write `pilot.json` and `scores.parquet`; `decode` makes text of token ids (a tokenizer's)."""
     entries: list[dict[str, Any]] = []
-    scores, shares = choice.trusted_scores.tolist(), choice.trusted_shares.tolist()
-    for (name, place), score, share in zip(choice.trusted_places, scores, shares, strict=True):
+    held = choice.held_back
+    scores, shares = choice.trusted_scores.tolist(), held.shares().tolist()
+    for (name, place), score, share in zip(held.places(), scores, shares, strict=True):
         entry: dict[str, Any] = {"set": name, "score": score[0], "ending": score[1], "share": share}
         if len(entries) < TRUSTED_TEXTS:
-            entry |= row_texts(choice.held_back.sets[name].dataset[place], decode)
+            entry |= row_texts(held.sets[name].dataset[place], decode)
         entries.append(entry)
     known = choice.scores[:, 0].isfinite()
     table = {

@@ -17,10 +17,10 @@ from ..core.implicit import implicit_weights, question_weights
 from ..data.files import atomically
 from ..data.identity import SAMPLE_ID
 from ..data.private import RESPONSES, private_path
-from ..data.rows import Collate, batched
+from ..data.rows import Collate
 from .errors import NonFiniteScoreError
 from .lookahead import Lookahead
-from .pilot import BATCH_ROWS, BATCH_TOKENS
+from .pilot import in_batches
 from .processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,8 @@ def score_responses(
         {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + list(answer), SAMPLE_ID: -1}
         for prompt, answer in zip(prompt_ids, completion_ids, strict=True)
     ]
-    scores = torch.zeros(len(rows))
-    lengths = {place: len(row["input_ids"]) for place, row in enumerate(rows)}
-    for places in batched(lengths, BATCH_TOKENS, BATCH_ROWS):
-        scores[places] = lookahead.scores(collate([rows[place] for place in places]))
-    return scores
+    lengths = [len(row["input_ids"]) for row in rows]
+    return in_batches(lengths, lambda places: lookahead.scores(collate([rows[place] for place in places])))
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,10 @@ class Responses:
         ends: Collection[int | None],
         leaves_out_cut: bool,
     ) -> Responses:
-        """Those of all processes.
+        """Those of all processes, from this one's, as TRL hands them to a reward function.
 
         Args:
-            prompts, completions: as TRL hands them to a reward function (text or messages), of this process.
-            completion_ids: sampled token ids.
             sample_ids: question of each response.
-            scores (`Tensor` float32 `[n]`): of each response.
             ends: tokens that end a response.
             leaves_out_cut (`bool`): responses that were cut are not trained on.
         """
@@ -90,7 +84,7 @@ class Responses:
         # A back end may give nothing at all.
         cut = gather(torch.tensor([bool(ids) and ids[-1] not in ends for ids in completion_ids]))
         left_out = cut & leaves_out_cut
-        asked, texts = (gather_object([text_of(part) for part in parts]) for parts in (prompts, completions))
+        asked, texts = (gather_object([_text(part) for part in parts]) for parts in (prompts, completions))
         tokens = gather_object([len(ids) for ids in completion_ids])
         all_scores = gather(scores).masked_fill(left_out, torch.nan)
         return cls(asked, texts, tokens, gather(torch.tensor(sample_ids)), cut, left_out, all_scores)
@@ -100,8 +94,7 @@ class Responses:
 
         Args:
             explicit (`Tensor` float32 `[Q * G]`): explicit weight of each one's question.
-            generations (`int`): G.
-            temperature (`float`): tau, in nats per token.
+            generations, temperature: G, and tau in nats per token.
             number (`int`): of the round, for messages.
 
         Raises:
@@ -138,21 +131,24 @@ class Responses:
             "score_std_within_group": spread,
             "weight_std_within_group": weight_spread,
         }
-        columns: dict[str, list[Any]] = {"prompt": self.prompts}
-        columns |= {"response": self.texts, "tokens": self.tokens, "cut": self.cut.tolist()}
-        columns |= {SAMPLE_ID: self.questions.tolist(), "score": self.scores.tolist(), "weight": weights.tolist()}
-        return Weighed(weights, facts, columns | {"question_weight": explicit.tolist()})
+        columns: dict[str, list[Any]] = {
+            "prompt": self.prompts,
+            "response": self.texts,
+            "tokens": self.tokens,
+            "cut": self.cut.tolist(),
+            SAMPLE_ID: self.questions.tolist(),
+            "score": self.scores.tolist(),
+            "weight": weights.tolist(),
+            "question_weight": explicit.tolist(),
+        }
+        return Weighed(weights, facts, columns)
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """Weights of a round's responses.
+    """Weights of a round's responses (float32 `[Q * G]`), facts for the ledger, and columns of the responses' file.
 
-    Attributes:
-        weights (`Tensor` float32 `[Q * G]`): implicit weight times explicit weight of the question; NaN for a response
-            that is left out.
-        facts (`dict`): for the ledger.
-        columns (`dict[str, list]`): for the file of the responses.
+    A weight is the implicit one times the question's explicit one; NaN for a response that is left out.
     """
 
     weights: Tensor
@@ -166,7 +162,7 @@ class Weighed:
         atomically(target, lambda path: Dataset.from_dict(self.columns).to_parquet(path))
 
 
-def text_of(part: Any) -> str:
+def _text(part: Any) -> str:
     """A prompt or completion as text."""
     return part if isinstance(part, str) else "\n".join(str(message["content"]) for message in part)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.resampling import systematic_resample
 from ..data.export import weighted_dataset
-from ..data.files import atomically
+from ..data.files import atomically, write_json
 from ..data.identity import fingerprint
 from .choose import Choice
 
@@ -71,20 +71,13 @@ class RowWeights:
             count (`int`, *optional*): rows to draw; by default as many as have a weight.
             seed (`int`): of the draw. Each row comes the floor or the ceiling of its expected number of times.
         """
-        rows = self.to_dataset()
-        weights = torch.nan_to_num(self.values)
         count = int((~torch.isnan(self.values)).sum()) if count is None else count
-        drawn = systematic_resample(weights, count, torch.Generator().manual_seed(seed))
-        return rows.select(drawn.tolist())
+        generator = torch.Generator().manual_seed(seed)
+        return self.to_dataset().select(systematic_resample(torch.nan_to_num(self.values), count, generator).tolist())
 
     def save(self, folder: str | Path) -> None:
         """Write `weights.safetensors` and `weights.json` into a folder, each whole or not at all; no text of a row."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"values": self.values.contiguous(), "scores": self.scores.contiguous()}
-        atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
-        facts = json.dumps({"format": FORMAT, "facts": self.facts}, indent=2, default=str)
-        atomically(folder / FACTS_FILE, lambda path: path.write_text(facts, encoding="utf-8"))
+        write_files(Path(folder), {"values": self.values, "scores": self.scores}, {"facts": self.facts})
 
     @classmethod
     def load(cls, folder: str | Path, rows: Dataset | None = None) -> RowWeights:
@@ -97,10 +90,7 @@ class RowWeights:
             FileNotFoundError: if the folder holds no weights.
             ValueError: if they are damaged, of another version, or of other rows.
         """
-        folder = Path(folder)
-        if not (folder / WEIGHTS_FILE).is_file() or not (folder / FACTS_FILE).is_file():
-            raise FileNotFoundError(f"{folder} has no weights ({WEIGHTS_FILE}, {FACTS_FILE}).")
-        told, tensors = read_files(folder)
+        told, tensors = read_files(Path(folder))
         facts = told["facts"]
         if rows is not None and (len(rows) != len(tensors["values"]) or fingerprint(rows) != facts.get("fingerprint")):
             raise ValueError(
@@ -110,26 +100,30 @@ class RowWeights:
         return cls(tensors["values"], tensors["scores"], facts, rows)
 
 
-def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `weights.json` and `weights.safetensors` of a folder hold.
+def write_files(folder: Path, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
+    """Write `weights.safetensors` and `weights.json` into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    atomically(folder / WEIGHTS_FILE, lambda path: save_file(held, path))
+    write_json(folder / FACTS_FILE, {"format": FORMAT} | told)
 
-    Raises:
-        ValueError: if they are damaged, or of another version.
-    """
+
+def read_files(folder: Path, missing: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `weights.json` and `weights.safetensors` of a folder hold; `missing`: what to say if they are not there."""
+    if not (folder / WEIGHTS_FILE).is_file() or not (folder / FACTS_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no weights ({WEIGHTS_FILE}, {FACTS_FILE}){missing}.")
     try:
         told = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}). Use other ones.") from error
-    if not isinstance(told, dict) or not {"values", "scores"} <= set(tensors):
+    if not isinstance(told, dict) or not {"facts", "values", "scores"} <= {*told, *tensors}:
         raise ValueError(f"The weights in {folder} are damaged (parts are missing). Use other ones.")
     if told.get("format") != FORMAT:
         raise ValueError(
             f"The weights in {folder} have format {told.get('format')!r}, this version reads {FORMAT}. Use the "
             "version of trl-bilevel that wrote them."
         )
-    if "facts" not in told:
-        raise ValueError(f"The weights in {folder} are damaged (parts are missing). Use other ones.")
     return told, tensors
 
 

@@ -29,11 +29,8 @@ RENAMED = {
 class Preset:
     """What a preset says where the caller has said nothing.
 
-    Attributes:
-        estimator (`str`): where scores come from.
-        scored_rows (`int`): rows that the pilot scores; 0 for all.
-        feature_depth (`float`): share of the layers whose states predict the weights of the others.
-        published (`bool`): weights move with every training step (`weights/published.py`).
+    All rows are scored with `scored_rows=0`. `feature_depth` is the share of the layers whose states predict the
+    weights of rows that are not. With `published`, weights move with every training step (`weights/published.py`).
     """
 
     estimator: str = "value_function"
@@ -191,11 +188,7 @@ def gone(name: str, instead: str) -> str:
 
 
 def takes_old_names(renamed: Mapping[str, str]) -> Callable[[type], type]:
-    """Decorates a config class: given a setting of earlier versions, its constructor says what has come in its place.
-
-    Args:
-        renamed: old names, and what to use instead.
-    """
+    """Decorates a config class, whose constructor then says what has come in place of an old setting."""
 
     def decorate(config: type) -> type:
         construct = config.__init__  # type: ignore[misc]

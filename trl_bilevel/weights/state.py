@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .._version import __version__
-from ..core.statistics import effective_sample_size, evenly_spaced, weight_quantiles
-from ..data.files import atomically
+from ..core.statistics import effective_sample_size, evenly_spaced
+from ..data.files import finite
 from ..data.groups import Groups
-from ..data.rows import Rows
-from ..data.sampling import content_hash
-from ..data.trusted import TrustedSets
-from .choose import Choice, choose
-from .language_model import LanguageModel, model_hash
-from .result import FACTS_FILE, FORMAT, WEIGHTS_FILE, read_files
-from .settings import WeightSettings
-from .store import Store
+from .choose import Choice
+from .result import equal_weights, read_files, write_files
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +34,6 @@ class TrainingWeights:
     Args:
         kept (`Tensor` bool `[N]`): rows that are trained on.
         identity (`dict`): what must not change between saving and loading: fingerprints and settings.
-        groups (`Groups`, *optional*): rows that share a weight.
         any_identity (`bool`): load a state although its identity is another one.
     """
 
@@ -54,7 +44,7 @@ class TrainingWeights:
         self.identity = dict(identity)
         self.groups = groups
         self.any_identity = any_identity
-        self.values = torch.where(kept, 1.0, torch.nan)
+        self.values = equal_weights(kept)
         self.scores = torch.full((len(kept),), torch.nan)
         self.facts: dict[str, Any] = {}
         # True once they are chosen, given or loaded.
@@ -65,7 +55,13 @@ class TrainingWeights:
         """Go by what choosing found out."""
         self.values, self.scores, self.facts = choice.weights, choice.scores[:, 0].contiguous(), dict(choice.facts)
         self.known = True
-        self._warn_if_collapsed()
+        size = effective_sample_size(self.sampled())
+        if size < NEARLY_COLLAPSED:
+            logger.warning(
+                f"The weights have nearly collapsed: their effective sample size is {size:.1%} of the rows. Give more "
+                "trusted rows, and rows that are like good training rows in form (the same columns and chat format), "
+                "or lower `calibration_sharpness`."
+            )
 
     def give(self, weights: Tensor) -> None:
         """Go by given weights `[N]` (at least 0), scaled to mean one over the rows trained on."""
@@ -84,12 +80,10 @@ class TrainingWeights:
     def loss_scale(self, tokens: Tensor) -> float:
         """What the weighted sum of losses is multiplied by, beside one over the tokens of a step.
 
-        The objective is `sum w l / sum w t` over the rows (`l` a row's summed loss, `t` its tokens), as if row `i`
-        were visited `w_i` times. A step divides by the tokens of its rows, so what is left is `sum t / sum w t`. It is
-        taken over all rows: over those of one step, it would take the weight away from a row that comes alone.
-
-        Args:
-            tokens (`Tensor` `[N]`): tokens of each of the caller's rows that the loss counts.
+        The objective is `sum w l / sum w t` over the rows (`l` a row's summed loss, `t` its `tokens` that the loss
+        counts, `[N]`), as if row `i` were visited `w_i` times. A step divides by the tokens of its rows, so what is
+        left is `sum t / sum w t`. It is taken over all rows: over those of one step, it would take the weight away
+        from a row that comes alone.
         """
         weighed = (torch.nan_to_num(self.values.double()) * tokens).sum()
         return float(tokens[self.kept].sum() / weighed.clamp(min=1e-30))
@@ -104,7 +98,7 @@ class TrainingWeights:
             return {}
         weights = self.sampled()
         out = {"selector/ess": effective_sample_size(weights)}
-        for level, value in zip(QUANTILES, weight_quantiles(weights, QUANTILES).tolist(), strict=True):
+        for level, value in zip(QUANTILES, np.quantile(weights.double().numpy(), QUANTILES).tolist(), strict=True):
             out[f"selector/weight_q{round(100 * level):02d}"] = value
         out |= {f"selector/{name}": self.facts[name] for name in ("score_mean", "score_std") if name in self.facts}
         if self.groups is not None:
@@ -112,25 +106,12 @@ class TrainingWeights:
             out |= {f"selector/share/{name}": share for name, share in shares[:LOGGED_GROUPS]}
         return out
 
-    def _warn_if_collapsed(self) -> None:
-        size = effective_sample_size(self.sampled())
-        if size < NEARLY_COLLAPSED:
-            logger.warning(
-                f"The weights have nearly collapsed: their effective sample size is {size:.1%} of the rows. Give more "
-                "trusted rows, and rows that are like good training rows in form (the same columns and chat format), "
-                "or lower `calibration_sharpness`."
-            )
-
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint needs."""
         return {"values": self.values, "scores": self.scores}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave.
-
-        Raises:
-            ValueError: if they are of another number of rows.
-        """
+        """Restore what `tensors` gave; refuse those of another number of rows."""
         if tensors["values"].shape != self.values.shape:
             raise ValueError(
                 f"The saved weights are of {len(tensors['values'])} rows, this run has {len(self.values)}. Resume "
@@ -140,13 +121,8 @@ class TrainingWeights:
 
     def save(self, folder: str | Path) -> None:
         """Write `weights.safetensors` and `weights.json` into a folder, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors().items()}
-        told = {"format": FORMAT, "identity": self.identity, "known": self.known, "facts": self.facts}
-        atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
-        text = json.dumps(told, indent=2, default=str)
-        atomically(folder / FACTS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        told = {"identity": self.identity, "known": self.known, "facts": self.facts}
+        write_files(Path(folder), self.tensors(), told)
 
     def load(self, folder: str | Path) -> None:
         """Restore what `save` wrote.
@@ -155,15 +131,15 @@ class TrainingWeights:
             FileNotFoundError: if the folder has no weights.
             ValueError: if they are damaged, or belong to other data or settings.
         """
-        folder = Path(folder)
-        if not (folder / FACTS_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no weights ({WEIGHTS_FILE}, {FACTS_FILE}): it is not a checkpoint of a run with "
-                "weighted rows. Resuming would silently forget the weights."
-            )
-        told, tensors = read_files(folder)
-        saved, own = _flat(told["identity"]), _flat(json.loads(json.dumps(self.identity, default=str)))
-        changed = [f"{k}: {saved.get(k)!r} then, {own[k]!r} now" for k in own if own[k] != saved.get(k)]
+        other = ": it is not a checkpoint of a run with weighted rows. Resuming would silently forget the weights"
+        told, tensors = read_files(Path(folder), missing=other)
+        # Settings one by one, so that the message names those that differ.
+        saved, own = (part | part.get("settings", {}) for part in (told["identity"], finite(self.identity)))
+        changed = [
+            f"{name}: {saved.get(name)!r} then, {value!r} now"
+            for name, value in own.items()
+            if name != "settings" and value != saved.get(name)
+        ]
         if changed and not self.any_identity:
             raise ValueError(
                 f"The weights in {folder} belong to other training data or settings ({'; '.join(changed)}). Resume "
@@ -172,40 +148,3 @@ class TrainingWeights:
             )
         self.load_tensors(tensors)
         self.known, self.facts = told["known"], told["facts"]
-
-
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """With settings one by one, so that a message names those that differ."""
-    return {name: value for name, value in identity.items() if name != "settings"} | identity.get("settings", {})
-
-
-def choose_noted(
-    model: LanguageModel,
-    rows: Rows,
-    trusted: TrustedSets,
-    settings: WeightSettings,
-    folder: Path | None,
-    *,
-    seed: int,
-    also: Any = None,
-    **how: Any,
-) -> Choice:
-    """Choose before a training, with notes in a folder (if one is given), so that a killed run goes on from them.
-
-    Args:
-        model, rows, trusted, settings, seed, how: as `choose` takes them.
-        also: what else must be the same for notes to be used, as plain values.
-    """
-    key = {
-        "rows": content_hash(rows.dataset),
-        "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
-        "shares": trusted.weights,
-        "settings": asdict(settings) | {"seed": seed, "bf16": model.bf16},
-        "version": __version__,
-        "also": also,
-        "model": model_hash(model.model),
-    }
-    store = Store(folder, key)
-    choice = choose(model, rows, trusted, settings, seed=seed, store=store, **how)
-    store.remove()
-    return choice

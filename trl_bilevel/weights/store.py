@@ -70,12 +70,8 @@ class Store:
         """Choosing is done: its notes are not needed any more. What else is in the folder stays."""
         if self.folder is None:
             return
-        for name in self._names():
-            (self.folder / name).unlink(missing_ok=True)
+        for file in self.folder.glob("*.safetensors"):
+            if NOTES.fullmatch(file.name):
+                file.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
-
-    def _names(self) -> list[str]:
-        """Files that `write` wrote, in this run or an earlier one."""
-        assert self.folder is not None
-        return [file.name for file in self.folder.glob("*.safetensors") if NOTES.fullmatch(file.name)]

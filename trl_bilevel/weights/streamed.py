@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ class StreamedWeights(TrainingWeights):
     """Weights of a stream's rows. `values` and `scores` are those of the rows that were read to choose by.
 
     Args:
-        kept, identity, any_identity: as for `TrainingWeights`, of the rows read at the start.
         model: the model in training; its adapter is set aside where rows are read, so that what weights rest on stays
             as it was.
         depth (`float`): share of the layers that predictions rest on.
@@ -58,8 +56,8 @@ class StreamedWeights(TrainingWeights):
         Cost: a forward without gradient through the lower layers.
         """
         if self.groups is not None:
-            group_weights = self._of_groups()
-            return torch.where(ids.cpu() < 0, 1.0, group_weights[ids.cpu().clamp(min=0)])
+            ids = ids.cpu()
+            return torch.where(ids < 0, 1.0, self._of_groups()[ids.clamp(min=0)])
         if self.predictor is None:
             return torch.ones(len(batch["input_ids"]))
         model = self.model.model
@@ -77,43 +75,37 @@ class StreamedWeights(TrainingWeights):
     def weighted(self, stream: IterableDataset, prepare: Callable[[Mapping[str, Any]], Any], collate: Collate) -> Any:
         """The stream with a column `data_weight`, computed as it is read; NaN for rows without a token to score.
 
-        Args:
-            prepare: tokenises a row (`input_ids`, `labels`).
-            collate: makes a batch of tokenised rows.
+        `prepare` tokenises a row (`input_ids`, `labels`), and `collate` makes a batch of such rows.
         """
 
         def add(batch: dict[str, list[Any]]) -> dict[str, list[float]]:
-            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            return {DATA_WEIGHT: self._of_rows([prepare(row) for row in rows], collate)}
+            columns = zip(*batch.values(), strict=True)
+            rows = [prepare(dict(zip(batch, values, strict=True))) for values in columns]
+            out = torch.full((len(rows),), torch.nan)
+            usable = [n for n, row in enumerate(rows) if any(label != -100 for label in row["labels"][1:])]
+            if usable:
+                out[usable] = self.of_batch(collate([dict(rows[n]) for n in usable]), torch.zeros(0))
+            return {DATA_WEIGHT: out.tolist()}
 
-        def add_by_group(row: Mapping[str, Any], column: str) -> dict[str, float]:
-            assert self.groups is not None
-            known = {name: n for n, name in enumerate(self.groups.names)}
-            place = known.get(str(row[column]))
+        if self.groups is None:
+            return stream.map(add, batched=True, batch_size=32)
+        column = self.identity["settings"]["selector_group_column"]
+        groups = {name: n for n, name in enumerate(self.groups.names)}
+
+        def add_by_group(row: Mapping[str, Any]) -> dict[str, float]:
+            place = groups.get(str(row[column]))
             return {DATA_WEIGHT: 1.0 if place is None else float(self._of_groups()[place])}
 
-        if self.groups is not None:
-            column = self.identity["settings"]["selector_group_column"]
-            return stream.map(add_by_group, fn_kwargs={"column": column})
-        return stream.map(add, batched=True, batch_size=32)
-
-    def _of_rows(self, rows: Sequence[Mapping[str, Any]], collate: Collate) -> list[float]:
-        out = [float("nan")] * len(rows)
-        usable = [n for n, row in enumerate(rows) if any(label != -100 for label in row["labels"][1:])]
-        if usable:
-            batch = collate([dict(rows[n]) for n in usable])
-            for n, weight in zip(usable, self.of_batch(batch, torch.zeros(0)).tolist(), strict=True):
-                out[n] = weight
-        return out
+        return stream.map(add_by_group)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint needs."""
-        predictor = {} if self.predictor is None else self.predictor.tensors()
+        predictor = {} if self.predictor is None else vars(self.predictor)
         return super().tensors() | {f"predictor.{name}": value for name, value in predictor.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
         super().load_tensors(tensors)
-        names = [field.name for field in fields(TabulatedPredictor)]
-        if f"predictor.{names[0]}" in tensors:
-            self.predictor = TabulatedPredictor(**{name: tensors[f"predictor.{name}"] for name in names})
+        found = {k.removeprefix("predictor."): v for k, v in tensors.items() if k.startswith("predictor.")}
+        if found:
+            self.predictor = TabulatedPredictor(**found)
