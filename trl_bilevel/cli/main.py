@@ -24,12 +24,14 @@ COMMANDS = {
     "report": "write what came of a run as one HTML file",
     "export": "write weighted rows, or the best of them, for other tools or the hub",
     "sanity": "damage some of your clean rows, and see whether the weights find them",
-    "prepare": "make the data of the recipes from the hub, with a data card and a lock file",
     "plan": "does a run fit your GPU? memory and work, computed without loading the model",
     "doctor": "what will and will not work on this machine, and what to do about it",
     "completion": "print a script that completes commands and options in bash and zsh",
     "demo": "real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
 }
+
+# Commands of earlier versions: what to do instead.
+GONE = {"prepare": "run `python -m recipes.prepare` in a clone of the repository, whose recipes it belongs to"}
 
 USAGE = (
     "usage: trl-bilevel COMMAND [OPTIONS]\n\n"
@@ -53,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         known = f"Commands: {', '.join(COMMANDS)}; `trl-bilevel --help` says what they do."
-        print(f"trl-bilevel: unknown command {command!r}. {known}", file=sys.stderr)
+        why = f"`{command}` is gone: {GONE[command]}" if command in GONE else f"unknown command {command!r}"
+        print(f"trl-bilevel: {why}. {known}", file=sys.stderr)
         return 2
     try:
         return import_module(f"trl_bilevel.cli.{command}").run(arguments[1:]) or 0
