@@ -1,9 +1,7 @@
 """`trl-bilevel doctor`: what will and will not work on this machine, why, and what to do about it.
 
-    trl-bilevel doctor [--json] [--timeout 3]
-
-Exit code 0 if a basic run works here, 1 if something that it needs is broken. Checks change nothing, and tokens are
-only reported as set or unset. Each check yields findings by their names in `text/doctor.yaml`, which says the rest.
+`trl env` and `accelerate env` list what is there; this says what it means for our runs. Checks change nothing, and
+tokens are only reported as set or unset. Each check yields findings by their names in `text/doctor.yaml`.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import urllib.request
 from collections import namedtuple
 from collections.abc import Iterator
 from importlib import metadata, resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +26,6 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from ..extras import what_to_install
 from .show import say, table
 
 GIB = 2**30
@@ -37,7 +33,6 @@ COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "broken": "bold r
 EXTRAS = ("report", "demo", "quantization")
 # GiB: what a small model, its cache and a few checkpoints take.
 LITTLE_DISK = 10
-
 
 # A line of the report; the remedy is empty if there is nothing to do.
 Finding = namedtuple("Finding", ("area", "what", "state", "found", "remedy"), defaults=("",))
@@ -58,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-bilevel doctor",
         epilog="example: trl-bilevel doctor --json",
-        description="Checks versions, devices, optional libraries, hub, disk and launchers. Nothing is changed, no "
+        description="Checks versions, devices, bitsandbytes, hub, disk and launchers. Nothing is changed, no "
         "token is shown. Exit code 1 if something that a basic run needs is broken.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -85,10 +80,9 @@ def run(arguments: list[str]) -> int:
 
 def examine(timeout: float = 3.0) -> Iterator[Finding]:
     """All findings; a check that fails itself is one of them."""
-    reach = functools.wraps(hub)(functools.partial(hub, timeout))
-    for check in (versions, devices, bitsandbytes, libraries, reach, disk, processes):
+    for check, *given in ((versions,), (devices,), (bitsandbytes,), (hub, timeout), (disk,), (processes,)):
         try:
-            yield from check()
+            yield from check(*given)
         except Exception as error:
             yield finding("failed check", check=check.__name__, error=type(error).__name__)
 
@@ -129,37 +123,27 @@ def devices() -> Iterator[Finding]:
     except Exception as error:
         yield finding("torch", error=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
         return
+    import psutil
+
     if torch.cuda.is_available():
         yield from gpus(torch)
     else:
         yield finding("hidden gpu" if torch.version.cuda or torch.version.hip else "no gpu")
     if torch.backends.mps.is_available():
         yield finding("mps")
-    cores = os.cpu_count()
-    try:
-        import psutil
-    except ImportError as error:
-        yield finding("cpu without psutil", cores=cores, remedy=what_to_install(error))
-        return
     memory = psutil.virtual_memory()
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    yield finding(
-        "short of memory" if memory.available < 3 * GIB else "cpu",
-        cores=cores,
-        memory=_free(memory.available, memory.total),
-        speed="fast" if fast else "slow",
-    )
+    name = "short of memory" if memory.available < 3 * GIB else "cpu"
+    yield finding(name, cores=os.cpu_count(), memory=_free(memory.available, memory.total))
 
 
 def gpus(torch: Any) -> Iterator[Finding]:
     """What each GPU has."""
     count = torch.cuda.device_count()
     for index in range(count):
-        free, total = torch.cuda.mem_get_info(index)
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = f"{'shared ' if free < 0.8 * total else ''}{'' if bf16 else 'old '}gpu"
-        yield finding(name, index=index, memory=f"{torch.cuda.get_device_name(index)}, {_free(free, total)}")
+        memory = f"{torch.cuda.get_device_name(index)}, {_free(*torch.cuda.mem_get_info(index))}"
+        yield finding("gpu" if bf16 else "old gpu", index=index, memory=memory)
     if count > 1 and "LOCAL_RANK" not in os.environ:
         yield finding("several gpus", count=count)
 
@@ -170,39 +154,22 @@ def _free(free: float, total: float) -> str:
 
 def bitsandbytes() -> Iterator[Finding]:
     """Whether 4-bit and 8-bit work, by quantising a small tensor."""
-    if find_spec("bitsandbytes") is None:
+    version = _version("bitsandbytes")
+    if version is None:
         yield finding("no bitsandbytes")
         return
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, trouble = f"bitsandbytes on {device}", ""
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         values = torch.linspace(-1, 1, 256, device=device)
         error = float((dequantize_4bit(*quantize_4bit(values, quant_type="nf4")) - values).abs().max())
-        if not error < 0.2:
-            name, trouble = "broken bitsandbytes", f"quantises wrongly here (NF4 is off by {error:.2f} of the range)"
+        trouble = "" if error < 0.2 else f"NF4 is off by {error:.2f} of the range"
     except Exception as problem:
-        name, trouble = "broken bitsandbytes", f"does not quantise here ({type(problem).__name__})"
-    yield finding(name, version=_version("bitsandbytes"), trouble=trouble)
-
-
-def libraries() -> Iterator[Finding]:
-    """What makes a run faster: vLLM, in the range that TRL states, flash-attn, and Triton, for TRL's fused LM head."""
-    import torch
-
-    vllm, flash = _version("vllm"), _version("flash-attn")
-    stated = (needed.specifier for needed in map(Requirement, metadata.requires("trl") or []) if needed.name == "vllm")
-    wanted = next(stated, SpecifierSet())
-    fits = vllm is not None and wanted.contains(vllm, prereleases=True)
-    yield finding("vllm" if fits else "other vllm" if vllm else "no vllm", version=vllm, wanted=wanted)
-    gpu = torch.cuda.is_available()
-    runs = gpu and torch.cuda.get_device_capability()[0] >= 8
-    yield finding("no flash-attn" if flash is None else "flash-attn" if runs else "idle flash-attn", version=flash)
-    if gpu and find_spec("triton") is None:
-        yield finding("no triton")
+        trouble = type(problem).__name__
+    yield finding("broken bitsandbytes" if trouble else f"bitsandbytes on {device}", version=version, trouble=trouble)
 
 
 def hub(timeout: float) -> Iterator[Finding]:
@@ -253,7 +220,7 @@ def disk() -> Iterator[Finding]:
     ):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free / GIB
-        state = "disk" if free >= LITTLE_DISK else "full disk"
+        state = "full disk" if free < LITTLE_DISK else "disk"
         if not os.access(there, os.W_OK):
             state = "read-only disk"
         yield finding(state, name=name, folder=folder, free=free, remedy=remedy)
@@ -263,9 +230,6 @@ def processes() -> Iterator[Finding]:
     """Whether a launcher would do what it says."""
     import torch
 
-    if not torch.distributed.is_available():
-        yield finding("one process")
-        return
     yield accelerate_config(torch.cuda.device_count())
     stray = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
     if stray and "TORCHELASTIC_RUN_ID" not in os.environ:
