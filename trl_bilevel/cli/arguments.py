@@ -7,10 +7,7 @@ import copy
 import inspect
 import re
 from dataclasses import dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from typing import Any
 
 METAVARS: dict[Any, str] = {int: "INT", float: "NUMBER", str: "TEXT"}
 
@@ -55,15 +52,24 @@ class RefineScriptArguments(BilevelScriptArguments):
     prompt_dataset_split: str = option("train", "Split of the questions.")
 
 
-def training_parser(command: str, example: str, *parts: type) -> Any:
-    """TRL's parser of a training command: script arguments and config, then TRL's options of model and mixture."""
+def config_parser(command: str, example: str, *parts: type, first: str = "") -> Any:
+    """TRL's parser of our dataclasses, then of its options of the model, and of mixtures of data sets.
+
+    Args:
+        first: what may stand before all options, for the usage; such a command takes no mixtures.
+    """
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-    return TrlParser((*parts, ModelConfig, DatasetMixtureConfig), prog=f"trl-bilevel {command}", epilog=example)
+    kinds = (*parts, ModelConfig) if first else (*parts, ModelConfig, DatasetMixtureConfig)
+    usage = f"trl-bilevel {command}{first} [--config FILE.yaml] [OPTIONS]"
+    return TrlParser(kinds, prog=f"trl-bilevel {command}", usage=usage, epilog=example)
 
 
-def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
+def parse(parser: Any, arguments: list[str], first: str = "") -> tuple[Any, ...]:
     """Parse, with unknown options and keys as errors; print the help and leave if it is asked for.
+
+    Args:
+        first: the option whose value may stand first, without it.
 
     Raises:
         ValueError: for whatever the configs refuse; of an option of earlier versions, it names what replaces it.
@@ -75,6 +81,8 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
 
     if {"-h", "--help"} & set(arguments):
         grouped(parser).parse_args(["--help"])
+    if first and arguments and not arguments[0].startswith("-"):
+        arguments = [first, *arguments]
     # TRL's parser takes `--config` in two words only.
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     try:
@@ -95,7 +103,7 @@ def grouped(parser: Any) -> argparse.ArgumentParser:
     text = COMMANDS[parser.prog.split()[-1]]
     shown = argparse.ArgumentParser(
         prog=parser.prog,
-        usage=parser.usage or f"{parser.prog} [--config FILE.yaml] [OPTIONS]",
+        usage=parser.usage,
         description=f"{text[0].upper()}{text[1:]}. Every option can be a YAML key.",
         epilog=parser.epilog,
     )
@@ -127,16 +135,19 @@ def _shown(action: argparse.Action) -> argparse.Action:
     return shown
 
 
-def resume_argument(training_args: Any) -> str | bool | None:
-    """`resume_from_checkpoint` as a trainer takes it: on the command line, `True` is text."""
-    given = training_args.resume_from_checkpoint
-    if isinstance(given, str) and given.lower() in ("true", "false"):
-        return given.lower() == "true"
-    return given
+def loading(model_args: Any) -> dict[str, Any]:
+    """TRL's options of the model as keyword arguments of `from_pretrained`, without quantisation."""
+    names = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
+    return {key: getattr(model_args, name) for key, name in names.items() if getattr(model_args, name) is not None}
 
 
-def load_sets(script_args: Any, dataset_args: Any) -> tuple[Any, Dataset | None, Dataset | None]:
-    """Training, validation and evaluation rows that the command line names; the first with `streaming` as a stream."""
+def trainer_arguments(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> dict[str, Any]:
+    """What both trainers take beside model and config: rows (a stream with `streaming`), adapters, quantisation.
+
+    How to load the model goes into the config.
+    """
+    from trl import get_peft_config, get_quantization_config
+
     from ..data.loading import load_mixture, load_rows
 
     if dataset_args.test_split_size is not None:
@@ -152,22 +163,22 @@ def load_sets(script_args: Any, dataset_args: Any) -> tuple[Any, Dataset | None,
         split, config = script_args.dataset_train_split, script_args.dataset_config
         more = {"streaming": True} if streaming else {}
         train = load_rows(script_args.dataset_name, split=split, config=config, **more)
-    return train, load_named(script_args, "validation"), load_named(script_args, "eval")
+    if model_args.model_name_or_path is None:
+        raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
+    training_args.model_init_kwargs = loading(model_args) | (training_args.model_init_kwargs or {})
+    return {
+        "train_dataset": train,
+        "validation_dataset": load_named(script_args, "validation"),
+        "eval_dataset": load_named(script_args, "eval"),
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
 
 
-def load_named(script_args: Any, kind: str) -> Dataset | None:
+def load_named(script_args: Any, kind: str) -> Any:
     """Rows of `{kind}_dataset_name`; None if it is not given."""
     from ..data.loading import load_rows
 
     name = getattr(script_args, f"{kind}_dataset_name")
     config = getattr(script_args, f"{kind}_dataset_config", None)
     return load_rows(name, split=getattr(script_args, f"{kind}_dataset_split"), config=config) if name else None
-
-
-def set_model_arguments(training_args: Any, model_args: Any) -> None:
-    """Hand TRL's model options to the trainer, which loads the model."""
-    if model_args.model_name_or_path is None:
-        raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
-    names = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
-    kwargs = {key: getattr(model_args, name) for key, name in names.items()}
-    training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})

@@ -190,21 +190,24 @@ def hub(timeout: float) -> Iterator[Finding]:
 
 def unreachable(address: str, timeout: float) -> str:
     """Why a server does not answer; empty if it does. A name server that hangs does not hold it up."""
-    outcome: list[str] = []
+    outcome = f"no answer in {timeout:g} s"
 
     def ask() -> None:
+        nonlocal outcome
         try:
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=timeout).close()
-            outcome.append("")
+            outcome = ""
+        except urllib.error.HTTPError:
+            # A server that says no is there.
+            outcome = ""
         except Exception as error:
-            # A server that says no is there. The message may hold the address of a proxy, with its password.
-            says_no = isinstance(error, urllib.error.HTTPError)
-            outcome.append("" if says_no else type(getattr(error, "reason", error)).__name__)
+            # The message may hold the address of a proxy, with its password.
+            outcome = type(getattr(error, "reason", error)).__name__
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
-    return outcome[0] if outcome else f"no answer in {timeout:g} s"
+    return outcome
 
 
 def disk() -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from .._version import __version__
 from ..evaluation.models import Settings
-from .arguments import option, parse
+from .arguments import config_parser, loading, option, parse
 
 EXAMPLE = "example: trl-bilevel evaluate out --baseline BASE --dataset test.jsonl --output result.json"
 
@@ -57,14 +57,7 @@ class EvaluateArguments(Settings):
 
 def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
-    from trl import ModelConfig, TrlParser
-
-    parser = TrlParser(
-        (EvaluateArguments, ModelConfig),
-        prog="trl-bilevel evaluate",
-        usage="trl-bilevel evaluate MODEL [--config FILE.yaml] [OPTIONS]",
-        epilog=EXAMPLE,
-    )
+    parser = config_parser("evaluate", EXAMPLE, EvaluateArguments, first=" MODEL")
     # As the weights were saved: nothing is trained here.
     parser.set_defaults(dtype="auto")
     for action in parser._actions:
@@ -140,12 +133,7 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
     judge = find_judge(args.judge, args) if args.judge else lambda: None
     if model_args.load_in_4bit and model_args.dtype == "auto":
         model_args.dtype = "bfloat16"
-    load = {
-        "dtype": model_args.dtype,
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "quantization_config": get_quantization_config(model_args),
-    }
+    load = loading(model_args) | {"quantization_config": get_quantization_config(model_args)}
     names = [model_args.model_name_or_path, *([args.baseline] if args.baseline else [])]
     measured = [measure(name, work, args, load) for name in names]
     if args.responses:
@@ -167,10 +155,7 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
 
 def run(arguments: list[str]) -> None:
     """Parse, measure, show, save."""
-    words = list(arguments)
-    if words and not words[0].startswith("-"):
-        words = ["--model_name_or_path", *words]
-    args, model_args = parse(make_parser(), words)
+    args, model_args = parse(make_parser(), arguments, "--model_name_or_path")
     check(args, model_args)
     from ..data.files import finite, write_json
     from ..evaluation.report import show

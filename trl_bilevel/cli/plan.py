@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import BilevelScriptArguments, option, parse, training_parser
+from .arguments import BilevelScriptArguments, config_parser, option, parse
 
 EXAMPLE = "example: trl-bilevel plan --config run.yaml --gpu_memory 24"
 CARDS = (8, 12, 16, 24, 40, 48, 80, 141)
@@ -50,7 +50,7 @@ def make_parser() -> Any:
             self.use_cpu = True
             super().__post_init__()
 
-    return training_parser("plan", EXAMPLE, PlanArguments, PlannedConfig)
+    return config_parser("plan", EXAMPLE, PlanArguments, PlannedConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:

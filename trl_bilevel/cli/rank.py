@@ -12,19 +12,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import option, parse
+from .arguments import config_parser, loading, option, parse
 
 EXAMPLE = (
     "example: trl-bilevel rank mixed.jsonl --trusted trusted.jsonl --model_name_or_path "
     "HuggingFaceTB/SmolLM2-135M-Instruct --output ranked.parquet"
 )
-# Rows that are shown at either end, and characters of each text.
-SHOWN, TEXT = 5, 160
+# Rows that are shown at either end.
+SHOWN = 5
 
 
 @dataclass
@@ -39,33 +38,33 @@ class RankArguments:
     output: str | None = option(
         None, "File for the ranked rows: .parquet, .jsonl, .csv. Default: ROWS-ranked.parquet."
     )
+    chat_template_kwargs: str | None = option(None, "Arguments of the chat template, as JSON.")
+    report: bool = option(True, "Write the report.")
+
+
+@dataclass
+class ReadingArguments:
+    """How rows are read and the model is run: arguments of `learn_weights`. The help of each field says what it is."""
+
     max_length: int = option(1024, "Tokens at which rows are cut.")
     seed: int = option(42, "Of the pilot, and of what is held back.")
     bf16: bool | None = option(None, "Compute in bfloat16. Default: on GPUs that can.")
     completion_only_loss: bool | None = option(None, "Score completions only. Default: if rows have them.")
     assistant_only_loss: bool = option(False, "Score what the assistant says only.")
     dataset_text_field: str = option("text", "Column of plain text.")
-    chat_template_kwargs: str | None = option(None, "Arguments of the chat template, as JSON.")
     gradient_checkpointing: bool | None = option(None, "Save memory in the pilot. Default: on GPUs.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
-    report: bool = option(True, "Write the report.")
 
 
 def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
-    from trl import ModelConfig, TrlParser
-
     from ..weights.settings import WeightSettings
 
-    return TrlParser(
-        (RankArguments, WeightSettings, ModelConfig),
-        prog="trl-bilevel rank",
-        usage="trl-bilevel rank ROWS --trusted ROWS [--config FILE.yaml] [OPTIONS]",
-        epilog=EXAMPLE,
-    )
+    parts = (RankArguments, ReadingArguments, WeightSettings)
+    return config_parser("rank", EXAMPLE, *parts, first=" ROWS --trusted ROWS")
 
 
-def main(args: RankArguments, settings: Any, model_args: Any) -> None:
+def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_args: Any) -> None:
     """Rank the rows, write them and the report, and say what came of it."""
     from accelerate import PartialState
     from trl import get_quantization_config
@@ -78,6 +77,9 @@ def main(args: RankArguments, settings: Any, model_args: Any) -> None:
     output = Path(args.output or f"{Path(args.rows).stem}-ranked.parquet")
     rows = load_rows(args.rows, split=args.rows_split, config=args.rows_config)
     check_writable(output, rows)
+    trusted = {Path(name).stem: load_rows(name, split=args.trusted_split) for name in args.trusted}
+    if len(trusted) < len(args.trusted):
+        raise ValueError(f"`trusted` names sets alike: {args.trusted}. Give their files different names.")
     template = _template(args.chat_template_kwargs)
     name, notes = model_args.model_name_or_path, []
     if name is None:
@@ -85,35 +87,23 @@ def main(args: RankArguments, settings: Any, model_args: Any) -> None:
 
         name = str(assets.model_folder())
         notes.append("No model was named (`--model_name_or_path`): rows were ranked for SmolLM2-135M-Instruct.")
-    loading = {
-        "dtype": model_args.dtype,
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "quantization_config": get_quantization_config(model_args),
-    }
+    quantization = get_quantization_config(model_args)
     weights = learn_weights(
         name,
         rows,
-        _trusted(args),
+        trusted if len(trusted) > 1 else next(iter(trusted.values())),
         settings,
-        **{field.name: getattr(args, field.name) for field in fields(args) if field.name in _PASSED},
+        **vars(reading),
         chat_template_kwargs=template,
-        model_init_kwargs={key: value for key, value in loading.items() if value is not None},
-        trust_remote_code=args.trust_remote_code,
+        model_init_kwargs=loading(model_args) | ({"quantization_config": quantization} if quantization else {}),
         work_dir=output.with_name(f".{output.name}.choosing"),
     )
     if not PartialState().is_main_process:
         return
     ranked = weights.to_dataset()
     write_rows(ranked, output)
-    report = write_ranking(weights, output) if args.report else None
+    report = write_ranking(weights, ranked, output) if args.report else None
     _tell(weights, ranked, output, report, notes, model_args.model_name_or_path or "MODEL")
-
-
-_PASSED = (
-    *("max_length", "seed", "bf16", "completion_only_loss", "assistant_only_loss", "dataset_text_field"),
-    "gradient_checkpointing",
-)
 
 
 def _template(given: str | None) -> dict[str, Any] | None:
@@ -126,39 +116,26 @@ def _template(given: str | None) -> dict[str, Any] | None:
     return template or None
 
 
-def _trusted(args: RankArguments) -> Any:
-    """The trusted rows; by file name if there are several sets."""
-    from ..data.loading import load_rows
-
-    assert args.trusted is not None
-    sets = {Path(name).stem: load_rows(name, split=args.trusted_split) for name in args.trusted}
-    if len(sets) < len(args.trusted):
-        raise ValueError(f"`trusted` names sets alike: {args.trusted}. Give their files different names.")
-    return sets if len(sets) > 1 else next(iter(sets.values()))
-
-
-def write_ranking(weights: Any, output: Path) -> Path | None:
+def write_ranking(weights: Any, ranked: Any, output: Path) -> Path | None:
     """Write the record of a choice and its report into `NAME-report/` beside the ranked rows; returns the report.
 
     None if the extra `report` is not installed.
     """
     from ..data.files import write_json
+    from ..data.loading import write_rows
     from ..data.private import RECORD, WEIGHTED, private_path
     from ..weights.record import RUN_FILE, run_record, write_pilot, write_weights
 
     folder = output.with_name(f"{output.stem}-report")
-    rows_file = output
+    record, rows_file = folder / RECORD, output
     if output.suffix != ".parquet":
         # A report reads its rows from a parquet file.
         rows_file = private_path(folder, WEIGHTED)
-        rows_file.parent.mkdir(parents=True, exist_ok=True)
-        weights.to_dataset().to_parquet(str(rows_file))
-    record = folder / RECORD
-    record.mkdir(parents=True, exist_ok=True)
-    write_json(record / RUN_FILE, run_record(weights.facts, str(rows_file.resolve())))
+        write_rows(ranked, rows_file)
+    write_weights(record, weights.values)
     if weights.choice is not None:
         write_pilot(record, weights.choice, weights.decode)
-    write_weights(record, weights.values)
+    write_json(record / RUN_FILE, run_record(weights.facts, str(rows_file.resolve())))
     weights.save(folder)
     try:
         from ..report import write_report
@@ -168,35 +145,25 @@ def write_ranking(weights: Any, output: Path) -> Path | None:
     return write_report(folder, output=folder / "report.html")
 
 
-def _tell(weights: Any, ranked: Any, output: Path, report: Path | None, notes: Sequence[str], model: str) -> None:
+def _tell(weights: Any, ranked: Any, output: Path, report: Path | None, notes: list[str], model: str) -> None:
     import numpy as np
 
-    from ..core.statistics import effective_sample_size, rows_carrying
     from ..data.formats import question_and_answer
-    from .show import show_summary, table
+    from .show import show_summary, table, weight_facts
 
     values = weights.values.numpy()
-    known = int((~np.isnan(values)).sum())
-    order = sorted(range(known), key=np.array(ranked["data_rank"])[~np.isnan(values)].__getitem__)
-    places = np.flatnonzero(~np.isnan(values))[order]
-    count = min(SHOWN, known // 2)
-
-    def told(place: int) -> str:
-        question, answer = question_and_answer(ranked[int(place)])
-        return f"{values[place]:.2f}  {_short(question)} -> {_short(answer)}"
-
-    pairs = zip(places[:count], places[::-1][:count], strict=True)
-    table("Rows at both ends", ("kept", "dropped"), [[told(best), told(worst)] for best, worst in pairs])
-    carrying = rows_carrying(values)
+    places = [int(place) for place in np.argsort(ranked["data_rank"][:]) if np.isfinite(values[place])]
+    known, count = len(places), min(SHOWN, len(places) // 2)
+    for title, ends in (("most", places[:count]), ("least", places[: -count - 1 : -1])):
+        lines = [(f"{values[place]:.2f}", *map(_line, question_and_answer(ranked[place]))) for place in ends]
+        table(f"Rows of {title} weight", ("weight", "question", "answer"), lines, cut=("question", "answer"))
     facts = [
         ("Ranked rows", str(output)),
         ("Rows", f"{len(values):,}" + (f", {len(values) - known:,} without a weight" if known < len(values) else "")),
-        ("80% of the weight", f"in {carrying / max(1, known):.0%} of the rows ({carrying:,})"),
-        ("Effective sample size", f"{effective_sample_size(values):.0%} of the rows"),
+        *weight_facts(values),
         ("Time", f"{weights.facts.get('seconds', 0):.0f} s"),
+        *([("Report", str(report))] if report else []),
     ]
-    if report is not None:
-        facts.append(("Report", str(report)))
     file = shlex.quote(str(output))
     drawn = f"--resample {known} --output weighted.jsonl"
     following = [
@@ -208,15 +175,13 @@ def _tell(weights: Any, ranked: Any, output: Path, report: Path | None, notes: S
     show_summary("Ranked", facts, notes, following)
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= TEXT else f"{line[: TEXT - 1].rstrip()}…"
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def run(arguments: list[str]) -> None:
     """Parse and rank."""
-    words = ["--rows", *arguments] if arguments and not arguments[0].startswith("-") else arguments
-    main(*parse(make_parser(), words))
+    main(*parse(make_parser(), arguments, "--rows"))
 
 
 if __name__ == "__main__":

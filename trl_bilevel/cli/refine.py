@@ -15,7 +15,7 @@ import shlex
 import sys
 from typing import Any
 
-from .arguments import RefineScriptArguments, load_named, load_sets, parse, set_model_arguments, training_parser
+from .arguments import RefineScriptArguments, config_parser, load_named, parse, trainer_arguments
 
 EXAMPLE = (
     "example: trl-bilevel refine --model_name_or_path out --dataset_name out/_rows/weighted.parquet "
@@ -28,37 +28,26 @@ def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
     from ..trainer.self_refine_config import SelfRefineConfig
 
-    return training_parser("refine", EXAMPLE, RefineScriptArguments, SelfRefineConfig)
+    return config_parser("refine", EXAMPLE, RefineScriptArguments, SelfRefineConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Run the rounds, write the model, the ledger and the responses, and say what came of it."""
-    from trl import get_peft_config, get_quantization_config
-
     from ..data.models import is_adapter, load_adapter
     from ..data.private import LEDGER, RESPONSES, find_private
     from ..trainer.self_refine_trainer import SelfRefineTrainer
     from .training import finish, run_training
 
-    train, validation, evaluation = load_sets(script_args, dataset_args)
-    quantization = get_quantization_config(model_args)
-    model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)
-    set_model_arguments(training_args, model_args)
+    given = trainer_arguments(script_args, training_args, model_args, dataset_args)
+    for kind in ("selection", "prompt"):
+        given[f"{kind}_dataset"] = load_named(script_args, kind)
+    model = model_args.model_name_or_path
     if is_adapter(model):
+        quantization = given.pop("quantization_config")
         kwargs = training_args.model_init_kwargs | ({"quantization_config": quantization} if quantization else {})
         model, training_args.model_init_kwargs = load_adapter(model, kwargs), None
-        peft_config = quantization = None
-    trainer = SelfRefineTrainer(
-        model,
-        training_args,
-        train,
-        validation,
-        evaluation,
-        selection_dataset=load_named(script_args, "selection"),
-        prompt_dataset=load_named(script_args, "prompt"),
-        quantization_config=quantization,
-        peft_config=peft_config,
-    )
+        del given["peft_config"]
+    trainer = SelfRefineTrainer(model, training_args, **given)
     run_training(trainer, script_args)
     folder = training_args.output_dir
     facts = [("Model", folder)]

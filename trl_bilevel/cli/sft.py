@@ -13,7 +13,7 @@ import shlex
 import sys
 from typing import Any
 
-from .arguments import BilevelScriptArguments, load_sets, parse, set_model_arguments, training_parser
+from .arguments import BilevelScriptArguments, config_parser, parse, trainer_arguments
 
 EXAMPLE = (
     "example: trl-bilevel sft --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --dataset_name "
@@ -26,33 +26,23 @@ def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
 
-    return training_parser("sft", EXAMPLE, BilevelScriptArguments, BilevelSFTConfig)
+    return config_parser("sft", EXAMPLE, BilevelScriptArguments, BilevelSFTConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Train, and write the model, the weights and the weighted rows."""
-    from trl import get_peft_config, get_quantization_config
-
     from ..data.loading import check_writable, write_rows
     from ..data.private import WEIGHTED, private_path
     from ..trainer.bilevel_sft_trainer import BilevelSFTTrainer
-    from .training import finish, run_training, weight_facts
+    from .show import weight_facts
+    from .training import finish, run_training
 
     path = script_args.weighted_dataset_path or str(private_path(training_args.output_dir, WEIGHTED))
     check_writable(path)
-    train, validation, evaluation = load_sets(script_args, dataset_args)
+    given = trainer_arguments(script_args, training_args, model_args, dataset_args)
     if training_args.weight_estimator != "none":
-        check_writable(path, train)
-    set_model_arguments(training_args, model_args)
-    trainer = BilevelSFTTrainer(
-        model_args.model_name_or_path,
-        training_args,
-        train_dataset=train,
-        validation_dataset=validation,
-        eval_dataset=evaluation,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+        check_writable(path, given["train_dataset"])
+    trainer = BilevelSFTTrainer(model_args.model_name_or_path, training_args, **given)
     # A stream is copied only if that was asked for.
     learned = trainer.mode.learns
     writes = learned and bool(not trainer.data.streams or script_args.weighted_dataset_path)
@@ -61,7 +51,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if trainer.trusted is not None:
         facts.append(("Validation loss", f"{trainer.validation_loss()['total']:.4f} nats per token"))
     if learned and trainer.is_world_process_zero():
-        facts += weight_facts(trainer)
+        if trainer.weights is not None and trainer.weights.known:
+            facts += weight_facts(trainer.weights.sampled().numpy())
         if writes:
             write_rows(trainer.weighted_dataset(), path)
             facts.append(("Weighted rows", path))

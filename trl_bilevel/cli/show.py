@@ -76,3 +76,16 @@ def show_summary(title: str, facts: Facts, notes: Lines = (), following: Lines =
     else:
         lines = [*(f"{name}: {value}" for name, value in facts), *lines]
     print("\n".join(lines))
+
+
+def weight_facts(weights: Any) -> list[tuple[str, str]]:
+    """For a summary: how unequal weights `[N]` are, of the rows that have one (not NaN)."""
+    import numpy as np
+
+    from ..core.statistics import effective_sample_size, rows_carrying
+
+    carrying, known = rows_carrying(weights), max(1, np.isfinite(weights).sum())
+    return [
+        ("Effective sample size", f"{effective_sample_size(weights):.0%} of the rows"),
+        ("80% of the weight", f"in {carrying / known:.0%} of the rows"),
+    ]

@@ -9,9 +9,7 @@ from typing import Any
 
 from transformers import ProgressCallback
 
-from ..core.statistics import rows_carrying
 from ..report.text import duration
-from .arguments import resume_argument
 from .report import report_line
 from .show import Facts, Lines, show_summary
 
@@ -31,11 +29,14 @@ def run_training(trainer: Any, script_args: Any, written: Lines = ()) -> None:
     """
     from ..data.private import check_upload
 
-    args = trainer.args
+    args, resume = trainer.args, trainer.args.resume_from_checkpoint
+    if resume in ("True", "true", "False", "false"):
+        # On the command line, it is text.
+        resume = resume.lower() == "true"
     if args.push_to_hub:
         check_upload(args.output_dir, written)
     with shown_progress(trainer):
-        trainer.train(resume_from_checkpoint=resume_argument(args))
+        trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -68,16 +69,6 @@ class RunProgress(ProgressCallback):
             told = logs | ({"validation": self.record.validation[-1]["total"]} if self.record.validation else {})
             self.numbers |= {name: f"{float(told[name]):.3f}" for name in SHOWN if name in told}
             self.training_bar.set_postfix(self.numbers)
-
-
-def weight_facts(trainer: Any) -> list[tuple[str, str]]:
-    """For the summary: how unequal the weights are; nothing without any."""
-    size = None if trainer.weights is None else trainer.weights.metrics().get("selector/ess")
-    if size is None:
-        return []
-    weights = trainer.weights.sampled().numpy()
-    share = rows_carrying(weights) / len(weights)
-    return [("Effective sample size", f"{size:.0%} of the rows"), ("80% of the weight", f"in {share:.0%} of the rows")]
 
 
 @contextmanager
