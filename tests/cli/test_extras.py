@@ -73,4 +73,4 @@ def test_training_goes_through(tmp_path, tiny_model, tokenizer, rows):
     code, out, error = without_extra(command(*words), cwd=tmp_path)
     assert code == 0, error
     assert "Weighted rows: out/_rows/weighted.parquet" in out and "Report" not in error
-    assert 'The report needs matplotlib, which is not installed: pip install "trl-bilevel[report]"' in out
+    assert 'No report: This needs matplotlib, which is not installed: pip install "trl-bilevel[report]"' in out

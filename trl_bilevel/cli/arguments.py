@@ -55,8 +55,7 @@ class RefineScriptArguments(BilevelScriptArguments):
 def config_parser(command: str, example: str, *parts: type, first: str = "") -> Any:
     """TRL's parser of our dataclasses, then of its options of the model, and of mixtures of data sets.
 
-    Args:
-        first: what may stand before all options, for the usage; such a command takes no mixtures.
+    `first` is what may stand before all options, for the usage; such a command takes no mixtures.
     """
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
@@ -66,13 +65,9 @@ def config_parser(command: str, example: str, *parts: type, first: str = "") -> 
 
 
 def parse(parser: Any, arguments: list[str], first: str = "") -> tuple[Any, ...]:
-    """Parse, with unknown options and keys as errors; print the help and leave if it is asked for.
+    """Parse, or print the help and leave. Whatever the configs refuse, and an unknown option or key, is a ValueError.
 
-    Args:
-        first: the option whose value may stand first, without it.
-
-    Raises:
-        ValueError: for whatever the configs refuse; of an option of earlier versions, it names what replaces it.
+    `first` is the option whose value may stand first, without it.
     """
     import yaml
 
@@ -95,8 +90,7 @@ def parse(parser: Any, arguments: list[str], first: str = "") -> tuple[Any, ...]
 def grouped(parser: Any) -> argparse.ArgumentParser:
     """A parser for help and completion: the options by the class that declares them, ours first, each spelled once.
 
-    Args:
-        parser: a `TrlParser`, which lists them in no order, as `--max_steps` and as `--max-steps`.
+    A `TrlParser` lists them in no order, as `--max_steps` and as `--max-steps`.
     """
     from .main import COMMANDS
 
@@ -128,10 +122,9 @@ def _shown(action: argparse.Action) -> argparse.Action:
         boolean = getattr(action.type, "__name__", "") == "string_to_bool"
         shown.metavar = "True|False" if boolean else METAVARS.get(action.type, "VALUE")
     default = action.default
-    told = isinstance(default, bool | int | float | str) and default != ""
+    told = f" (default: {default!r})" if isinstance(default, bool | int | float | str) and default != "" else ""
     # Some texts are escaped for argparse already, some are not.
-    text = f"{action.help or ''}{f' (default: {default!r})' if told else ''}"
-    shown.help = text.replace("%%", "%").replace("%", "%%")
+    shown.help = f"{action.help or ''}{told}".replace("%%", "%").replace("%", "%%")
     return shown
 
 

@@ -12,9 +12,6 @@ import json
 import os
 import platform
 import shutil
-import threading
-import urllib.error
-import urllib.request
 from collections import namedtuple
 from collections.abc import Iterator
 from importlib import metadata, resources
@@ -26,13 +23,13 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from .show import say, table
+from .show import table
 
 GIB = 2**30
 COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "broken": "bold red"}
 EXTRAS = ("report", "demo", "quantization")
-# GiB: what a small model, its cache and a few checkpoints take.
-LITTLE_DISK = 10
+# GiB: what a small model, its cache and a few checkpoints take; what the demo takes of memory.
+LITTLE_DISK, LITTLE_MEMORY = 10, 3
 
 # A line of the report; the remedy is empty if there is nothing to do.
 Finding = namedtuple("Finding", ("area", "what", "state", "found", "remedy"), defaults=("",))
@@ -71,10 +68,8 @@ def run(arguments: list[str]) -> int:
         return int(broken > 0)
     rows = [(found.what, (found.state, COLOURS[found.state]), found.found, found.remedy) for found in findings]
     table("Findings", ("what", "state", "found", "remedy"), rows)
-    if broken:
-        say(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies.", "bold red")
-    else:
-        say(f"A basic run works here, with {warned} warning(s). Next: trl-bilevel demo", "bold green")
+    good = f"A basic run works here, with {warned} warning(s). Next: trl-bilevel demo"
+    print(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies." if broken else good)
     return int(broken > 0)
 
 
@@ -101,12 +96,11 @@ def versions() -> Iterator[Finding]:
         found, marker = _version(needed.name), needed.marker
         fits = found is not None and needed.specifier.contains(found, prereleases=True)
         told = {"name": needed.name, "version": found or "not installed", "wanted": needed.specifier}
-        if marker is None or marker.evaluate({"extra": ""}):
+        extras = [extra for extra in ("", *EXTRAS) if marker is None or marker.evaluate({"extra": extra})]
+        if "" in extras:
             yield finding("dependency" if fits else "other dependency", **told)
-            continue
-        extra = next((extra for extra in EXTRAS if marker.evaluate({"extra": extra})), None)
-        if extra is not None and not fits:
-            yield finding("extra", extra=extra, **told)
+        elif extras and not fits:
+            yield finding("extra", extra=extras[0], **told)
 
 
 def _version(name: str) -> str | None:
@@ -132,7 +126,7 @@ def devices() -> Iterator[Finding]:
     if torch.backends.mps.is_available():
         yield finding("mps")
     memory = psutil.virtual_memory()
-    name = "short of memory" if memory.available < 3 * GIB else "cpu"
+    name = "short of memory" if memory.available < LITTLE_MEMORY * GIB else "cpu"
     yield finding(name, cores=os.cpu_count(), memory=_free(memory.available, memory.total))
 
 
@@ -173,41 +167,23 @@ def bitsandbytes() -> Iterator[Finding]:
 
 
 def hub(timeout: float) -> Iterator[Finding]:
-    """Whether models and data sets can be named by hub names; never waits longer than `timeout` seconds."""
+    """Whether models and data sets can be named by hub names; asked as a download would ask."""
     from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import get_session
 
     flags = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     on = [flag for flag in flags if os.environ.get(flag, "").strip().upper() in ("1", "ON", "YES", "TRUE")]
     host = urlsplit(constants.ENDPOINT).hostname or "the hub"
     if on:
         yield finding("offline", names=" ".join(on))
-    elif why := unreachable(constants.ENDPOINT, timeout):
-        yield finding("no hub", host=host, why=why)
     else:
-        yield finding("hub", host=host)
-    yield finding("no token" if get_token() is None else "token")
-
-
-def unreachable(address: str, timeout: float) -> str:
-    """Why a server does not answer; empty if it does. A name server that hangs does not hold it up."""
-    outcome = f"no answer in {timeout:g} s"
-
-    def ask() -> None:
-        nonlocal outcome
         try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=timeout).close()
-            outcome = ""
-        except urllib.error.HTTPError:
-            # A server that says no is there.
-            outcome = ""
+            get_session().head(constants.ENDPOINT, timeout=timeout)
+            yield finding("hub", host=host)
         except Exception as error:
-            # The message may hold the address of a proxy, with its password.
-            outcome = type(getattr(error, "reason", error)).__name__
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return outcome
+            # Its message may hold the address of a proxy, with its password.
+            yield finding("no hub", host=host, why=type(error).__name__)
+    yield finding("no token" if get_token() is None else "token")
 
 
 def disk() -> Iterator[Finding]:

@@ -72,18 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def failure(command: str, error: Exception) -> str:
     """What to print of an error: a sentence if it is the user's, else where it happened."""
-    missing = what_to_install(error) if isinstance(error, ImportError) else None
-    if missing is not None or is_users(error):
+    missing = what_to_install(error)
+    if missing or is_users(error):
         return f"trl-bilevel {command}: {missing or error}\n(TRL_BILEVEL_TRACEBACK=1 shows where.)"
     where = "".join(traceback.format_exception(error))
     return f"{where}trl-bilevel {command}: stopped by an error that it did not expect, shown above."
 
 
 def is_users(error: Exception) -> bool:
-    """Whether an error tells the user of a mistake: one of the system (a file, the hub), or one that we raise.
+    """Whether an error tells the user of a mistake: one of the system (a file, the hub), or one by a `raise` of ours.
 
-    The same kinds of errors from deep inside a library, or from our own code by accident, are crashes: there the line
-    where it happened is no `raise` of ours.
+    The same kinds of errors from deep inside a library, or from our own code by accident, are crashes.
     """
     if isinstance(error, OSError):
         return True

@@ -1,15 +1,10 @@
-"""`trl-bilevel rank ROWS --trusted ROWS`: what each training row is worth, without training a model.
+"""`trl-bilevel rank ROWS --trusted ROWS`, or `accelerate launch -m trl_bilevel.cli.rank`: what each row is worth.
 
-    trl-bilevel rank mixed.jsonl --trusted trusted.jsonl --model_name_or_path MODEL --output ranked.parquet
-    accelerate launch -m trl_bilevel.cli.rank mixed.jsonl --trusted trusted.jsonl ...
-
-Writes the rows with `sample_id`, `data_weight` and `data_rank`, and a report beside them. Every setting of
-`learn_weights` is an option, and a key of the YAML file (`--config FILE`).
+Writes the rows with `sample_id`, `data_weight` and `data_rank`, and a report beside them. No model is trained.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -17,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import config_parser, loading, option, parse
+from .report import report_line
 
 EXAMPLE = (
     "example: trl-bilevel rank mixed.jsonl --trusted trusted.jsonl --model_name_or_path "
@@ -69,6 +65,7 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
     from accelerate import PartialState
     from trl import get_quantization_config
 
+    from ..data.files import json_object
     from ..data.loading import check_writable, load_rows, write_rows
     from ..weights.learn import learn_weights
 
@@ -80,7 +77,7 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
     trusted = {Path(name).stem: load_rows(name, split=args.trusted_split) for name in args.trusted}
     if len(trusted) < len(args.trusted):
         raise ValueError(f"`trusted` names sets alike: {args.trusted}. Give their files different names.")
-    template = _template(args.chat_template_kwargs)
+    template = json_object(args.chat_template_kwargs, "chat_template_kwargs")
     name, notes = model_args.model_name_or_path, []
     if name is None:
         from ..data import assets
@@ -94,7 +91,7 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
         trusted if len(trusted) > 1 else next(iter(trusted.values())),
         settings,
         **vars(reading),
-        chat_template_kwargs=template,
+        chat_template_kwargs=template or None,
         model_init_kwargs=loading(model_args) | ({"quantization_config": quantization} if quantization else {}),
         work_dir=output.with_name(f".{output.name}.choosing"),
     )
@@ -102,25 +99,13 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
         return
     ranked = weights.to_dataset()
     write_rows(ranked, output)
-    report = write_ranking(weights, ranked, output) if args.report else None
-    _tell(weights, ranked, output, report, notes, model_args.model_name_or_path or "MODEL")
+    if args.report:
+        notes.append(write_ranking(weights, ranked, output))
+    _tell(weights, ranked, output, notes, model_args.model_name_or_path or "MODEL")
 
 
-def _template(given: str | None) -> dict[str, Any] | None:
-    try:
-        template = json.loads(given or "{}")
-    except json.JSONDecodeError:
-        template = None
-    if not isinstance(template, dict):
-        raise ValueError(f"`chat_template_kwargs` must be a JSON object, got {given!r}.")
-    return template or None
-
-
-def write_ranking(weights: Any, ranked: Any, output: Path) -> Path | None:
-    """Write the record of a choice and its report into `NAME-report/` beside the ranked rows; returns the report.
-
-    None if the extra `report` is not installed.
-    """
+def write_ranking(weights: Any, ranked: Any, output: Path) -> str:
+    """Write the record of a choice and its report into `NAME-report/`; what to tell the user of it."""
     from ..data.files import write_json
     from ..data.loading import write_rows
     from ..data.private import RECORD, WEIGHTED, private_path
@@ -137,15 +122,10 @@ def write_ranking(weights: Any, ranked: Any, output: Path) -> Path | None:
         write_pilot(record, weights.choice, weights.decode)
     write_json(record / RUN_FILE, run_record(weights.facts, str(rows_file.resolve())))
     weights.save(folder)
-    try:
-        from ..report import write_report
-    except ImportError as error:
-        print(error, file=sys.stderr)
-        return None
-    return write_report(folder, output=folder / "report.html")
+    return report_line(folder, output=folder / "report.html")
 
 
-def _tell(weights: Any, ranked: Any, output: Path, report: Path | None, notes: list[str], model: str) -> None:
+def _tell(weights: Any, ranked: Any, output: Path, notes: list[str], model: str) -> None:
     import numpy as np
 
     from ..data.formats import question_and_answer
@@ -162,7 +142,6 @@ def _tell(weights: Any, ranked: Any, output: Path, report: Path | None, notes: l
         ("Rows", f"{len(values):,}" + (f", {len(values) - known:,} without a weight" if known < len(values) else "")),
         *weight_facts(values),
         ("Time", f"{weights.facts.get('seconds', 0):.0f} s"),
-        *([("Report", str(report))] if report else []),
     ]
     file = shlex.quote(str(output))
     drawn = f"--resample {known} --output weighted.jsonl"

@@ -1,12 +1,8 @@
-"""`trl-bilevel refine`: online self-refining generation from a config file and the command line.
-
-    trl-bilevel refine --config FILE.yaml [--num_rounds 4 ...]
-    accelerate launch -m trl_bilevel.cli.refine --config FILE.yaml
+"""`trl-bilevel refine`, or `accelerate launch -m trl_bilevel.cli.refine`: online self-refining generation.
 
 Every field of `SelfRefineConfig` (and so of TRL's `GRPOConfig`), of TRL's `ModelConfig` and of the script's own
-arguments is an option, and a key of the YAML file. Unknown keys are errors. Training rows with a column `data_weight`
-(what `trl-bilevel sft` writes to `_rows/weighted.parquet`) keep these weights; a model folder that holds an adapter
-goes on training it.
+arguments is an option, and a key of the YAML file. Training rows with a column `data_weight` keep these weights; a
+model folder that holds an adapter goes on training it.
 """
 
 from __future__ import annotations
@@ -19,8 +15,7 @@ from .arguments import RefineScriptArguments, config_parser, load_named, parse, 
 
 EXAMPLE = (
     "example: trl-bilevel refine --model_name_or_path out --dataset_name out/_rows/weighted.parquet "
-    "--validation_dataset_name trusted.jsonl --output_dir refined, where `out` is what `trl-bilevel sft` wrote. Every "
-    "option can be a key of a YAML file (--config FILE); the command line wins."
+    "--validation_dataset_name trusted.jsonl --output_dir refined, where `out` is what `trl-bilevel sft` wrote"
 )
 
 

@@ -1,10 +1,7 @@
-"""`trl-bilevel sft`: bilevel supervised fine-tuning from a config file and the command line.
-
-    trl-bilevel sft --config FILE.yaml [--learning_rate 1e-4 ...]
-    accelerate launch -m trl_bilevel.cli.sft --config FILE.yaml
+"""`trl-bilevel sft`, or `accelerate launch -m trl_bilevel.cli.sft`: bilevel supervised fine-tuning.
 
 Every field of `BilevelSFTConfig` (and so of TRL's `SFTConfig`), of TRL's `ModelConfig` and of the script's own
-arguments is an option, and a key of the YAML file. Unknown keys are errors.
+arguments is an option, and a key of the YAML file.
 """
 
 from __future__ import annotations
@@ -17,8 +14,7 @@ from .arguments import BilevelScriptArguments, config_parser, parse, trainer_arg
 
 EXAMPLE = (
     "example: trl-bilevel sft --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --dataset_name "
-    "mixed.jsonl --validation_dataset_name trusted.jsonl --output_dir out. Every option can be a key of a YAML file "
-    "(--config FILE); the command line wins."
+    "mixed.jsonl --validation_dataset_name trusted.jsonl --output_dir out"
 )
 
 

@@ -23,22 +23,12 @@ def terminal() -> Any:
     return console if console.is_terminal else None
 
 
-def say(text: str = "", style: str = "") -> None:
-    """Print a sentence; it is never broken into lines, so that a command in it can be copied."""
-    if style and (console := terminal()) is not None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-    else:
-        print(text)
-
-
 def table(
     title: str, columns: Lines, rows: Iterable[Sequence[Cell]], *, right: Container[str] = (), cut: Container[str] = ()
 ) -> None:
     """Print a table, its title above it, without a header if no column has a name.
 
-    Args:
-        rows: a cell per column; of a cell's lines, the plain table makes one.
-        right, cut: columns that are aligned to the right, and those of long texts, of which the start is shown.
+    `right` columns are aligned to the right; of the long texts of `cut` ones, the start is shown.
     """
     console = terminal()
     if console is None:

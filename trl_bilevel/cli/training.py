@@ -18,14 +18,9 @@ SHOWN = ("loss", "eval_loss", "validation", "selector/ess", "round/trained_loss"
 
 
 def run_training(trainer: Any, script_args: Any, written: Lines = ()) -> None:
-    """Train with progress shown, save the model, and upload it if asked for.
+    """Train with progress shown, save the model, and upload it if asked for: never with text of rows.
 
-    Args:
-        trainer, script_args: of the command.
-        written: files with text of rows that the command writes afterwards.
-
-    Raises:
-        ValueError: before training, if text of rows would be uploaded with the model.
+    `written` are files with text of rows that the command writes afterwards.
     """
     from ..data.private import check_upload
 
@@ -44,7 +39,7 @@ def run_training(trainer: Any, script_args: Any, written: Lines = ()) -> None:
 
 def finish(trainer: Any, title: str, facts: Facts, notes: Lines, following: Lines, rows: str | None = None) -> None:
     """Write the report (of rows in the file `rows`), say what came of a run and how long it took, and end it."""
-    line = report_line(trainer, rows)
+    line = report_line(trainer, rows_file=rows)
     seconds = trainer.record.seconds
     if seconds.get("total"):
         share = (seconds["selection"] + seconds["validation"]) / seconds["total"]

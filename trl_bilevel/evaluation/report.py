@@ -182,7 +182,7 @@ def show(drawing: Any, result: Mapping[str, Any]) -> None:
     """Print the tables and sentences.
 
     Args:
-        drawing: prints: `table(title, columns, rows, right=...)` and `say(text)`.
+        drawing: has `table(title, columns, rows, right=...)`.
         result: of `result_of`.
     """
     loss = result["loss"]
@@ -201,7 +201,7 @@ def show(drawing: Any, result: Mapping[str, Any]) -> None:
         ]
         _table(drawing, f"Safety ({part['judge']})", figures, part["difference"] | loss["difference"])
     for sentence in result["meaning"]:
-        drawing.say(f"- {sentence}")
+        print(f"- {sentence}")
 
 
 def _table(
