@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PACKAGES = ("jinja2", "markupsafe", "matplotlib", "psutil", "rich", "shtab")
+PACKAGES = ("jinja2", "markupsafe", "matplotlib", "rich", "shtab")
 
 
 def what_to_install(error: Exception) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 import trl_bilevel
 from trl_bilevel.extras import PACKAGES
 
-# TRL itself imports psutil, and jinja2, which needs markupsafe.
+# TRL itself imports jinja2, which needs markupsafe.
 HIDDEN = ["matplotlib", "rich", "shtab"]
 PATH = str(Path(trl_bilevel.__file__).parents[1])
 

@@ -26,17 +26,13 @@ class BilevelScriptArguments:
     )
     dataset_config: str | None = option(None, "Configuration of the hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
-    validation_dataset_name: str | None = option(
-        None, "Trusted rows that say what good means, named in the same ways."
-    )
+    validation_dataset_name: str | None = option(None, "Trusted rows that say what good means, named alike.")
     validation_dataset_config: str | None = option(None, "Configuration of that data set.")
     validation_dataset_split: str = option("train", "Split of the trusted rows.")
     eval_dataset_name: str | None = option(None, "Rows for reporting only.")
     eval_dataset_split: str = option("test", "Split of the rows for reporting.")
     weighted_dataset_path: str | None = option(
-        None,
-        "Where the weighted rows go. Default: OUTPUT_DIR/_rows/weighted.parquet, which is never uploaded with the "
-        "model; nowhere for a stream.",
+        None, "Where the weighted rows go. Default: OUTPUT_DIR/_rows/weighted.parquet; nowhere for a stream."
     )
 
 
@@ -44,9 +40,7 @@ class BilevelScriptArguments:
 class RefineScriptArguments(BilevelScriptArguments):
     """Which data a self-refining run uses. The help of each field says what it is."""
 
-    selection_dataset_name: str | None = option(
-        None, "Trusted rows that choose between candidates. Default: split off."
-    )
+    selection_dataset_name: str | None = option(None, "Trusted rows that decide on a round. Default: split off.")
     selection_dataset_split: str = option("train", "Split of these rows.")
     prompt_dataset_name: str | None = option(None, "Questions to ask in place of those of the training rows.")
     prompt_dataset_split: str = option("train", "Split of the questions.")
@@ -135,7 +129,7 @@ def loading(model_args: Any) -> dict[str, Any]:
 
 
 def trainer_arguments(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> dict[str, Any]:
-    """What both trainers take beside model and config: rows (a stream with `streaming`), adapters, quantisation.
+    """What a trainer takes beside model and config: rows (a stream with `streaming`), adapters, quantisation.
 
     How to load the model goes into the config.
     """
@@ -146,32 +140,21 @@ def trainer_arguments(script_args: Any, training_args: Any, model_args: Any, dat
     if dataset_args.test_split_size is not None:
         raise ValueError("`test_split_size` is not supported: give rows for reporting by `eval_dataset_name`.")
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
-        raise ValueError(
-            "Give the training rows: either `dataset_name` (one data set), or `datasets` in the config file."
-        )
+        raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
     streaming = bool(dataset_args.streaming)
     if dataset_args.datasets:
         train = load_mixture(dataset_args.datasets, streaming)
     else:
         split, config = script_args.dataset_train_split, script_args.dataset_config
-        more = {"streaming": True} if streaming else {}
-        train = load_rows(script_args.dataset_name, split=split, config=config, **more)
+        train = load_rows(script_args.dataset_name, split=split, config=config, streaming=streaming)
     if model_args.model_name_or_path is None:
         raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
     training_args.model_init_kwargs = loading(model_args) | (training_args.model_init_kwargs or {})
-    return {
-        "train_dataset": train,
-        "validation_dataset": load_named(script_args, "validation"),
-        "eval_dataset": load_named(script_args, "eval"),
-        "quantization_config": get_quantization_config(model_args),
-        "peft_config": get_peft_config(model_args),
-    }
-
-
-def load_named(script_args: Any, kind: str) -> Any:
-    """Rows of `{kind}_dataset_name`; None if it is not given."""
-    from ..data.loading import load_rows
-
-    name = getattr(script_args, f"{kind}_dataset_name")
-    config = getattr(script_args, f"{kind}_dataset_config", None)
-    return load_rows(name, split=getattr(script_args, f"{kind}_dataset_split"), config=config) if name else None
+    given = {"quantization_config": get_quantization_config(model_args), "peft_config": get_peft_config(model_args)}
+    for kind in ("validation", "eval", "selection", "prompt"):
+        name = getattr(script_args, f"{kind}_dataset_name", None)
+        if name:
+            split = getattr(script_args, f"{kind}_dataset_split")
+            config = getattr(script_args, f"{kind}_dataset_config", None)
+            given[f"{kind}_dataset"] = load_rows(name, split=split, config=config)
+    return given | {"train_dataset": train}

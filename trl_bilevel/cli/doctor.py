@@ -26,10 +26,9 @@ from packaging.specifiers import SpecifierSet
 from .show import table
 
 GIB = 2**30
-COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "broken": "bold red"}
 EXTRAS = ("report", "demo", "quantization")
-# GiB: what a small model, its cache and a few checkpoints take; what the demo takes of memory.
-LITTLE_DISK, LITTLE_MEMORY = 10, 3
+# GiB: what a small model, its cache and a few checkpoints take.
+LITTLE_DISK = 10
 
 # A line of the report; the remedy is empty if there is nothing to do.
 Finding = namedtuple("Finding", ("area", "what", "state", "found", "remedy"), defaults=("",))
@@ -65,11 +64,10 @@ def run(arguments: list[str]) -> int:
     broken, warned = (sum(found.state == state for found in findings) for state in ("broken", "warning"))
     if options.json:
         print(json.dumps({"ok": not broken, "findings": [found._asdict() for found in findings]}, indent=1))
-        return int(broken > 0)
-    rows = [(found.what, (found.state, COLOURS[found.state]), found.found, found.remedy) for found in findings]
-    table("Findings", ("what", "state", "found", "remedy"), rows)
-    good = f"A basic run works here, with {warned} warning(s). Next: trl-bilevel demo"
-    print(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies." if broken else good)
+    else:
+        table("Findings", ("what", "state", "found", "remedy"), [found[1:] for found in findings])
+        good = f"A basic run works here, with {warned} warning(s). Next: trl-bilevel demo"
+        print(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies." if broken else good)
     return int(broken > 0)
 
 
@@ -117,17 +115,12 @@ def devices() -> Iterator[Finding]:
     except Exception as error:
         yield finding("torch", error=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
         return
-    import psutil
-
     if torch.cuda.is_available():
         yield from gpus(torch)
     else:
         yield finding("hidden gpu" if torch.version.cuda or torch.version.hip else "no gpu")
     if torch.backends.mps.is_available():
         yield finding("mps")
-    memory = psutil.virtual_memory()
-    name = "short of memory" if memory.available < LITTLE_MEMORY * GIB else "cpu"
-    yield finding(name, cores=os.cpu_count(), memory=_free(memory.available, memory.total))
 
 
 def gpus(torch: Any) -> Iterator[Finding]:
@@ -136,14 +129,11 @@ def gpus(torch: Any) -> Iterator[Finding]:
     for index in range(count):
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        memory = f"{torch.cuda.get_device_name(index)}, {_free(*torch.cuda.mem_get_info(index))}"
+        free, total = (size / GIB for size in torch.cuda.mem_get_info(index))
+        memory = f"{torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GiB free"
         yield finding("gpu" if bf16 else "old gpu", index=index, memory=memory)
     if count > 1 and "LOCAL_RANK" not in os.environ:
         yield finding("several gpus", count=count)
-
-
-def _free(free: float, total: float) -> str:
-    return f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
 
 
 def bitsandbytes() -> Iterator[Finding]:

@@ -49,9 +49,7 @@ class EvaluateArguments(Settings):
     confidence: float = option(0.95, "Of the intervals.")
     resamples: int = option(9_999, "Of bootstrap and permutation test.")
     output: str | None = option(None, "JSON file for the result.")
-    responses: str | None = option(
-        None, "JSON-lines file for prompts and responses (of harmful requests, refusals and stubs only)."
-    )
+    responses: str | None = option(None, "JSON-lines file for prompts and responses; nothing harmful is written.")
     json: bool = option(False, "Print the result as JSON in place of tables.")
 
 
@@ -61,9 +59,7 @@ def make_parser() -> Any:
     # As the weights were saved: nothing is trained here.
     parser.set_defaults(dtype="auto")
     for action in parser._actions:
-        if action.dest == "dtype":
-            action.help = "Data type to load the model in; 'auto' is the one it was saved in."
-        elif OF_ADAPTERS.fullmatch(action.dest):
+        if OF_ADAPTERS.fullmatch(action.dest):
             action.help = SUPPRESS
     return parser
 
@@ -134,12 +130,10 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
     if model_args.load_in_4bit and model_args.dtype == "auto":
         model_args.dtype = "bfloat16"
     load = loading(model_args) | {"quantization_config": get_quantization_config(model_args)}
-    names = [model_args.model_name_or_path, *([args.baseline] if args.baseline else [])]
-    measured = [measure(name, work, args, load) for name in names]
+    measured = [measure(name, work, args, load) for name in (model_args.model_name_or_path, args.baseline) if name]
     if args.responses:
         lines = [json.dumps(row) + "\n" for row in shown_responses(work, measured)]
         atomically(Path(args.responses), lambda path: path.write_text("".join(lines)))
-    how = {name: getattr(args, name) for name in ("confidence", "seed", "resamples")}
     return {
         "command": shlex.join(["trl-bilevel", "evaluate", *command]),
         "settings": asdict(args) | {"dtype": model_args.dtype, "load_in_4bit": model_args.load_in_4bit},
@@ -150,7 +144,7 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
             name: {"name": getattr(args, name), "rows": len(items), "sha256": digest(items)}
             for name, items in {"dataset": work.rows, **work.requests}.items()
         },
-    } | result_of(measured, work, judge(), **how)
+    } | result_of(measured, work, judge(), confidence=args.confidence, seed=args.seed, resamples=args.resamples)
 
 
 def run(arguments: list[str]) -> None:
@@ -168,7 +162,5 @@ def run(arguments: list[str]) -> None:
         write_json(Path(args.output), result)
     if args.json:
         print(json.dumps(finite(result), indent=1))
-        return
-    show(drawing, result)
-    if args.output:
-        print(f"Result saved to {args.output}.")
+    else:
+        show(drawing, result)

@@ -47,8 +47,7 @@ def run(arguments: list[str]) -> None:
 
     if options.json:
         disable_progress_bars()
-    rows = _weighted(_rows_path(options.weighted))
-    weights = _weights(rows)
+    rows, weights = _weighted(_rows_path(options.weighted))
     chosen, files, address = _chosen(rows, weights, options), [options.output], None
     if options.push_to_hub:
         files, address = [], _push(chosen, weights, options)
@@ -87,9 +86,7 @@ def _rows_path(given: Path) -> Path:
     """The file of rows; of a folder, that which its last run wrote: one that an earlier run left there is refused."""
     path = find_private(given, WEIGHTED) if given.is_dir() else given
     if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
-        )
+        raise FileNotFoundError(f"There is no weighted data set {path}. `trl-bilevel sft` and `rank` write one.")
     if given == path or not (given / RECORD / "run.json").is_file():
         return path
     from ..report.run import load_run, mismatch
@@ -108,28 +105,22 @@ def _rows_path(given: Path) -> Path:
     return path
 
 
-def _weighted(path: Path) -> Any:
-    """The rows with `data_weight` and `data_rank`."""
+def _weighted(path: Path) -> tuple[Any, Any]:
+    """The rows with `data_weight` and `data_rank`, and their weights float32 `[N]` as a tensor: NaN where missing."""
+    import torch
+
     from ..core.statistics import data_ranks
     from ..data.identity import DATA_RANK, DATA_WEIGHT
     from ..data.loading import load_rows
 
     rows = load_rows(str(path))
     if DATA_WEIGHT not in rows.column_names:
-        raise ValueError(
-            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet."
-        )
+        raise ValueError(f"{path} has no column data_weight: `trl-bilevel sft` and `rank` write files that have.")
+    weights = torch.tensor([float("nan") if weight is None else weight for weight in rows[DATA_WEIGHT]])
     if DATA_RANK not in rows.column_names:
         # A stream's rows could not be ranked while they came by.
-        rows = rows.add_column(DATA_RANK, data_ranks(_weights(rows)).tolist())
-    return rows
-
-
-def _weights(rows: Any) -> Any:
-    """Weights float32 `[N]` as a tensor; NaN where missing."""
-    import torch
-
-    return torch.tensor([float("nan") if weight is None else weight for weight in rows["data_weight"]])
+        rows = rows.add_column(DATA_RANK, data_ranks(weights).tolist())
+    return rows, weights
 
 
 def _chosen(rows: Any, weights: Any, options: argparse.Namespace) -> Any:

@@ -95,6 +95,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     adapted = model_shape(config, dtype=dtype, peft_config=lora) if run.trains and not adapters else None
     plan = estimate_memory(model, run)
     way = None if memory is None else way_to_fit(model, run, memory, adapted)
+    work = estimate_work(model, run)
+    notes = {"table": source == "table", "rows": work["total"] is None}
     report = plan._asdict() | {
         "model": asdict(model) | {"name": name, "config_from": source},
         "run": asdict(run),
@@ -103,8 +105,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         "moments": [{"name": name, "bytes": sum(m.values()), "parts": m} for name, m in plan.moments.items()],
         "savings": [told for told, *_ in savings(model, run, adapted)],
         "way_to_fit": None if way is None else [told for told, *_ in way],
-        "work": estimate_work(model, run),
-        "notes": [TEXTS["notes"]["table"]] * (source == "table") + plan.notes,
+        "work": work,
+        "notes": [TEXTS["notes"][name] for name, applies in notes.items() if applies] + plan.notes,
     }
     if script_args.json:
         print(json.dumps(report, indent=1))
@@ -142,8 +144,7 @@ def show(report: dict[str, Any], parts: dict[str, int], labels: dict[str, str]) 
         none = "No combination of these makes it fit: take a smaller model or a larger device."
         print(f"Does not fit: needs {needed:.1f} GiB, the device has {memory:g}.")
         print(f"With these it fits:\n{_settings(way)}" if way else none)
-    missing = ["Give `--training_rows` for the work of the whole run."] if work["total"] is None else []
-    for note in missing + report["notes"]:
+    for note in report["notes"]:
         print(f"Note: {note}")
 
 

@@ -31,9 +31,7 @@ class RankArguments:
     rows_split: str = option("train", "Split of the training rows.")
     trusted: list[str] | None = option(None, "Trusted rows, named alike; several sets make several objectives.")  # noqa: RUF009
     trusted_split: str = option("train", "Split of the trusted rows.")
-    output: str | None = option(
-        None, "File for the ranked rows: .parquet, .jsonl, .csv. Default: ROWS-ranked.parquet."
-    )
+    output: str | None = option(None, "For the ranked rows: .parquet, .jsonl, .csv. Default: ROWS-ranked.parquet.")
     chat_template_kwargs: str | None = option(None, "Arguments of the chat template, as JSON.")
     report: bool = option(True, "Write the report.")
 
@@ -65,6 +63,7 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
     from accelerate import PartialState
     from trl import get_quantization_config
 
+    from ..data.assets import model_folder
     from ..data.files import json_object
     from ..data.loading import check_writable, load_rows, write_rows
     from ..weights.learn import learn_weights
@@ -80,9 +79,7 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
     template = json_object(args.chat_template_kwargs, "chat_template_kwargs")
     name, notes = model_args.model_name_or_path, []
     if name is None:
-        from ..data import assets
-
-        name = str(assets.model_folder())
+        name = str(model_folder())
         notes.append("No model was named (`--model_name_or_path`): rows were ranked for SmolLM2-135M-Instruct.")
     quantization = get_quantization_config(model_args)
     weights = learn_weights(
@@ -135,7 +132,7 @@ def _tell(weights: Any, ranked: Any, output: Path, notes: list[str], model: str)
     places = [int(place) for place in np.argsort(ranked["data_rank"][:]) if np.isfinite(values[place])]
     known, count = len(places), min(SHOWN, len(places) // 2)
     for title, ends in (("most", places[:count]), ("least", places[: -count - 1 : -1])):
-        lines = [(f"{values[place]:.2f}", *map(_line, question_and_answer(ranked[place]))) for place in ends]
+        lines = [(f"{values[place]:.2f}", *question_and_answer(ranked[place])) for place in ends]
         table(f"Rows of {title} weight", ("weight", "question", "answer"), lines, cut=("question", "answer"))
     facts = [
         ("Ranked rows", str(output)),
@@ -144,18 +141,12 @@ def _tell(weights: Any, ranked: Any, output: Path, notes: list[str], model: str)
         ("Time", f"{weights.facts.get('seconds', 0):.0f} s"),
     ]
     file = shlex.quote(str(output))
-    drawn = f"--resample {known} --output weighted.jsonl"
     following = [
         f"trl-bilevel sft --model_name_or_path {shlex.quote(model)} --use_peft --dataset_name {file} "
         "--weight_estimator none --selector_weighting resample --output_dir out   # TRL",
-        f"trl-bilevel export {file} --format llama-factory {drawn}   # LLaMA-Factory",
-        f"trl-bilevel export {file} --format axolotl {drawn}   # axolotl",
+        f"trl-bilevel export {file} --format llama-factory --resample {known} --output weighted.jsonl   # or axolotl",
     ]
     show_summary("Ranked", facts, notes, following)
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def run(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ import shlex
 import sys
 from typing import Any
 
-from .arguments import RefineScriptArguments, config_parser, load_named, parse, trainer_arguments
+from .arguments import RefineScriptArguments, config_parser, parse, trainer_arguments
 
 EXAMPLE = (
     "example: trl-bilevel refine --model_name_or_path out --dataset_name out/_rows/weighted.parquet "
@@ -34,8 +34,6 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from .training import finish, run_training
 
     given = trainer_arguments(script_args, training_args, model_args, dataset_args)
-    for kind in ("selection", "prompt"):
-        given[f"{kind}_dataset"] = load_named(script_args, kind)
     model = model_args.model_name_or_path
     if is_adapter(model):
         quantization = given.pop("quantization_config")

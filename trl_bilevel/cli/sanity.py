@@ -167,10 +167,9 @@ def _tell(result: dict[str, Any]) -> None:
     table(f"Damage, against {good} good rows", ("damage", "AUC", "verdict", "rows"), lines, right=("AUC", "rows"))
     for verdict in dict.fromkeys(entry["verdict"] for entry in entries.values()):
         print(f"{verdict.capitalize()}: {VERDICTS[verdict]}")
-    good /= good + entries["all"]["rows"]
-    print(f"Good rows are {good:.0%} of the rows and have {result['good_share']:.0%} of the weight.")
+    share = good / (good + entries["all"]["rows"])
+    print(f"Good rows are {share:.0%} of the rows and have {result['good_share']:.0%} of the weight.")
     if result["passed"]:
         print("Next: trl-bilevel sft with the rows you do not trust, and these trusted rows.")
     else:
         print("A kind of damage is ranked below chance: do not trust the weights on data that may have it.")
-    print("Nothing was trained; your model and data are untouched.")

@@ -34,10 +34,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from .training import finish, run_training
 
     path = script_args.weighted_dataset_path or str(private_path(training_args.output_dir, WEIGHTED))
-    check_writable(path)
     given = trainer_arguments(script_args, training_args, model_args, dataset_args)
-    if training_args.weight_estimator != "none":
-        check_writable(path, given["train_dataset"])
+    check_writable(path, None if training_args.weight_estimator == "none" else given["train_dataset"])
     trainer = BilevelSFTTrainer(model_args.model_name_or_path, training_args, **given)
     # A stream is copied only if that was asked for.
     learned = trainer.mode.learns
@@ -47,7 +45,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if trainer.trusted is not None:
         facts.append(("Validation loss", f"{trainer.validation_loss()['total']:.4f} nats per token"))
     if learned and trainer.is_world_process_zero():
-        if trainer.weights is not None and trainer.weights.known:
+        if trainer.weights is not None:
             facts += weight_facts(trainer.weights.sampled().numpy())
         if writes:
             write_rows(trainer.weighted_dataset(), path)

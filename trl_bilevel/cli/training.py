@@ -68,18 +68,14 @@ class RunProgress(ProgressCallback):
 
 @contextmanager
 def shown_progress(trainer: Any) -> Iterator[None]:
-    """Show a trainer's progress on a terminal, on the main process; elsewhere nothing is drawn. With `disable_tqdm`,
-    which prints the logs line by line, all stays as it is.
-    """
-    callbacks, shown = trainer.callback_handler.callbacks, RunProgress(trainer)
-    place = next((place for place, callback in enumerate(callbacks) if type(callback) is ProgressCallback), None)
-    if place is not None and sys.stderr.isatty() and trainer.is_world_process_zero():
-        # In the place of the other: before the callback that follows losses, so that its time is seen to pass.
-        callbacks[place] = shown
-    elif place is not None:
-        del callbacks[place]
-        # For the bar that is drawn while weights are chosen.
-        trainer.args.disable_tqdm = True
+    """The bar with the latest numbers on a terminal, and no bar elsewhere; with `disable_tqdm`, logs line by line."""
+    shown = RunProgress(trainer)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        if sys.stderr.isatty() and trainer.is_world_process_zero():
+            trainer.add_callback(shown)
+        else:
+            # For the bar that is drawn while weights are chosen.
+            trainer.args.disable_tqdm = True
     try:
         yield
     finally:
