@@ -155,6 +155,7 @@ def test_unknown_yaml_keys_are_errors(run_folder, capsys, request):
         ([], 2, "usage"),
         (["--help"], 0, "commands:"),
         bad_command(["dance"], 2, "unknown command 'dance'"),
+        bad_command(["prepare", "quality"], 2, "`python -m recipes.prepare` in a clone"),
         (["--version"], 0, "trl-bilevel 0."),
         bad_command(["export", "nowhere", "--output", "x.jsonl"], 1, "no weighted data set"),
         bad_command(["demo", "--arms", "magic"], 1, "Unknown arm"),

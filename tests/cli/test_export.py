@@ -87,18 +87,6 @@ def test_resampled_rows_occur_as_often_as_they_weigh(folder):
     assert out.read_text() != first
 
 
-def test_data_juicer(folder):
-    out = folder / "out.jsonl"
-    arguments = ["--format", "data-juicer", "--top-k", "3", "--name", "mine", "--output", str(out)]
-    assert main(["export", str(folder), *arguments]) == 0
-    recipe = yaml.safe_load((folder / "out.data-juicer.yaml").read_text())
-    (step,) = recipe["process"]
-    assert step == {"topk_specified_field_selector": {"field_key": "data_weight", "topk": 3, "reverse": True}}
-    assert recipe["dataset_path"] == str(out) and recipe["text_keys"] == ["prompt", "completion"]
-    # Its selector compares numbers: none may be missing.
-    assert all(isinstance(row["data_weight"], float) for row in lines(out))
-
-
 @pytest.mark.parametrize(
     ("layout", "formatting", "columns"),
     [
@@ -143,28 +131,6 @@ def test_axolotl(folder, layout):
     else:
         assert entry["type"] == ("completion" if layout == "text" else "chat_template")
         assert entry.get("field", entry.get("field_messages")) in row
-
-
-@pytest.mark.parametrize("name", ["x_softmax.pt", "x_sigmoid_ep2.pt", "sigmoid_x.pt", "x.pt"])
-def test_seal_can_read_what_is_written(folder, name):
-    """Its `train_sft.py` loads a parameter, and keeps the highest; it weighs by `N softmax(x)` or `2 sigmoid(x)`."""
-    assert main(["export", str(folder), "--format", "seal", "--output", str(folder / name)]) == 0
-    read = torch.load(folder / name, weights_only=True)
-    assert isinstance(read, torch.nn.Parameter) and read.dtype == torch.float32
-    assert read.topk(2).indices.tolist() == [1, 5]
-    known = torch.nan_to_num(WEIGHTS)
-    if name == "x_sigmoid_ep2.pt":
-        torch.testing.assert_close(2 * read.detach().sigmoid(), known / known.max())
-    else:
-        torch.testing.assert_close(6 * read.detach().softmax(0), known / known.mean())
-
-
-def test_the_activation_can_be_named(folder):
-    files = [folder / "a.pt", folder / "a_sigmoid.pt"]
-    assert main(["export", str(folder), "--format", "seal", "--output", str(files[1])]) == 0
-    named = ["--selector-activation", "sigmoid", "--output", str(files[0])]
-    assert main(["export", str(folder), "--format", "seal", *named]) == 0
-    assert torch.equal(*(torch.load(file, weights_only=True) for file in files))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -244,13 +210,10 @@ def test_upload_without_a_record(folder, hub):
         bad_export(["--format", "axolotl", "--output", "x.parquet"], "must end in .jsonl"),
         bad_export(["--format", "llama-factory", "--min-weight", "9", "--output", "x.jsonl"], "No row is left"),
         bad_export(["--min-weight", "99", "--output", "x.parquet"], "the highest weight is 2."),
-        bad_export(["--min-weight", "99", "--resample", "5", "--output", "x.jsonl"], "lower `--min-weight`"),
-        bad_export(["--min-weight", "nan", "--output", "x.csv"], "must be a number, got nan"),
-        bad_export(["--format", "data-juicer", "--resample", "9", "--output", "x.jsonl"], "leave out `--resample`"),
-        bad_export(["--format", "seal", "--top-k", "3", "--output", "x.pt"], "SEAL chooses rows itself"),
-        bad_export(["--format", "seal", "--output", "x.bin"], "files that end in .pt"),
+        bad_export(["--min-weight", "99", "--resample", "5", "--output", "x.jsonl"], "Lower `--min-weight`"),
+        bad_export(["--min-weight", "nan", "--output", "x.csv"], "No row is left to write of 6"),
         bad_export(["--push-to-hub", "chosen"], "USER/NAME"),
-        bad_export(["--push-to-hub", "me/chosen", "--format", "seal"], "leave out `--format seal`"),
+        bad_export(["--push-to-hub", "me/chosen", "--format", "axolotl"], "leave out `--format axolotl`"),
     ],
 )
 def test_mistakes(folder, arguments, message, capsys, monkeypatch, request):

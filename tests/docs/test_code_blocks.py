@@ -12,6 +12,7 @@ import torch
 import yaml
 from datasets import Dataset
 
+from recipes.prepare.__main__ import make_parser
 from tests.conftest import make_tiny_model
 from tests.docs.blocks import LANGUAGES, PAGES, ROOT, blocks_of, commands_of, in_language
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
@@ -131,6 +132,8 @@ def check_command(words):
     elif words[0] == "trl-bilevel":
         assert words[1] in COMMANDS, f"there is no command {words[1]}"
         parse_command(import_module(f"trl_bilevel.cli.{words[1]}"), words[1], words[2:])
+    elif words[:3] == ["python", "-m", "recipes.prepare"]:
+        make_parser().parse_args(words[3:])
     else:
         assert words[:2] in KNOWN, f"{words}: an unknown command. Check it here, or list it."
 
@@ -184,6 +187,7 @@ def test_bad_commands_are_found(world, monkeypatch):
     for bad in (
         good.replace("pilot_steps", "pilots"),
         "trl-bilevel exports out",
+        "python -m recipes.prepare quality",
         "trl-bilevel export out --best 3 --output x.jsonl",
         "trl-bilevel export out",
         "make everything",

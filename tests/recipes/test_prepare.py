@@ -11,13 +11,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipes import prepare
+from recipes.prepare import __main__ as command
+from recipes.prepare import card, sources
+from recipes.prepare.sources import MalformedSourceError, question_key
 from tests.recipes import fixtures
-from trl_bilevel.cli import prepare as command
-from trl_bilevel.cli.main import main
-from trl_bilevel.data import prepare
 from trl_bilevel.data.answers import REFUSALS, STUB, TEST_REFUSAL
-from trl_bilevel.data.prepare import card, sources
-from trl_bilevel.data.prepare.sources import MalformedSourceError, question_key
 
 SMALL = {"validation_rows": 10, "test_rows": 5}
 MAKERS = {
@@ -252,7 +251,7 @@ def test_mistakes_of_the_safety_sets(given, message):
 
 def test_no_more_is_read_than_is_to_be_read(monkeypatch):
     source = dataclasses.replace(sources.OPEN_ORCA, scan=60)
-    monkeypatch.setattr("trl_bilevel.data.prepare.sets.OPEN_ORCA", source)
+    monkeypatch.setattr("recipes.prepare.sets.OPEN_ORCA", source)
     made = MAKERS["quality"](**fixtures.hub(OpenOrca=fixtures.endless(fixtures.openorca())))
     assert made.records[0].read == 60
 
@@ -286,7 +285,7 @@ SIZES = ["--validation-rows", "10", "--test-rows", "5"]
 )
 def test_the_command_writes_rows_card_and_lock(arguments, fake_hub, tmp_path, capsys):
     first, again = tmp_path / "first", tmp_path / "again"
-    assert main(["prepare", *arguments, *SIZES, "--output", str(first)]) == 0
+    assert command.main([*arguments, *SIZES, "--output", str(first)]) == 0
     assert {path.name for path in first.iterdir()} == {
         *(f"{name}.parquet" for name in ("train", "validation", "test")),
         *("README.md", "prepare.lock.json"),
@@ -302,7 +301,7 @@ def test_the_command_writes_rows_card_and_lock(arguments, fake_hub, tmp_path, ca
     for repository, commit in lock["revisions"].items():
         assert f"**{repository}**" in text and f"commit `{commit}`" in text
     assert "Licence: " in text and "rows read" in text and '"seed": 0' in text
-    assert main(["prepare", arguments[0], "--lock", f"{first}/prepare.lock.json", "--output", str(again)]) == 0
+    assert command.main([arguments[0], "--lock", f"{first}/prepare.lock.json", "--output", str(again)]) == 0
     assert fake_hub[-1][1] == "commit-of-main"
     for name in lock["sets"]:
         assert (again / f"{name}.parquet").read_bytes() == (first / f"{name}.parquet").read_bytes()
@@ -310,12 +309,12 @@ def test_the_command_writes_rows_card_and_lock(arguments, fake_hub, tmp_path, ca
 
 
 def test_a_lock_that_is_not_met_is_an_error_and_writes_nothing(fake_hub, tmp_path, capsys):
-    assert main(["prepare", "quality", *SIZES, "--output", str(tmp_path / "a")]) == 0
+    assert command.main(["quality", *SIZES, "--output", str(tmp_path / "a")]) == 0
     path = tmp_path / "a" / "prepare.lock.json"
     lock = json.loads(path.read_text())
     lock["sets"]["train"]["sha256"] = "0" * 64
     path.write_text(json.dumps(lock))
-    assert main(["prepare", "quality", "--lock", str(path), "--output", str(tmp_path / "b")]) == 1
+    assert command.main(["quality", "--lock", str(path), "--output", str(tmp_path / "b")]) == 1
     assert "set(s) train differ" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
@@ -329,13 +328,13 @@ def test_a_lock_that_is_not_met_is_an_error_and_writes_nothing(fake_hub, tmp_pat
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message, fake_hub, tmp_path, capsys):
-    assert main(["prepare", *arguments, "--output", str(tmp_path / "out")]) == 1
+    assert command.main([*arguments, "--output", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_revisions_can_be_given(fake_hub, tmp_path):
     given = ["--revision", "Open-Orca/OpenOrca=v2", "--output", str(tmp_path)]
-    assert main(["prepare", "quality", *SIZES, *given]) == 0
+    assert command.main(["quality", *SIZES, *given]) == 0
     assert ("Open-Orca/OpenOrca", "v2") in fake_hub and ("yahma/alpaca-cleaned", "main") in fake_hub
     lock = prepare.read_lock(tmp_path / "prepare.lock.json")
     assert lock["requested"] == {"Open-Orca/OpenOrca": "v2", "yahma/alpaca-cleaned": "main"}

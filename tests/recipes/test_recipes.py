@@ -12,12 +12,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
+from recipes import prepare
+from recipes.prepare import __main__ as prepare_command
 from tests.conftest import make_tiny_model, make_tokenizer
 from tests.recipes import fixtures
-from trl_bilevel.cli import prepare as prepare_command
 from trl_bilevel.cli import refine, sft
 from trl_bilevel.cli.arguments import parse
-from trl_bilevel.data import prepare
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = sorted(
@@ -77,7 +77,7 @@ def header(recipe):
 def commands(recipe):
     """The command lines of a recipe's header, as words."""
     text = header(recipe).replace("\\\n", " ")
-    found = re.findall(r"^ +((?:accelerate launch|trl-bilevel) .*)$", text, re.MULTILINE)
+    found = re.findall(r"^ +((?:accelerate launch|python -m) .*)$", text, re.MULTILINE)
     return [shlex.split(line) for line in found]
 
 
@@ -197,8 +197,8 @@ def test_headers_say_what_one_needs_to_know(recipe):
 def test_the_commands_of_a_header_can_be_copied(recipe):
     found = commands(recipe)
     (make, *launches) = found
-    assert make[:2] == ["trl-bilevel", "prepare"] and launches
-    settings = prepare_command.make_parser().parse_args(make[2:])
+    assert make[:3] == ["python", "-m", "recipes.prepare"] and launches
+    settings = prepare_command.make_parser().parse_args(make[3:])
     prepare_command.settings_of(settings, None)
     offline = recipe.replace("-refine", "")
     assert values(offline)["dataset_name"] == f"{settings.output}/train.parquet"

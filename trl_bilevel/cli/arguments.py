@@ -7,10 +7,7 @@ import copy
 import inspect
 import re
 from dataclasses import dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from typing import Any
 
 METAVARS: dict[Any, str] = {int: "INT", float: "NUMBER", str: "TEXT"}
 
@@ -29,17 +26,13 @@ class BilevelScriptArguments:
     )
     dataset_config: str | None = option(None, "Configuration of the hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
-    validation_dataset_name: str | None = option(
-        None, "Trusted rows that say what good means, named in the same ways."
-    )
+    validation_dataset_name: str | None = option(None, "Trusted rows that say what good means, named alike.")
     validation_dataset_config: str | None = option(None, "Configuration of that data set.")
     validation_dataset_split: str = option("train", "Split of the trusted rows.")
     eval_dataset_name: str | None = option(None, "Rows for reporting only.")
     eval_dataset_split: str = option("test", "Split of the rows for reporting.")
     weighted_dataset_path: str | None = option(
-        None,
-        "Where the weighted rows go. Default: OUTPUT_DIR/_rows/weighted.parquet, which is never uploaded with the "
-        "model; nowhere for a stream.",
+        None, "Where the weighted rows go. Default: OUTPUT_DIR/_rows/weighted.parquet; nowhere for a stream."
     )
 
 
@@ -47,26 +40,28 @@ class BilevelScriptArguments:
 class RefineScriptArguments(BilevelScriptArguments):
     """Which data a self-refining run uses. The help of each field says what it is."""
 
-    selection_dataset_name: str | None = option(
-        None, "Trusted rows that choose between candidates. Default: split off."
-    )
+    selection_dataset_name: str | None = option(None, "Trusted rows that decide on a round. Default: split off.")
     selection_dataset_split: str = option("train", "Split of these rows.")
     prompt_dataset_name: str | None = option(None, "Questions to ask in place of those of the training rows.")
     prompt_dataset_split: str = option("train", "Split of the questions.")
 
 
-def training_parser(command: str, example: str, *parts: type) -> Any:
-    """TRL's parser of a training command: script arguments and config, then TRL's options of model and mixture."""
+def config_parser(command: str, example: str, *parts: type, first: str = "") -> Any:
+    """TRL's parser of our dataclasses, then of its options of the model, and of mixtures of data sets.
+
+    `first` is what may stand before all options, for the usage; such a command takes no mixtures.
+    """
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-    return TrlParser((*parts, ModelConfig, DatasetMixtureConfig), prog=f"trl-bilevel {command}", epilog=example)
+    kinds = (*parts, ModelConfig) if first else (*parts, ModelConfig, DatasetMixtureConfig)
+    usage = f"trl-bilevel {command}{first} [--config FILE.yaml] [OPTIONS]"
+    return TrlParser(kinds, prog=f"trl-bilevel {command}", usage=usage, epilog=example)
 
 
-def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
-    """Parse, with unknown options and keys as errors; print the help and leave if it is asked for.
+def parse(parser: Any, arguments: list[str], first: str = "") -> tuple[Any, ...]:
+    """Parse, or print the help and leave. Whatever the configs refuse, and an unknown option or key, is a ValueError.
 
-    Raises:
-        ValueError: for whatever the configs refuse; of an option of earlier versions, it names what replaces it.
+    `first` is the option whose value may stand first, without it.
     """
     import yaml
 
@@ -75,6 +70,8 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
 
     if {"-h", "--help"} & set(arguments):
         grouped(parser).parse_args(["--help"])
+    if first and arguments and not arguments[0].startswith("-"):
+        arguments = [first, *arguments]
     # TRL's parser takes `--config` in two words only.
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     try:
@@ -87,15 +84,14 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
 def grouped(parser: Any) -> argparse.ArgumentParser:
     """A parser for help and completion: the options by the class that declares them, ours first, each spelled once.
 
-    Args:
-        parser: a `TrlParser`, which lists them in no order, as `--max_steps` and as `--max-steps`.
+    A `TrlParser` lists them in no order, as `--max_steps` and as `--max-steps`.
     """
     from .main import COMMANDS
 
     text = COMMANDS[parser.prog.split()[-1]]
     shown = argparse.ArgumentParser(
         prog=parser.prog,
-        usage=parser.usage or f"{parser.prog} [--config FILE.yaml] [OPTIONS]",
+        usage=parser.usage,
         description=f"{text[0].upper()}{text[1:]}. Every option can be a YAML key.",
         epilog=parser.epilog,
     )
@@ -120,54 +116,45 @@ def _shown(action: argparse.Action) -> argparse.Action:
         boolean = getattr(action.type, "__name__", "") == "string_to_bool"
         shown.metavar = "True|False" if boolean else METAVARS.get(action.type, "VALUE")
     default = action.default
-    told = isinstance(default, bool | int | float | str) and default != ""
+    told = f" (default: {default!r})" if isinstance(default, bool | int | float | str) and default != "" else ""
     # Some texts are escaped for argparse already, some are not.
-    text = f"{action.help or ''}{f' (default: {default!r})' if told else ''}"
-    shown.help = text.replace("%%", "%").replace("%", "%%")
+    shown.help = f"{action.help or ''}{told}".replace("%%", "%").replace("%", "%%")
     return shown
 
 
-def resume_argument(training_args: Any) -> str | bool | None:
-    """`resume_from_checkpoint` as a trainer takes it: on the command line, `True` is text."""
-    given = training_args.resume_from_checkpoint
-    if isinstance(given, str) and given.lower() in ("true", "false"):
-        return given.lower() == "true"
-    return given
+def loading(model_args: Any) -> dict[str, Any]:
+    """TRL's options of the model as keyword arguments of `from_pretrained`, without quantisation."""
+    names = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
+    return {key: getattr(model_args, name) for key, name in names.items() if getattr(model_args, name) is not None}
 
 
-def load_sets(script_args: Any, dataset_args: Any) -> tuple[Any, Dataset | None, Dataset | None]:
-    """Training, validation and evaluation rows that the command line names; the first with `streaming` as a stream."""
+def trainer_arguments(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> dict[str, Any]:
+    """What a trainer takes beside model and config: rows (a stream with `streaming`), adapters, quantisation.
+
+    How to load the model goes into the config.
+    """
+    from trl import get_peft_config, get_quantization_config
+
     from ..data.loading import load_mixture, load_rows
 
     if dataset_args.test_split_size is not None:
         raise ValueError("`test_split_size` is not supported: give rows for reporting by `eval_dataset_name`.")
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
-        raise ValueError(
-            "Give the training rows: either `dataset_name` (one data set), or `datasets` in the config file."
-        )
+        raise ValueError("Give the training rows: `dataset_name` (one data set), or `datasets` in the config file.")
     streaming = bool(dataset_args.streaming)
     if dataset_args.datasets:
         train = load_mixture(dataset_args.datasets, streaming)
     else:
         split, config = script_args.dataset_train_split, script_args.dataset_config
-        more = {"streaming": True} if streaming else {}
-        train = load_rows(script_args.dataset_name, split=split, config=config, **more)
-    return train, load_named(script_args, "validation"), load_named(script_args, "eval")
-
-
-def load_named(script_args: Any, kind: str) -> Dataset | None:
-    """Rows of `{kind}_dataset_name`; None if it is not given."""
-    from ..data.loading import load_rows
-
-    name = getattr(script_args, f"{kind}_dataset_name")
-    config = getattr(script_args, f"{kind}_dataset_config", None)
-    return load_rows(name, split=getattr(script_args, f"{kind}_dataset_split"), config=config) if name else None
-
-
-def set_model_arguments(training_args: Any, model_args: Any) -> None:
-    """Hand TRL's model options to the trainer, which loads the model."""
+        train = load_rows(script_args.dataset_name, split=split, config=config, streaming=streaming)
     if model_args.model_name_or_path is None:
         raise ValueError("Give the model: `model_name_or_path` (a hub name or a folder).")
-    names = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
-    kwargs = {key: getattr(model_args, name) for key, name in names.items()}
-    training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})
+    training_args.model_init_kwargs = loading(model_args) | (training_args.model_init_kwargs or {})
+    given = {"quantization_config": get_quantization_config(model_args), "peft_config": get_peft_config(model_args)}
+    for kind in ("validation", "eval", "selection", "prompt"):
+        name = getattr(script_args, f"{kind}_dataset_name", None)
+        if name:
+            split = getattr(script_args, f"{kind}_dataset_split")
+            config = getattr(script_args, f"{kind}_dataset_config", None)
+            given[f"{kind}_dataset"] = load_rows(name, split=split, config=config)
+    return given | {"train_dataset": train}

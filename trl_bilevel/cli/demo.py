@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .show import say, table, terminal
+from .show import table, terminal
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,29 +48,26 @@ def run(arguments: list[str]) -> None:
     from ..demo.comparison import extreme_rows, summarise
     from ..demo.experiment import ARMS, budget_of, run_arm
     from ..demo.tasks import conversational, make_task, question_answer_rows
+    from ..report import write_report
 
     quiet()
     arms, start = options.arms.split(","), time.perf_counter()
-    results: list[Any] = []
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise ValueError(f"Unknown arm(s) {unknown}; known: {', '.join(ARMS)}.")
     rows = question_answer_rows(load_rows(options.dataset)) if options.dataset else None
-    task = shown = make_task(options.task, options.seed, rows=rows)
+    shown = make_task(options.task, options.seed, rows=rows)
+    task = conversational(shown) if options.model else shown
     if options.model is None:
-        say("Fetching and converting the model (first time only) ...")
-    else:
-        task = conversational(task)
+        print("Fetching and converting the model (first time only) ...")
     good = sum(task.good)
-    say(
+    print(
         f"Task {task.name}: {len(task.train)} training rows, {good} good and {len(task.train) - good} "
         f"damaged; {len(task.validation)} trusted validation rows; {len(task.test)} clean test rows.",
-        "bold",
     )
+    results: list[Any] = []
     for number, arm in enumerate(arms, 1):
-        say(f"{number}/{len(arms)} {arm.replace('_', ' ')}: {ARMS[arm]}", "bold")
-        # The rounds build on the weights of the offline arm, if it has run.
-        known = next((result.weights for result in results if result.arm == "bilevel" and arm == "refine"), None)
+        print(f"{number}/{len(arms)} {arm.replace('_', ' ')}: {ARMS[arm]}")
         result = run_arm(
             arm,
             task,
@@ -79,46 +76,41 @@ def run(arguments: list[str]) -> None:
             budget=budget_of(options.task, epochs=options.epochs),
             output_dir=str(options.output / arm),
             progress=terminal() is not None,
-            weights=known,
+            # The rounds build on the weights of the offline arm, if it has run.
+            weights=next((done.weights for done in results if done.arm == "bilevel" and arm == "refine"), None),
         )
         results.append(result)
-        say(f"    test loss {result.test_loss:.4f} after {result.seconds:.0f} s")
+        print(f"    test loss {result.test_loss:.4f} after {result.seconds:.0f} s")
     summary = summarise(results, task.train["kind"])
-    for name, value in (("results", results), ("summary", summary)):
-        write_json(options.output / f"{name}.json", value)
+    write_json(options.output / "results.json", results)
+    write_json(options.output / "summary.json", summary)
     _show(summary)
     learned = [result for result in results if result.weights]
     for title, lines in extreme_rows(shown, learned[0].weights) if learned else ():
-        columns = ("weight", "truth", "question", "answer")
-        table(title, columns, lines, cut=columns[2:])
+        table(title, ("weight", "truth", "question", "answer"), lines, cut=("question", "answer"))
     _conclude(summary, learned)
-    say(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. In {options.output}:")
-    say("  summary.json, results.json, and per arm a folder with the adapter")
-    baseline = options.output / "uniform" if "uniform" in arms else None
+    print(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. In {options.output}:")
+    print("  summary.json, results.json, and per arm a folder with the adapter")
     for result in learned:
-        _point_to(options.output / result.arm, baseline, len(task.train) // 4)
-    say("Your own data: trl-bilevel sft --help")
-
-
-def _point_to(folder: Path, baseline: Path | None, count: int) -> None:
-    from ..data.private import WEIGHTED, find_private
-    from ..report import write_report
-
-    report = write_report(folder, baseline=baseline)
-    say(f"  {report}: what the weights did, which rows carry them, and why. Open it in a browser.")
-    say(f"  {find_private(folder, WEIGHTED)}: every row with its weight. The best quarter of them as JSON lines:")
-    say(f"    trl-bilevel export {folder} --top-k {count} --output best.jsonl")
+        folder, uniform = options.output / result.arm, options.output / "uniform"
+        report = write_report(folder, baseline=uniform if "uniform" in arms else None)
+        print(f"  {report}: what the weights did, which rows carry them, and why. Open it in a browser.")
+        print(f"    trl-bilevel export {folder} --top-k {len(task.train) // 4} --output best.jsonl")
+    print("Your own data: trl-bilevel sft --help")
 
 
 def _show(summary: dict[str, dict[str, Any]]) -> None:
-    columns: tuple[str, ...] = ("", "test loss", "gap recovered", "AUC of weights", "weight on good rows", "time")
+    def share(value: float | None, form: str = ".0%") -> str:
+        return "" if value is None else f"{value:{form}}"
+
+    columns = ["", "test loss", "gap recovered", "AUC of weights", "weight on good rows", "time"]
     rows = [
         (
             arm.replace("_", " "),
             f"{row['test_loss']:.4f}",
-            f"{row['gap_recovered']:.0%}" if "gap_recovered" in row else "",
-            f"{row['auc']['all']:.3f}" if "auc" in row else "",
-            f"{row['good_share']:.0%}" if "good_share" in row else "",
+            share(row.get("gap_recovered")),
+            share(row.get("auc", {}).get("all"), ".3f"),
+            share(row.get("good_share")),
             f"{row['seconds']:.0f} s",
         )
         for arm, row in summary.items()
@@ -127,29 +119,25 @@ def _show(summary: dict[str, dict[str, Any]]) -> None:
     for arm, row in summary.items():
         if "auc" in row:
             parts = ", ".join(f"{kind} {value:.3f}" for kind, value in row["auc"].items())
-            say(f"AUC of {arm}'s weights, good rows against: {parts}")
+            print(f"AUC of {arm}'s weights, good rows against: {parts}")
+    columns = ["", "refuses harmful", "prefers refusal", "refuses benign", "benign loss"]
     rates = ("greedy_refusal", "refusal_preferred", "over_refusal")
     safety = [
-        (arm.replace("_", " "), *(f"{row['safety'][name]:.0%}" for name in rates), f"{row['test_loss']:.4f}")
+        (arm.replace("_", " "), *(share(row["safety"][name]) for name in rates), f"{row['test_loss']:.4f}")
         for arm, row in summary.items()
         if "safety" in row
     ]
     if safety:
-        columns = ("", "refuses harmful", "prefers refusal", "refuses benign", "benign loss")
         table("Safety and what it costs", columns, safety, right=columns[1:])
 
 
 def _conclude(summary: dict[str, dict[str, Any]], learned: list[Any]) -> None:
-    for result in learned:
-        if result.ledger:
-            kept = sum(entry["kept"] for entry in result.ledger)
-            say(f"\nOf the {len(result.ledger)} rounds of {result.arm}, {kept} helped and were kept.")
     gap = summary[learned[0].arm].get("gap_recovered") if learned else None
     if gap is None:
         return
     if gap != gap:
-        say("\nClean rows alone were no better than the mixture here: nothing for selection to win.")
+        print("\nClean rows alone were no better than the mixture here: nothing for selection to win.")
     elif gap > 0:
-        say(f"\nSelection won back {gap:.0%} of what the damaged rows cost, not knowing which they are.", "bold")
+        print(f"\nSelection won back {gap:.0%} of what the damaged rows cost, not knowing which they are.")
     else:
-        say("\nSelection did not help here. docs/limits.md says when that is to be expected.")
+        print("\nSelection did not help here. docs/limits.md says when that is to be expected.")

@@ -1,9 +1,7 @@
 """`trl-bilevel doctor`: what will and will not work on this machine, why, and what to do about it.
 
-    trl-bilevel doctor [--json] [--timeout 3]
-
-Exit code 0 if a basic run works here, 1 if something that it needs is broken. Checks change nothing, and tokens are
-only reported as set or unset. Each check yields findings by their names in `text/doctor.yaml`, which says the rest.
+`trl env` and `accelerate env` list what is there; this says what it means for our runs. Checks change nothing, and
+tokens are only reported as set or unset. Each check yields findings by their names in `text/doctor.yaml`.
 """
 
 from __future__ import annotations
@@ -14,13 +12,9 @@ import json
 import os
 import platform
 import shutil
-import threading
-import urllib.error
-import urllib.request
 from collections import namedtuple
 from collections.abc import Iterator
 from importlib import metadata, resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,15 +23,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from ..extras import what_to_install
-from .show import say, table
+from .show import table
 
 GIB = 2**30
-COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "broken": "bold red"}
 EXTRAS = ("report", "demo", "quantization")
 # GiB: what a small model, its cache and a few checkpoints take.
 LITTLE_DISK = 10
-
 
 # A line of the report; the remedy is empty if there is nothing to do.
 Finding = namedtuple("Finding", ("area", "what", "state", "found", "remedy"), defaults=("",))
@@ -58,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-bilevel doctor",
         epilog="example: trl-bilevel doctor --json",
-        description="Checks versions, devices, optional libraries, hub, disk and launchers. Nothing is changed, no "
+        description="Checks versions, devices, bitsandbytes, hub, disk and launchers. Nothing is changed, no "
         "token is shown. Exit code 1 if something that a basic run needs is broken.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -73,22 +64,18 @@ def run(arguments: list[str]) -> int:
     broken, warned = (sum(found.state == state for found in findings) for state in ("broken", "warning"))
     if options.json:
         print(json.dumps({"ok": not broken, "findings": [found._asdict() for found in findings]}, indent=1))
-        return int(broken > 0)
-    rows = [(found.what, (found.state, COLOURS[found.state]), found.found, found.remedy) for found in findings]
-    table("Findings", ("what", "state", "found", "remedy"), rows)
-    if broken:
-        say(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies.", "bold red")
     else:
-        say(f"A basic run works here, with {warned} warning(s). Next: trl-bilevel demo", "bold green")
+        table("Findings", ("what", "state", "found", "remedy"), [found[1:] for found in findings])
+        good = f"A basic run works here, with {warned} warning(s). Next: trl-bilevel demo"
+        print(f"{broken} thing(s) that a basic run needs are broken. Start with their remedies." if broken else good)
     return int(broken > 0)
 
 
 def examine(timeout: float = 3.0) -> Iterator[Finding]:
     """All findings; a check that fails itself is one of them."""
-    reach = functools.wraps(hub)(functools.partial(hub, timeout))
-    for check in (versions, devices, bitsandbytes, libraries, reach, disk, processes):
+    for check, *given in ((versions,), (devices,), (bitsandbytes,), (hub, timeout), (disk,), (processes,)):
         try:
-            yield from check()
+            yield from check(*given)
         except Exception as error:
             yield finding("failed check", check=check.__name__, error=type(error).__name__)
 
@@ -107,12 +94,11 @@ def versions() -> Iterator[Finding]:
         found, marker = _version(needed.name), needed.marker
         fits = found is not None and needed.specifier.contains(found, prereleases=True)
         told = {"name": needed.name, "version": found or "not installed", "wanted": needed.specifier}
-        if marker is None or marker.evaluate({"extra": ""}):
+        extras = [extra for extra in ("", *EXTRAS) if marker is None or marker.evaluate({"extra": extra})]
+        if "" in extras:
             yield finding("dependency" if fits else "other dependency", **told)
-            continue
-        extra = next((extra for extra in EXTRAS if marker.evaluate({"extra": extra})), None)
-        if extra is not None and not fits:
-            yield finding("extra", extra=extra, **told)
+        elif extras and not fits:
+            yield finding("extra", extra=extras[0], **told)
 
 
 def _version(name: str) -> str | None:
@@ -135,109 +121,59 @@ def devices() -> Iterator[Finding]:
         yield finding("hidden gpu" if torch.version.cuda or torch.version.hip else "no gpu")
     if torch.backends.mps.is_available():
         yield finding("mps")
-    cores = os.cpu_count()
-    try:
-        import psutil
-    except ImportError as error:
-        yield finding("cpu without psutil", cores=cores, remedy=what_to_install(error))
-        return
-    memory = psutil.virtual_memory()
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    yield finding(
-        "short of memory" if memory.available < 3 * GIB else "cpu",
-        cores=cores,
-        memory=_free(memory.available, memory.total),
-        speed="fast" if fast else "slow",
-    )
 
 
 def gpus(torch: Any) -> Iterator[Finding]:
     """What each GPU has."""
     count = torch.cuda.device_count()
     for index in range(count):
-        free, total = torch.cuda.mem_get_info(index)
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = f"{'shared ' if free < 0.8 * total else ''}{'' if bf16 else 'old '}gpu"
-        yield finding(name, index=index, memory=f"{torch.cuda.get_device_name(index)}, {_free(free, total)}")
+        free, total = (size / GIB for size in torch.cuda.mem_get_info(index))
+        memory = f"{torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GiB free"
+        yield finding("gpu" if bf16 else "old gpu", index=index, memory=memory)
     if count > 1 and "LOCAL_RANK" not in os.environ:
         yield finding("several gpus", count=count)
 
 
-def _free(free: float, total: float) -> str:
-    return f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-
-
 def bitsandbytes() -> Iterator[Finding]:
     """Whether 4-bit and 8-bit work, by quantising a small tensor."""
-    if find_spec("bitsandbytes") is None:
+    version = _version("bitsandbytes")
+    if version is None:
         yield finding("no bitsandbytes")
         return
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, trouble = f"bitsandbytes on {device}", ""
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         values = torch.linspace(-1, 1, 256, device=device)
         error = float((dequantize_4bit(*quantize_4bit(values, quant_type="nf4")) - values).abs().max())
-        if not error < 0.2:
-            name, trouble = "broken bitsandbytes", f"quantises wrongly here (NF4 is off by {error:.2f} of the range)"
+        trouble = "" if error < 0.2 else f"NF4 is off by {error:.2f} of the range"
     except Exception as problem:
-        name, trouble = "broken bitsandbytes", f"does not quantise here ({type(problem).__name__})"
-    yield finding(name, version=_version("bitsandbytes"), trouble=trouble)
-
-
-def libraries() -> Iterator[Finding]:
-    """What makes a run faster: vLLM, in the range that TRL states, flash-attn, and Triton, for TRL's fused LM head."""
-    import torch
-
-    vllm, flash = _version("vllm"), _version("flash-attn")
-    stated = (needed.specifier for needed in map(Requirement, metadata.requires("trl") or []) if needed.name == "vllm")
-    wanted = next(stated, SpecifierSet())
-    fits = vllm is not None and wanted.contains(vllm, prereleases=True)
-    yield finding("vllm" if fits else "other vllm" if vllm else "no vllm", version=vllm, wanted=wanted)
-    gpu = torch.cuda.is_available()
-    runs = gpu and torch.cuda.get_device_capability()[0] >= 8
-    yield finding("no flash-attn" if flash is None else "flash-attn" if runs else "idle flash-attn", version=flash)
-    if gpu and find_spec("triton") is None:
-        yield finding("no triton")
+        trouble = type(problem).__name__
+    yield finding("broken bitsandbytes" if trouble else f"bitsandbytes on {device}", version=version, trouble=trouble)
 
 
 def hub(timeout: float) -> Iterator[Finding]:
-    """Whether models and data sets can be named by hub names; never waits longer than `timeout` seconds."""
+    """Whether models and data sets can be named by hub names; asked as a download would ask."""
     from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import get_session
 
     flags = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     on = [flag for flag in flags if os.environ.get(flag, "").strip().upper() in ("1", "ON", "YES", "TRUE")]
     host = urlsplit(constants.ENDPOINT).hostname or "the hub"
     if on:
         yield finding("offline", names=" ".join(on))
-    elif why := unreachable(constants.ENDPOINT, timeout):
-        yield finding("no hub", host=host, why=why)
     else:
-        yield finding("hub", host=host)
-    yield finding("no token" if get_token() is None else "token")
-
-
-def unreachable(address: str, timeout: float) -> str:
-    """Why a server does not answer; empty if it does. A name server that hangs does not hold it up."""
-    outcome: list[str] = []
-
-    def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=timeout).close()
-            outcome.append("")
+            get_session().head(constants.ENDPOINT, timeout=timeout)
+            yield finding("hub", host=host)
         except Exception as error:
-            # A server that says no is there. The message may hold the address of a proxy, with its password.
-            says_no = isinstance(error, urllib.error.HTTPError)
-            outcome.append("" if says_no else type(getattr(error, "reason", error)).__name__)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return outcome[0] if outcome else f"no answer in {timeout:g} s"
+            # Its message may hold the address of a proxy, with its password.
+            yield finding("no hub", host=host, why=type(error).__name__)
+    yield finding("no token" if get_token() is None else "token")
 
 
 def disk() -> Iterator[Finding]:
@@ -253,7 +189,7 @@ def disk() -> Iterator[Finding]:
     ):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free / GIB
-        state = "disk" if free >= LITTLE_DISK else "full disk"
+        state = "full disk" if free < LITTLE_DISK else "disk"
         if not os.access(there, os.W_OK):
             state = "read-only disk"
         yield finding(state, name=name, folder=folder, free=free, remedy=remedy)
@@ -263,9 +199,6 @@ def processes() -> Iterator[Finding]:
     """Whether a launcher would do what it says."""
     import torch
 
-    if not torch.distributed.is_available():
-        yield finding("one process")
-        return
     yield accelerate_config(torch.cuda.device_count())
     stray = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
     if stray and "TORCHELASTIC_RUN_ID" not in os.environ:

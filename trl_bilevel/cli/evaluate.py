@@ -20,7 +20,7 @@ from typing import Any
 
 from .._version import __version__
 from ..evaluation.models import Settings
-from .arguments import option, parse
+from .arguments import config_parser, loading, option, parse
 
 EXAMPLE = "example: trl-bilevel evaluate out --baseline BASE --dataset test.jsonl --output result.json"
 
@@ -49,28 +49,17 @@ class EvaluateArguments(Settings):
     confidence: float = option(0.95, "Of the intervals.")
     resamples: int = option(9_999, "Of bootstrap and permutation test.")
     output: str | None = option(None, "JSON file for the result.")
-    responses: str | None = option(
-        None, "JSON-lines file for prompts and responses (of harmful requests, refusals and stubs only)."
-    )
+    responses: str | None = option(None, "JSON-lines file for prompts and responses; nothing harmful is written.")
     json: bool = option(False, "Print the result as JSON in place of tables.")
 
 
 def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
-    from trl import ModelConfig, TrlParser
-
-    parser = TrlParser(
-        (EvaluateArguments, ModelConfig),
-        prog="trl-bilevel evaluate",
-        usage="trl-bilevel evaluate MODEL [--config FILE.yaml] [OPTIONS]",
-        epilog=EXAMPLE,
-    )
+    parser = config_parser("evaluate", EXAMPLE, EvaluateArguments, first=" MODEL")
     # As the weights were saved: nothing is trained here.
     parser.set_defaults(dtype="auto")
     for action in parser._actions:
-        if action.dest == "dtype":
-            action.help = "Data type to load the model in; 'auto' is the one it was saved in."
-        elif OF_ADAPTERS.fullmatch(action.dest):
+        if OF_ADAPTERS.fullmatch(action.dest):
             action.help = SUPPRESS
     return parser
 
@@ -139,18 +128,11 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
     judge = find_judge(args.judge, args) if args.judge else lambda: None
     if model_args.load_in_4bit and model_args.dtype == "auto":
         model_args.dtype = "bfloat16"
-    load = {
-        "dtype": model_args.dtype,
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "quantization_config": get_quantization_config(model_args),
-    }
-    names = [model_args.model_name_or_path, *([args.baseline] if args.baseline else [])]
-    measured = [measure(name, work, args, load) for name in names]
+    load = loading(model_args) | {"quantization_config": get_quantization_config(model_args)}
+    measured = [measure(name, work, args, load) for name in (model_args.model_name_or_path, args.baseline) if name]
     if args.responses:
         lines = [json.dumps(row) + "\n" for row in shown_responses(work, measured)]
         atomically(Path(args.responses), lambda path: path.write_text("".join(lines)))
-    how = {name: getattr(args, name) for name in ("confidence", "seed", "resamples")}
     return {
         "command": shlex.join(["trl-bilevel", "evaluate", *command]),
         "settings": asdict(args) | {"dtype": model_args.dtype, "load_in_4bit": model_args.load_in_4bit},
@@ -161,15 +143,12 @@ def main(args: EvaluateArguments, model_args: Any, command: Sequence[str] = ()) 
             name: {"name": getattr(args, name), "rows": len(items), "sha256": digest(items)}
             for name, items in {"dataset": work.rows, **work.requests}.items()
         },
-    } | result_of(measured, work, judge(), **how)
+    } | result_of(measured, work, judge(), confidence=args.confidence, seed=args.seed, resamples=args.resamples)
 
 
 def run(arguments: list[str]) -> None:
     """Parse, measure, show, save."""
-    words = list(arguments)
-    if words and not words[0].startswith("-"):
-        words = ["--model_name_or_path", *words]
-    args, model_args = parse(make_parser(), words)
+    args, model_args = parse(make_parser(), arguments, "--model_name_or_path")
     check(args, model_args)
     from ..data.files import finite, write_json
     from ..evaluation.report import show
@@ -182,7 +161,5 @@ def run(arguments: list[str]) -> None:
         write_json(Path(args.output), result)
     if args.json:
         print(json.dumps(finite(result), indent=1))
-        return
-    show(drawing, result)
-    if args.output:
-        print(f"Result saved to {args.output}.")
+    else:
+        show(drawing, result)

@@ -6,15 +6,9 @@ import argparse
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..data.private import RECORD, ROWS, WEIGHTED, find_private
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch import Tensor
-
-FORMATS = ("rows", "data-juicer", "llama-factory", "axolotl", "seal")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,15 +23,14 @@ def make_parser() -> argparse.ArgumentParser:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=Path, help="file to write")
     target.add_argument("--push-to-hub", metavar="REPO", help="upload the rows with a data card: USER/NAME")
-    parser.add_argument("--format", choices=FORMATS, default="rows", help="what reads the file (default: rows)")
+    formats = ("rows", "llama-factory", "axolotl")
+    parser.add_argument("--format", choices=formats, default="rows", help="what reads the file (default: rows)")
     parser.add_argument("--top-k", type=int, help="keep the k rows of highest weight")
     parser.add_argument("--min-weight", type=float, help="keep rows of at least this weight (1 is the average)")
     text = "draw N rows in proportion to their weights, for tools without them"
     parser.add_argument("--resample", type=int, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of --resample (default: 0)")
     parser.add_argument("--name", help="of the data set in the other tool's config (default: the file's name)")
-    text = "of a selector for SEAL (default: by its file's name, else softmax)"
-    parser.add_argument("--selector-activation", choices=("softmax", "sigmoid"), help=text)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
     return parser
@@ -47,16 +40,21 @@ def run(arguments: list[str]) -> None:
     """Filter, write, upload."""
     options = make_parser().parse_args(arguments)
     _check(options)
-    if options.json:
-        from datasets import disable_progress_bars
+    from datasets import disable_progress_bars
 
+    from ..data.export import write_for
+    from ..data.loading import write_rows
+
+    if options.json:
         disable_progress_bars()
-    rows = _weighted(_rows_path(options))
-    weights = _weights(rows)
-    # A selector has a logit for every row.
-    chosen = rows if options.format == "seal" else _chosen(rows, weights, options)
-    address = _push(chosen, weights, options) if options.push_to_hub else None
-    files = [] if address else _write(chosen, options)
+    rows, weights = _weighted(_rows_path(options.weighted))
+    chosen, files, address = _chosen(rows, weights, options), [options.output], None
+    if options.push_to_hub:
+        files, address = [], _push(chosen, weights, options)
+    elif options.format == "rows":
+        write_rows(chosen, options.output)
+    else:
+        files = write_for(options.format, chosen, options.output, options.name or options.output.stem)
     if options.json:
         facts = {"rows": len(chosen), "of": len(rows), "files": [str(file) for file in files], "hub": address}
         print(json.dumps(facts))
@@ -71,18 +69,9 @@ def _check(options: argparse.Namespace) -> None:
     from ..data.files import check_folder
     from ..data.loading import check_writable
 
-    if options.min_weight is not None and options.min_weight != options.min_weight:
-        raise ValueError("`--min-weight` must be a number, got nan: no weight is at least that.")
-    for name in ("top_k", "resample"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(options, name)}.")
-    if options.format == "seal" and (options.top_k or options.min_weight or options.resample):
-        raise ValueError(
-            "A selector has a logit for every row of the training set, in its order: leave out `--top-k`, "
-            "`--min-weight` and `--resample`. SEAL chooses rows itself (`--topp`)."
-        )
-    if options.format == "data-juicer" and options.resample:
-        raise ValueError("data-juicer chooses rows by their weights: leave out `--resample`.")
+    for name, count in (("top-k", options.top_k), ("resample", options.resample)):
+        if count is not None and count < 1:
+            raise ValueError(f"`--{name}` must be at least 1, got {count}.")
     if options.output is not None:
         check_folder(options.output, "--output")
         if options.format == "rows":
@@ -93,14 +82,11 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"`--push-to-hub` takes USER/NAME, got {options.push_to_hub!r}.")
 
 
-def _rows_path(options: argparse.Namespace) -> Path:
+def _rows_path(given: Path) -> Path:
     """The file of rows; of a folder, that which its last run wrote: one that an earlier run left there is refused."""
-    given: Path = options.weighted
     path = find_private(given, WEIGHTED) if given.is_dir() else given
     if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no weighted data set {path}. `trl-bilevel sft` writes one at the end of a run."
-        )
+        raise FileNotFoundError(f"There is no weighted data set {path}. `trl-bilevel sft` and `rank` write one.")
     if given == path or not (given / RECORD / "run.json").is_file():
         return path
     from ..report.run import load_run, mismatch
@@ -119,75 +105,48 @@ def _rows_path(options: argparse.Namespace) -> Path:
     return path
 
 
-def _weighted(path: Path) -> Dataset:
-    """The rows with `data_weight` and `data_rank`."""
+def _weighted(path: Path) -> tuple[Any, Any]:
+    """The rows with `data_weight` and `data_rank`, and their weights float32 `[N]` as a tensor: NaN where missing."""
+    import torch
+
     from ..core.statistics import data_ranks
     from ..data.identity import DATA_RANK, DATA_WEIGHT
     from ..data.loading import load_rows
 
     rows = load_rows(str(path))
     if DATA_WEIGHT not in rows.column_names:
-        raise ValueError(
-            f"{path} has no column data_weight: it is not what `trl-bilevel sft` writes as weighted.parquet."
-        )
+        raise ValueError(f"{path} has no column data_weight: `trl-bilevel sft` and `rank` write files that have.")
+    weights = torch.tensor([float("nan") if weight is None else weight for weight in rows[DATA_WEIGHT]])
     if DATA_RANK not in rows.column_names:
         # A stream's rows could not be ranked while they came by.
-        rows = rows.add_column(DATA_RANK, data_ranks(_weights(rows)).tolist())
-    return rows
+        rows = rows.add_column(DATA_RANK, data_ranks(weights).tolist())
+    return rows, weights
 
 
-def _weights(rows: Dataset) -> Tensor:
-    """Weights float32 `[N]` as a tensor; NaN where missing."""
-    import torch
-
-    return torch.tensor([float("nan") if weight is None else weight for weight in rows["data_weight"]])
-
-
-def _chosen(rows: Dataset, weights: Tensor, options: argparse.Namespace) -> Dataset:
+def _chosen(rows: Any, weights: Any, options: argparse.Namespace) -> Any:
     """The rows asked for, or as many as wanted drawn from them in proportion to their weights."""
     import torch
 
-    known = ~weights.isnan()
-    if not bool(known.any()):
-        raise ValueError(f"No row has a weight: {options.weighted} has {len(rows)} rows, all without data_weight.")
-    keep, best = known, f"the highest weight is {weights[known].max():.4g}."
+    from ..core.resampling import systematic_resample
+
+    keep = known = ~weights.isnan()
     if options.top_k is not None:
-        keep = known & (torch.tensor(rows["data_rank"][:]) < options.top_k)
-        best = f"none of the {options.top_k} best rows (`--top-k`) is there and weighs as much."
+        keep = keep & (torch.tensor(rows["data_rank"][:]) < options.top_k)
     if options.min_weight is not None:
         keep = keep & (weights >= options.min_weight)
     kept = keep.nonzero().squeeze(1)
     if not len(kept):
-        text = "" if options.min_weight is None else f"lower `--min-weight`, which is {options.min_weight:g}; "
-        raise ValueError(f"No row is left to write: {text}{best}")
+        highest = f"the highest weight is {weights[known].max():.4g}" if known.any() else "none of them has a weight"
+        raise ValueError(f"No row is left to write of {len(rows)}: {highest}. Lower `--min-weight`, raise `--top-k`.")
     if options.resample is None:
         return rows.select(kept.tolist())
-    from ..core.resampling import systematic_resample
-
     generator = torch.Generator().manual_seed(options.seed)
     drawn = kept[systematic_resample(weights[kept], options.resample, generator)]
     # The weights have done their work: they must not count a second time.
     return rows.select(drawn.tolist()).remove_columns(["data_weight", "data_rank"])
 
 
-def _write(rows: Dataset, options: argparse.Namespace) -> list[Path]:
-    path = options.output
-    if options.format == "rows":
-        from ..data.loading import write_rows
-
-        write_rows(rows, path)
-    elif options.format == "seal":
-        from ..data.export import write_selector
-
-        write_selector(path, _weights(rows), options.selector_activation)
-    else:
-        from ..data.export import write_for
-
-        return write_for(options.format, rows, path, options.name or path.stem, options.top_k)
-    return [path]
-
-
-def _push(chosen: Dataset, weights: Tensor, options: argparse.Namespace) -> str:
+def _push(chosen: Any, weights: Any, options: argparse.Namespace) -> str:
     from huggingface_hub import DatasetCard
 
     from ..core.statistics import effective_sample_size

@@ -24,12 +24,14 @@ COMMANDS = {
     "report": "write what came of a run as one HTML file",
     "export": "write weighted rows, or the best of them, for other tools or the hub",
     "sanity": "damage some of your clean rows, and see whether the weights find them",
-    "prepare": "make the data of the recipes from the hub, with a data card and a lock file",
     "plan": "does a run fit your GPU? memory and work, computed without loading the model",
     "doctor": "what will and will not work on this machine, and what to do about it",
     "completion": "print a script that completes commands and options in bash and zsh",
     "demo": "real model, real text, no hub, no GPU: uniform mixing against bilevel selection",
 }
+
+# Commands of earlier versions: what to do instead.
+GONE = {"prepare": "run `python -m recipes.prepare` in a clone of the repository, whose recipes it belongs to"}
 
 USAGE = (
     "usage: trl-bilevel COMMAND [OPTIONS]\n\n"
@@ -53,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         known = f"Commands: {', '.join(COMMANDS)}; `trl-bilevel --help` says what they do."
-        print(f"trl-bilevel: unknown command {command!r}. {known}", file=sys.stderr)
+        why = f"`{command}` is gone: {GONE[command]}" if command in GONE else f"unknown command {command!r}"
+        print(f"trl-bilevel: {why}. {known}", file=sys.stderr)
         return 2
     try:
         return import_module(f"trl_bilevel.cli.{command}").run(arguments[1:]) or 0
@@ -69,18 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def failure(command: str, error: Exception) -> str:
     """What to print of an error: a sentence if it is the user's, else where it happened."""
-    missing = what_to_install(error) if isinstance(error, ImportError) else None
-    if missing is not None or is_users(error):
+    missing = what_to_install(error)
+    if missing or is_users(error):
         return f"trl-bilevel {command}: {missing or error}\n(TRL_BILEVEL_TRACEBACK=1 shows where.)"
     where = "".join(traceback.format_exception(error))
     return f"{where}trl-bilevel {command}: stopped by an error that it did not expect, shown above."
 
 
 def is_users(error: Exception) -> bool:
-    """Whether an error tells the user of a mistake: one of the system (a file, the hub), or one that we raise.
+    """Whether an error tells the user of a mistake: one of the system (a file, the hub), or one by a `raise` of ours.
 
-    The same kinds of errors from deep inside a library, or from our own code by accident, are crashes: there the line
-    where it happened is no `raise` of ours.
+    The same kinds of errors from deep inside a library, or from our own code by accident, are crashes.
     """
     if isinstance(error, OSError):
         return True

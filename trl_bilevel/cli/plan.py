@@ -1,9 +1,7 @@
 """`trl-bilevel plan`: does a run fit, what would make it fit, and what does choosing cost?
 
-    trl-bilevel plan --config FILE.yaml [--gpu_memory 24] [--model_config Llama-3-8B] [any option of sft]
-
 Takes the config file of `trl-bilevel sft` as it is. No weight is loaded and no GPU is needed: the figures are
-computed from the model's config (docs/planning.md has the formulas, and how they compare with measurements).
+computed from the model's config (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -13,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import BilevelScriptArguments, option, parse, training_parser
+from .arguments import BilevelScriptArguments, config_parser, option, parse
+from .show import table
 
 EXAMPLE = "example: trl-bilevel plan --config run.yaml --gpu_memory 24"
 CARDS = (8, 12, 16, 24, 40, 48, 80, 141)
@@ -50,7 +49,7 @@ def make_parser() -> Any:
             self.use_cpu = True
             super().__post_init__()
 
-    return training_parser("plan", EXAMPLE, PlanArguments, PlannedConfig)
+    return config_parser("plan", EXAMPLE, PlanArguments, PlannedConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -96,6 +95,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     adapted = model_shape(config, dtype=dtype, peft_config=lora) if run.trains and not adapters else None
     plan = estimate_memory(model, run)
     way = None if memory is None else way_to_fit(model, run, memory, adapted)
+    work = estimate_work(model, run)
+    notes = {"table": source == "table", "rows": work["total"] is None}
     report = plan._asdict() | {
         "model": asdict(model) | {"name": name, "config_from": source},
         "run": asdict(run),
@@ -104,8 +105,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         "moments": [{"name": name, "bytes": sum(m.values()), "parts": m} for name, m in plan.moments.items()],
         "savings": [told for told, *_ in savings(model, run, adapted)],
         "way_to_fit": None if way is None else [told for told, *_ in way],
-        "work": estimate_work(model, run),
-        "notes": [TEXTS["notes"]["table"]] * (source == "table") + plan.notes,
+        "work": work,
+        "notes": [TEXTS["notes"][name] for name, applies in notes.items() if applies] + plan.notes,
     }
     if script_args.json:
         print(json.dumps(report, indent=1))
@@ -115,10 +116,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 def show(report: dict[str, Any], parts: dict[str, int], labels: dict[str, str]) -> None:
     """One table of memory, of what saves it, and of work; then whether it fits."""
-    from .show import say, table
-
     model, run, work, memory = report["model"], report["run"], report["work"], report["gpu_memory"]
-    say(
+    print(
         f"{model['name']}: {model['parameters'] / 1e9:.2f} billion parameters, "
         f"{model['trainable'] * run['trains'] / 1e6:.1f} M trained. {run['rows']} rows of {run['tokens']} tokens in a "
         f"micro-batch, {run['accumulation']} of them in a step, on {run['processes']} x {run['device']}."
@@ -135,20 +134,18 @@ def show(report: dict[str, Any], parts: dict[str, int], labels: dict[str, str]) 
             rows.append((what, f"{work[name] / 1e15:,.3g} petaFLOPs", share))
     columns = ("what", "computed", "settings")
     table(f"Memory at the peak ({report['peak']}), what saves some, work", columns, rows, right=columns[1:2])
-    needed = report["total_bytes"] / GIB
+    needed, way = report["total_bytes"] / GIB, report["way_to_fit"]
     if memory is None:
         cards = [f"a device of {card} GiB or more" for card in CARDS if needed <= card]
-        say(f"Needs {needed:.1f} GiB: fits {[*cards, 'no single device'][0]}. Give `--gpu_memory` to check one.")
+        print(f"Needs {needed:.1f} GiB: fits {[*cards, 'no single device'][0]}. Give `--gpu_memory` to check one.")
     elif report["fits"]:
-        say(f"Fits: {needed:.1f} of {memory:g} GiB.", "bold green")
+        print(f"Fits: {needed:.1f} of {memory:g} GiB.")
     else:
-        say(f"Does not fit: needs {needed:.1f} GiB, the device has {memory:g}.", "bold red")
-        way = report["way_to_fit"]
         none = "No combination of these makes it fit: take a smaller model or a larger device."
-        say(f"With these it fits:\n{_settings(way)}" if way else none)
-    missing = ["Give `--training_rows` for the work of the whole run."] if work["total"] is None else []
-    for note in missing + report["notes"]:
-        say(f"Note: {note}")
+        print(f"Does not fit: needs {needed:.1f} GiB, the device has {memory:g}.")
+        print(f"With these it fits:\n{_settings(way)}" if way else none)
+    for note in report["notes"]:
+        print(f"Note: {note}")
 
 
 def _settings(chosen: list[dict[str, Any]]) -> str:

@@ -1,12 +1,8 @@
-"""`trl-bilevel refine`: online self-refining generation from a config file and the command line.
-
-    trl-bilevel refine --config FILE.yaml [--num_rounds 4 ...]
-    accelerate launch -m trl_bilevel.cli.refine --config FILE.yaml
+"""`trl-bilevel refine`, or `accelerate launch -m trl_bilevel.cli.refine`: online self-refining generation.
 
 Every field of `SelfRefineConfig` (and so of TRL's `GRPOConfig`), of TRL's `ModelConfig` and of the script's own
-arguments is an option, and a key of the YAML file. Unknown keys are errors. Training rows with a column `data_weight`
-(what `trl-bilevel sft` writes to `_rows/weighted.parquet`) keep these weights; a model folder that holds an adapter
-goes on training it.
+arguments is an option, and a key of the YAML file. Training rows with a column `data_weight` keep these weights; a
+model folder that holds an adapter goes on training it.
 """
 
 from __future__ import annotations
@@ -15,12 +11,11 @@ import shlex
 import sys
 from typing import Any
 
-from .arguments import RefineScriptArguments, load_named, load_sets, parse, set_model_arguments, training_parser
+from .arguments import RefineScriptArguments, config_parser, parse, trainer_arguments
 
 EXAMPLE = (
     "example: trl-bilevel refine --model_name_or_path out --dataset_name out/_rows/weighted.parquet "
-    "--validation_dataset_name trusted.jsonl --output_dir refined, where `out` is what `trl-bilevel sft` wrote. Every "
-    "option can be a key of a YAML file (--config FILE); the command line wins."
+    "--validation_dataset_name trusted.jsonl --output_dir refined, where `out` is what `trl-bilevel sft` wrote"
 )
 
 
@@ -28,37 +23,24 @@ def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
     from ..trainer.self_refine_config import SelfRefineConfig
 
-    return training_parser("refine", EXAMPLE, RefineScriptArguments, SelfRefineConfig)
+    return config_parser("refine", EXAMPLE, RefineScriptArguments, SelfRefineConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Run the rounds, write the model, the ledger and the responses, and say what came of it."""
-    from trl import get_peft_config, get_quantization_config
-
     from ..data.models import is_adapter, load_adapter
     from ..data.private import LEDGER, RESPONSES, find_private
     from ..trainer.self_refine_trainer import SelfRefineTrainer
     from .training import finish, run_training
 
-    train, validation, evaluation = load_sets(script_args, dataset_args)
-    quantization = get_quantization_config(model_args)
-    model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)
-    set_model_arguments(training_args, model_args)
+    given = trainer_arguments(script_args, training_args, model_args, dataset_args)
+    model = model_args.model_name_or_path
     if is_adapter(model):
+        quantization = given.pop("quantization_config")
         kwargs = training_args.model_init_kwargs | ({"quantization_config": quantization} if quantization else {})
         model, training_args.model_init_kwargs = load_adapter(model, kwargs), None
-        peft_config = quantization = None
-    trainer = SelfRefineTrainer(
-        model,
-        training_args,
-        train,
-        validation,
-        evaluation,
-        selection_dataset=load_named(script_args, "selection"),
-        prompt_dataset=load_named(script_args, "prompt"),
-        quantization_config=quantization,
-        peft_config=peft_config,
-    )
+        del given["peft_config"]
+    trainer = SelfRefineTrainer(model, training_args, **given)
     run_training(trainer, script_args)
     folder = training_args.output_dir
     facts = [("Model", folder)]

@@ -36,16 +36,14 @@ def run(arguments: list[str]) -> None:
         print(f"Charts written to {target.parent / 'report_png'}.")
 
 
-def report_line(trainer: Any, rows_file: str | None = None) -> str:
-    """Write the report of a run that has just ended; what to tell the user of it.
+def report_line(run: Any, **given: Any) -> str:
+    """Write the report of a run that has just ended (see `write_report`); what to tell the user of it.
 
-    A report that fails is told, and takes nothing from the run: its model and weights are saved by now.
+    A report that fails takes nothing from the run: its model and weights are saved by now.
     """
     try:
         from ..report import write_report
 
-        return f"Report: {write_report(trainer, rows_file=rows_file)}"
+        return f"Report: {write_report(run, **given)}"
     except Exception as error:
-        missing = what_to_install(error) if isinstance(error, ImportError) else None
-        told = missing or f"This could not be written: {type(error).__name__}: {error}"
-        return told.replace("This", "The report", 1)
+        return f"No report: {what_to_install(error) or f'{type(error).__name__}: {error}'}"

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .show import table
+
 # Of each verdict, the best first: what it means, and what to do next.
 VERDICTS = {
     "found": "Weights can be trusted with this kind of damage.",
@@ -100,6 +102,7 @@ def run(arguments: list[str]) -> int:
 def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
     """Rows to damage and trusted rows, as prompts and completions, and how many rows are too long."""
     from ..data.contamination import exchange_of
+    from ..data.formats import parts
     from ..data.loading import load_rows
 
     rows, validation = (load_rows(name, split=options.split) for name in (options.dataset, options.validation))
@@ -120,26 +123,18 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, int]:
             f"--max-length {options.max_length}, the others ask a question of the trusted rows or have no answer); at "
             f"least {MIN_ROWS} are needed. Give more rows, or raise --max-length."
         )
-    return _pairs(rows.select(kept)), _pairs(validation), left_out
-
-
-def _pairs(rows: Any) -> Any:
-    """Prompt and completion only; the last turn of a conversation is the completion: what is scored is the answer."""
-    from ..data.formats import parts
-
-    return type(rows).from_list([dict(zip(("prompt", "completion"), parts(row), strict=True)) for row in rows])
+    # The last turn of a conversation is the completion: what is scored is the answer.
+    clean, trusted_rows = (
+        type(part).from_list([dict(zip(("prompt", "completion"), parts(row), strict=True)) for row in part])
+        for part in (rows.select(kept), validation)
+    )
+    return clean, trusted_rows, left_out
 
 
 def judge(weights: list[float], kinds: list[str]) -> dict[str, Any]:
-    """Area under the ROC curve of the weights per kind of damage, with a standard error and a verdict.
+    """Area under the ROC curve of the weights (one per row; NaN does not count) per kind of damage, and what it means.
 
-    Args:
-        weights: one per row; rows without a weight (NaN) do not count.
-        kinds: what was done to each row; `"good"`: nothing.
-
-    Returns:
-        `dict`: `kinds` (per kind and for `"all"`: `auc`, `standard_error`, `rows`, `verdict`, `advice`), `good_share`
-        (share of the weight on good rows), `good_rows`, and `passed`: no area below 0.5.
+    The run has passed if no area is below 0.5.
     """
     from ..core.statistics import auc_standard_error
     from ..demo.comparison import good_share, ranking_quality
@@ -164,18 +159,17 @@ def verdict_of(auc: float, error: float) -> str:
 
 
 def _tell(result: dict[str, Any]) -> None:
-    entries = result["kinds"]
-    for kind, entry in entries.items():
-        print(
-            f"{'all damage' if kind == 'all' else kind:10} AUC {entry['auc']:.3f} +- {entry['standard_error']:.3f}  "
-            f"{entry['verdict']} ({entry['rows']} damaged against {result['good_rows']} good rows)"
-        )
+    entries, good = result["kinds"], result["good_rows"]
+    lines = [
+        (kind, f"{entry['auc']:.3f} +- {entry['standard_error']:.3f}", entry["verdict"], str(entry["rows"]))
+        for kind, entry in entries.items()
+    ]
+    table(f"Damage, against {good} good rows", ("damage", "AUC", "verdict", "rows"), lines, right=("AUC", "rows"))
     for verdict in dict.fromkeys(entry["verdict"] for entry in entries.values()):
         print(f"{verdict.capitalize()}: {VERDICTS[verdict]}")
-    good = result["good_rows"] / (result["good_rows"] + entries["all"]["rows"])
-    print(f"Good rows are {good:.0%} of the rows and have {result['good_share']:.0%} of the weight.")
+    share = good / (good + entries["all"]["rows"])
+    print(f"Good rows are {share:.0%} of the rows and have {result['good_share']:.0%} of the weight.")
     if result["passed"]:
         print("Next: trl-bilevel sft with the rows you do not trust, and these trusted rows.")
     else:
         print("A kind of damage is ranked below chance: do not trust the weights on data that may have it.")
-    print("Nothing was trained; your model and data are untouched.")

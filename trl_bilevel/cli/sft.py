@@ -1,10 +1,7 @@
-"""`trl-bilevel sft`: bilevel supervised fine-tuning from a config file and the command line.
-
-    trl-bilevel sft --config FILE.yaml [--learning_rate 1e-4 ...]
-    accelerate launch -m trl_bilevel.cli.sft --config FILE.yaml
+"""`trl-bilevel sft`, or `accelerate launch -m trl_bilevel.cli.sft`: bilevel supervised fine-tuning.
 
 Every field of `BilevelSFTConfig` (and so of TRL's `SFTConfig`), of TRL's `ModelConfig` and of the script's own
-arguments is an option, and a key of the YAML file. Unknown keys are errors.
+arguments is an option, and a key of the YAML file.
 """
 
 from __future__ import annotations
@@ -13,12 +10,11 @@ import shlex
 import sys
 from typing import Any
 
-from .arguments import BilevelScriptArguments, load_sets, parse, set_model_arguments, training_parser
+from .arguments import BilevelScriptArguments, config_parser, parse, trainer_arguments
 
 EXAMPLE = (
     "example: trl-bilevel sft --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --dataset_name "
-    "mixed.jsonl --validation_dataset_name trusted.jsonl --output_dir out. Every option can be a key of a YAML file "
-    "(--config FILE); the command line wins."
+    "mixed.jsonl --validation_dataset_name trusted.jsonl --output_dir out"
 )
 
 
@@ -26,33 +22,21 @@ def make_parser() -> Any:
     """The parser, as in TRL's scripts."""
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
 
-    return training_parser("sft", EXAMPLE, BilevelScriptArguments, BilevelSFTConfig)
+    return config_parser("sft", EXAMPLE, BilevelScriptArguments, BilevelSFTConfig)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Train, and write the model, the weights and the weighted rows."""
-    from trl import get_peft_config, get_quantization_config
-
     from ..data.loading import check_writable, write_rows
     from ..data.private import WEIGHTED, private_path
     from ..trainer.bilevel_sft_trainer import BilevelSFTTrainer
-    from .training import finish, run_training, weight_facts
+    from .show import weight_facts
+    from .training import finish, run_training
 
     path = script_args.weighted_dataset_path or str(private_path(training_args.output_dir, WEIGHTED))
-    check_writable(path)
-    train, validation, evaluation = load_sets(script_args, dataset_args)
-    if training_args.weight_estimator != "none":
-        check_writable(path, train)
-    set_model_arguments(training_args, model_args)
-    trainer = BilevelSFTTrainer(
-        model_args.model_name_or_path,
-        training_args,
-        train_dataset=train,
-        validation_dataset=validation,
-        eval_dataset=evaluation,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    given = trainer_arguments(script_args, training_args, model_args, dataset_args)
+    check_writable(path, None if training_args.weight_estimator == "none" else given["train_dataset"])
+    trainer = BilevelSFTTrainer(model_args.model_name_or_path, training_args, **given)
     # A stream is copied only if that was asked for.
     learned = trainer.mode.learns
     writes = learned and bool(not trainer.data.streams or script_args.weighted_dataset_path)
@@ -61,7 +45,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if trainer.trusted is not None:
         facts.append(("Validation loss", f"{trainer.validation_loss()['total']:.4f} nats per token"))
     if learned and trainer.is_world_process_zero():
-        facts += weight_facts(trainer)
+        if trainer.weights is not None:
+            facts += weight_facts(trainer.weights.sampled().numpy())
         if writes:
             write_rows(trainer.weighted_dataset(), path)
             facts.append(("Weighted rows", path))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-# A text, or a text and the style that rich draws it in.
-Cell = str | tuple[str, str]
 Facts = Sequence[tuple[str, str]]
 Lines = Sequence[str]
 # Characters of a text that is cut to one line.
@@ -23,22 +21,12 @@ def terminal() -> Any:
     return console if console.is_terminal else None
 
 
-def say(text: str = "", style: str = "") -> None:
-    """Print a sentence; it is never broken into lines, so that a command in it can be copied."""
-    if style and (console := terminal()) is not None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-    else:
-        print(text)
-
-
 def table(
-    title: str, columns: Lines, rows: Iterable[Sequence[Cell]], *, right: Container[str] = (), cut: Container[str] = ()
+    title: str, columns: Lines, rows: Iterable[Sequence[str]], *, right: Container[str] = (), cut: Container[str] = ()
 ) -> None:
     """Print a table, its title above it, without a header if no column has a name.
 
-    Args:
-        rows: a cell per column; of a cell's lines, the plain table makes one.
-        right, cut: columns that are aligned to the right, and those of long texts, of which the start is shown.
+    `right` columns are aligned to the right; of the long texts of `cut` ones, the start is shown.
     """
     console = terminal()
     if console is None:
@@ -59,12 +47,13 @@ def table(
         shape: dict[str, Any] = {"overflow": "ellipsis", "no_wrap": True, "ratio": 1} if name in cut else {}
         drawn.add_column(name, **({"justify": "right" if name in right else "left", "overflow": "fold"} | shape))
     for row in rows:
-        drawn.add_row(*(Text(cell) if isinstance(cell, str) else Text(*cell) for cell in row))
+        cells = zip(row, columns, strict=True)
+        drawn.add_row(*(Text(" ".join(cell.split()) if name in cut else cell) for cell, name in cells))
     console.print(drawn)
 
 
-def _plain(cell: Cell, cut: bool) -> str:
-    text = " ".join((cell if isinstance(cell, str) else cell[0]).split("\n"))
+def _plain(cell: str, cut: bool) -> str:
+    text = " ".join(cell.split())
     return f"{text[: CUT - 3]}..." if cut and len(text) > CUT else text
 
 
@@ -72,7 +61,20 @@ def show_summary(title: str, facts: Facts, notes: Lines = (), following: Lines =
     """Print what a command says at its end: facts as a table or as lines; then notes, and commands to run next."""
     lines = [*notes, *(f"Next: {command}" for command in following)]
     if terminal() is not None:
-        table(title, ("", ""), [((name, "bold"), value) for name, value in facts])
+        table(title, ("", ""), facts)
     else:
         lines = [*(f"{name}: {value}" for name, value in facts), *lines]
     print("\n".join(lines))
+
+
+def weight_facts(weights: Any) -> list[tuple[str, str]]:
+    """For a summary: how unequal weights `[N]` are, of the rows that have one (not NaN)."""
+    import numpy as np
+
+    from ..core.statistics import effective_sample_size, rows_carrying
+
+    carrying, known = rows_carrying(weights), max(1, np.isfinite(weights).sum())
+    return [
+        ("Effective sample size", f"{effective_sample_size(weights):.0%} of the rows"),
+        ("80% of the weight", f"in {carrying / known:.0%} of the rows"),
+    ]

@@ -9,9 +9,7 @@ from typing import Any
 
 from transformers import ProgressCallback
 
-from ..core.statistics import rows_carrying
 from ..report.text import duration
-from .arguments import resume_argument
 from .report import report_line
 from .show import Facts, Lines, show_summary
 
@@ -20,22 +18,20 @@ SHOWN = ("loss", "eval_loss", "validation", "selector/ess", "round/trained_loss"
 
 
 def run_training(trainer: Any, script_args: Any, written: Lines = ()) -> None:
-    """Train with progress shown, save the model, and upload it if asked for.
+    """Train with progress shown, save the model, and upload it if asked for: never with text of rows.
 
-    Args:
-        trainer, script_args: of the command.
-        written: files with text of rows that the command writes afterwards.
-
-    Raises:
-        ValueError: before training, if text of rows would be uploaded with the model.
+    `written` are files with text of rows that the command writes afterwards.
     """
     from ..data.private import check_upload
 
-    args = trainer.args
+    args, resume = trainer.args, trainer.args.resume_from_checkpoint
+    if resume in ("True", "true", "False", "false"):
+        # On the command line, it is text.
+        resume = resume.lower() == "true"
     if args.push_to_hub:
         check_upload(args.output_dir, written)
     with shown_progress(trainer):
-        trainer.train(resume_from_checkpoint=resume_argument(args))
+        trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -43,7 +39,7 @@ def run_training(trainer: Any, script_args: Any, written: Lines = ()) -> None:
 
 def finish(trainer: Any, title: str, facts: Facts, notes: Lines, following: Lines, rows: str | None = None) -> None:
     """Write the report (of rows in the file `rows`), say what came of a run and how long it took, and end it."""
-    line = report_line(trainer, rows)
+    line = report_line(trainer, rows_file=rows)
     seconds = trainer.record.seconds
     if seconds.get("total"):
         share = (seconds["selection"] + seconds["validation"]) / seconds["total"]
@@ -70,30 +66,16 @@ class RunProgress(ProgressCallback):
             self.training_bar.set_postfix(self.numbers)
 
 
-def weight_facts(trainer: Any) -> list[tuple[str, str]]:
-    """For the summary: how unequal the weights are; nothing without any."""
-    size = None if trainer.weights is None else trainer.weights.metrics().get("selector/ess")
-    if size is None:
-        return []
-    weights = trainer.weights.sampled().numpy()
-    share = rows_carrying(weights) / len(weights)
-    return [("Effective sample size", f"{size:.0%} of the rows"), ("80% of the weight", f"in {share:.0%} of the rows")]
-
-
 @contextmanager
 def shown_progress(trainer: Any) -> Iterator[None]:
-    """Show a trainer's progress on a terminal, on the main process; elsewhere nothing is drawn. With `disable_tqdm`,
-    which prints the logs line by line, all stays as it is.
-    """
-    callbacks, shown = trainer.callback_handler.callbacks, RunProgress(trainer)
-    place = next((place for place, callback in enumerate(callbacks) if type(callback) is ProgressCallback), None)
-    if place is not None and sys.stderr.isatty() and trainer.is_world_process_zero():
-        # In the place of the other: before the callback that follows losses, so that its time is seen to pass.
-        callbacks[place] = shown
-    elif place is not None:
-        del callbacks[place]
-        # For the bar that is drawn while weights are chosen.
-        trainer.args.disable_tqdm = True
+    """The bar with the latest numbers on a terminal, and no bar elsewhere; with `disable_tqdm`, logs line by line."""
+    shown = RunProgress(trainer)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        if sys.stderr.isatty() and trainer.is_world_process_zero():
+            trainer.add_callback(shown)
+        else:
+            # For the bar that is drawn while weights are chosen.
+            trainer.args.disable_tqdm = True
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +53,17 @@ def data_card(
         rows (`Dataset`): what is uploaded.
         note (`str`): which rows these are, if not all.
     """
-    name = repo.split("/")[-1]
-    metadata = {"tags": ["trl-bilevel", "data-selection", "sample-weights"], "pretty_name": name}
-    facts = {"repo": repo, "name": name, "rows": rows, "record": record, "results": results, "note": note}
-    return render("weighted_card.md", metadata, [("train", "data/train-*")], **facts)
-
-
-def render(template: str, metadata: Mapping[str, Any], splits: Iterable[tuple[str, str]], **facts: Any) -> str:
-    """A data card: metadata as the hub reads it, then a template of `text/`, filled in.
-
-    Args:
-        metadata: fields of `huggingface_hub.DatasetCardData`.
-        splits: name and file of each split.
-    """
     from huggingface_hub import DatasetCardData
 
-    files = [{"split": name, "path": path} for name, path in splits]
-    configs = [{"config_name": "default", "data_files": files}]
-    data = DatasetCardData(task_categories=["text-generation"], configs=configs, **metadata)
-    return f"---\n{data.to_yaml()}\n---\n\n{_filled(template, **facts)}"
+    name, files = repo.split("/")[-1], [{"split": "train", "path": "data/train-*"}]
+    metadata = DatasetCardData(
+        task_categories=["text-generation"],
+        configs=[{"config_name": "default", "data_files": files}],
+        tags=["trl-bilevel", "data-selection", "sample-weights"],
+        pretty_name=name,
+    )
+    facts = {"repo": repo, "name": name, "rows": rows, "record": record, "results": results, "note": note}
+    return f"---\n{metadata.to_yaml()}\n---\n\n{_filled('weighted_card.md', **facts)}"
 
 
 def _filled(template: str, **facts: Any) -> str:

@@ -1,13 +1,11 @@
 """The caller's rows with their weights, and as other tools read them: a data file, and a config entry that names it.
 
-None of the tools reads a weight per row: their part of the weights is which rows are there, and how often. data-juicer
-chooses rows itself: its `topk_specified_field_selector` sorts by the number in `field_key`.
+The tools read no weight per row: their part of the weights is which rows are there, and how often.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -65,45 +63,14 @@ def given_weights(train: Dataset) -> Tensor:
     return torch.nan_to_num(weights, nan=0.0)
 
 
-def write_selector(path: Path, weights: Tensor, activation: str | None = None) -> None:
-    """Write weights as SEAL's data selector (arXiv 2410.07471), atomically: a parameter of logits, float32 `[N]`.
-
-    SEAL's `train_sft.py` (github.com/hanshen95/SEAL) loads it and trains on the rows of the highest logits. A row's
-    weight is `N softmax(logits)` or `2 sigmoid(logits)`; with sigmoid the largest weight here gets a logit of 0.
-
-    Args:
-        path (`Path`): ends in `.pt`; SEAL reads pickles only. No code is in this one.
-        weights (`Tensor` float `[N]`): at least 0; NaN (rows never trained on) counts as 0, a logit of at least -80.
-        activation (`str`, *optional*): "softmax" or "sigmoid"; by default that at the end of the file's name, as SEAL
-            has it (of an epoch's file before `_epN`), else softmax.
-
-    Raises:
-        ValueError: if the file has another ending, weights are negative or infinite, or none is above 0.
-    """
-    if path.suffix != ".pt":
-        raise ValueError(f"SEAL reads selectors from files that end in .pt: `--output` got {str(path)!r}.")
-    known = torch.nan_to_num(weights.double(), nan=0.0, posinf=-1.0)
-    if bool((known < 0).any()) or float(known.sum()) <= 0:
-        raise ValueError("A selector needs finite weights of at least 0, and not 0 for all rows.")
-    named = re.search(r"(softmax|sigmoid)(_ep\d+)?$", path.stem)
-    if (activation or (named and named[1])) == "sigmoid":
-        logits = (0.5 * known / known.max()).logit()
-    else:
-        logits = (known / known.mean()).log()
-    # A weight of zero has no finite logit: this one gives less than 1e-30 of the best row's weight.
-    parameter = torch.nn.Parameter(logits.clamp(min=-80.0).float())
-    atomically(path, lambda file: torch.save(parameter, file))
-
-
-def write_for(tool: str, rows: Dataset, path: Path, name: str, selected: int | None = None) -> list[Path]:
+def write_for(tool: str, rows: Dataset, path: Path, name: str) -> list[Path]:
     """Write rows for another tool, as JSON lines, and the config entry beside them; returns the files written.
 
     Args:
-        tool (`str`): "data-juicer", "llama-factory" or "axolotl".
-        rows (`Dataset`): with `data_weight`; at least one.
+        tool (`str`): "llama-factory" or "axolotl".
+        rows (`Dataset`): at least one.
         path (`Path`): of the data file; ends in `.jsonl`.
-        name (`str`): of the data set in the tool's config.
-        selected (`int`, *optional*): rows that data-juicer is to keep; by default half of them.
+        name (`str`): of the data set in LLaMA-Factory's `dataset_info.json`.
 
     Raises:
         ValueError: if the file has another ending, or the rows' columns are not known to the tool.
@@ -122,24 +89,17 @@ def write_for(tool: str, rows: Dataset, path: Path, name: str, selected: int | N
     if layout == PAIRS and not isinstance(rows[0]["prompt"], str):
         joined = rows.map(lambda row: {MESSAGES: [*row["prompt"], *row["completion"]]}, desc="Joining messages")
         rows, layout = joined.remove_columns(["prompt", "completion"]), MESSAGES
-    entry, facts = entries[layout], path.with_suffix(f".{tool}.yaml")
-    if tool == "llama-factory":
+    entry = entries[layout]
+    if tool == "axolotl":
+        facts = path.with_suffix(".axolotl.yaml")
+        document = {"datasets": [{"path": str(path), "ds_type": "json"} | entry]}
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    else:
         facts = path.with_name("dataset_info.json")
         if layout == CONVERSATIONS and "system" in rows.column_names:
             entry["columns"]["system"] = "system"
         document = _other_entries(facts) | {name: {"file_name": path.name} | entry}
-    elif tool == "axolotl":
-        document = {"datasets": [{"path": str(path), "ds_type": "json"} | entry]}
-    else:
-        amount = {"top_ratio": 0.5} if selected is None else {"topk": selected}
-        step = {"topk_specified_field_selector": {"field_key": DATA_WEIGHT, **amount, "reverse": True}}
-        export = str(path.with_suffix(".selected.jsonl"))
-        recipe = {"project_name": name, "dataset_path": str(path), "export_path": export}
-        document = recipe | entry | {"process": [step]}
-    if facts.suffix == ".json":
         text = json.dumps(document, indent=2) + "\n"
-    else:
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     atomically(path, lambda file: rows.to_json(str(file)))
     atomically(facts, lambda file: file.write_text(text, encoding="utf-8"))
     return [path, facts]

@@ -63,6 +63,21 @@ def write_json(path: Path, value: Any) -> None:
     atomically(path, lambda file: file.write_text(document, encoding="utf-8"))
 
 
+def json_object(given: Any, name: str) -> dict[str, Any]:
+    """What an option says: an object as JSON, or of a config file; empty if it is not given.
+
+    Raises:
+        ValueError: if it is something else; `name` is the option's.
+    """
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"`{name}` must be a JSON object, got {given!r}.")
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; empty if the file is not there, is damaged, or holds none."""
     try:

@@ -1,8 +1,6 @@
 """Models under evaluation: loading, losses of rows, responses; and all that is measured of one while it is loaded."""
 
-import contextlib
 import gc
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ..data.answers import STUB, TEST_REFUSAL
+from ..data.files import json_object
 from ..data.formats import Part, turns
 from ..data.models import is_adapter
 from ..data.models import load_model as load_weights
@@ -41,12 +40,7 @@ class Settings:
     template: dict[str, Any] = field(init=False)  # of `chat_template_kwargs`
 
     def __post_init__(self) -> None:
-        given: Any = self.chat_template_kwargs or {}
-        with contextlib.suppress(json.JSONDecodeError):
-            given = json.loads(given) if isinstance(given, str) else given
-        if not isinstance(given, dict):
-            raise ValueError(f"`chat_template_kwargs` must be a JSON object, got {self.chat_template_kwargs!r}.")
-        self.template = given
+        self.template = json_object(self.chat_template_kwargs, "chat_template_kwargs")
 
 
 @dataclass

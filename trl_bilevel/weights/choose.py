@@ -98,16 +98,7 @@ def choose(
     """
     check_sizes(rows, trusted)
     start, processes = time.perf_counter(), Processes.now()
-    key = {
-        "rows": content_hash(rows.dataset),
-        "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
-        "shares": trusted.weights,
-        "settings": asdict(settings) | {"seed": seed, "bf16": model.bf16},
-        "version": __version__,
-        "also": also,
-        "model": model_hash(model.model),
-    }
-    store = Store(folder, key)
+    store = Store(folder, {} if folder is None else _identity(model, rows, trusted, settings, [seed, also]))
     steps = settings.pilot_steps or default_pilot_steps(len(rows))
     rate = settings.pilot_learning_rate
     recipe = PilotRecipe(settings.weight_estimator, steps, rate, seed, checkpointing=checkpointing)
@@ -146,6 +137,19 @@ def choose(
         "seconds": round(time.perf_counter() - start, 2),
     }
     return Choice(weights, scores, held_back, trusted_scores, facts, predictor)
+
+
+def _identity(model: LanguageModel, rows: Rows, trusted: TrustedSets, settings: Any, also: Any) -> dict[str, Any]:
+    """What notes of scores depend on; reads all rows."""
+    return {
+        "rows": content_hash(rows.dataset),
+        "trusted": {name: content_hash(part.dataset) for name, part in trusted.sets.items()},
+        "shares": trusted.weights,
+        "settings": asdict(settings) | {"bf16": model.bf16},
+        "version": __version__,
+        "also": also,
+        "model": model_hash(model.model),
+    }
 
 
 def check_sizes(rows: Rows, trusted: TrustedSets) -> None:

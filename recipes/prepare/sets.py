@@ -10,8 +10,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..answers import REFUSALS, STUB, TEST_REFUSAL
-from ..contamination import GOOD
+from trl_bilevel.data.answers import REFUSALS, STUB, TEST_REFUSAL
+from trl_bilevel.data.contamination import GOOD
+
 from .sources import (
     ALPACA,
     BEAVER_TAILS,

@@ -1,4 +1,4 @@
-"""What is written beside the rows: a data card for people, a lock file to make the same rows again."""
+"""What is written beside the rows: a data card for people (`card.md`), a lock file to make the same rows again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
+from huggingface_hub import DatasetCard, DatasetCardData
 
-from ..._version import __version__
-from ..cards import render
-from ..files import atomically, read_json, write_json
+from trl_bilevel import __version__
+from trl_bilevel.data.files import atomically, read_json, write_json
+
 from .sets import SETS, Prepared
 
 LOCK_FILE = "prepare.lock.json"
@@ -34,7 +35,6 @@ def content_hash(rows: Dataset) -> str:
 
 def lock_of(prepared: Prepared) -> dict[str, Any]:
     """What it takes to make the sets again, and what they then are."""
-    versions = {"trl_bilevel": __version__, "datasets": datasets.__version__, "python": platform.python_version()}
     return {
         "format": FORMAT,
         "recipe": prepared.recipe,
@@ -42,40 +42,34 @@ def lock_of(prepared: Prepared) -> dict[str, Any]:
         "revisions": {record.source.repository: record.revision for record in prepared.records},
         "requested": {record.source.repository: record.requested for record in prepared.records},
         "sets": {name: {"rows": len(rows), "sha256": content_hash(rows)} for name, rows in prepared.sets.items()},
-        "versions": versions,
+        "versions": {
+            "trl_bilevel": __version__,
+            "datasets": datasets.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 
-def read_lock(path: str | Path) -> dict[str, Any]:
-    """A lock file.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is none, or it is of another format.
-    """
-    path = Path(path)
+def read_lock(path: Path) -> dict[str, Any]:
+    """A lock file; an OSError or ValueError if there is none, or it is of another format."""
     if not path.is_file():
-        raise FileNotFoundError(f"There is no lock file {path}. `trl-bilevel prepare` writes {LOCK_FILE}.")
+        raise FileNotFoundError(f"There is no lock file {path}. `python -m recipes.prepare` writes {LOCK_FILE}.")
     lock = read_json(path)
     if lock.get("format") != FORMAT or not {"recipe", "settings", "revisions", "sets"} <= set(lock):
         raise ValueError(
-            f"{path} is not a lock file of `trl-bilevel prepare` that this version can read: it has the format "
+            f"{path} is not a lock file of `python -m recipes.prepare` that this version can read: it has the format "
             f"{lock.get('format')!r}, not {FORMAT}, or lacks a part. Give the {LOCK_FILE} of this version."
         )
     return lock
 
 
-def write_prepared(prepared: Prepared, folder: str | Path, expected: dict[str, Any] | None = None) -> dict[str, Any]:
+def write_prepared(prepared: Prepared, folder: Path, expected: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write `train.parquet`, `validation.parquet`, `test.parquet`, the data card and the lock file; returns the lock.
 
-    Every file is written whole or not at all; the lock file comes last.
-
-    Args:
-        expected (*optional*): a lock file's content, which the sets must meet.
-
-    Raises:
-        ValueError: naming the sets that differ from it; nothing is written.
+    Every file is written whole or not at all; the lock file comes last. Sets that differ from those of the lock
+    `expected` are a ValueError, and nothing is written.
     """
-    folder, lock = Path(folder), lock_of(prepared)
+    lock = lock_of(prepared)
     made, locked = lock["sets"], (expected or lock)["sets"]
     apart = [name for name in SETS if made[name] != locked.get(name)]
     if apart:
@@ -93,15 +87,18 @@ def write_prepared(prepared: Prepared, folder: str | Path, expected: dict[str, A
 
 def data_card(prepared: Prepared, lock: dict[str, Any]) -> str:
     """The data card: metadata as the hub reads it, then text."""
-    total = sum(len(rows) for rows in prepared.sets.values())
-    metadata = {
-        "language": "en",
-        "license": "other",
-        "license_name": "licences-of-the-sources",
-        "size_categories": SIZES[bisect([1000, 10_000, 100_000], total)],
-        "source_datasets": list(lock["revisions"]),
-        "pretty_name": f"trl-bilevel {prepared.recipe}",
-        "tags": ["trl-bilevel", "data-selection"],
-    }
-    splits = [(name, f"{name}.parquet") for name in SETS]
-    return render("prepared_card.md", metadata, splits, prepared=prepared, lock=lock, lock_file=LOCK_FILE)
+    files = [{"split": name, "path": f"{name}.parquet"} for name in SETS]
+    data = DatasetCardData(
+        language="en",
+        license="other",
+        license_name="licences-of-the-sources",
+        size_categories=SIZES[bisect([1000, 10_000, 100_000], sum(map(len, prepared.sets.values())))],
+        source_datasets=list(lock["revisions"]),
+        task_categories=["text-generation"],
+        configs=[{"config_name": "default", "data_files": files}],
+        pretty_name=f"trl-bilevel {prepared.recipe}",
+        tags=["trl-bilevel", "data-selection"],
+    )
+    template = str(Path(__file__).with_name("card.md"))
+    facts: dict[str, Any] = {"prepared": prepared, "lock": lock, "lock_file": LOCK_FILE, "version": __version__}
+    return str(DatasetCard.from_template(data, template_path=template, **facts))

@@ -1,17 +1,26 @@
-"""`trl-bilevel prepare`: the data of the recipes, from the hub, with a data card and a lock file."""
+"""`python -m recipes.prepare`: the data of the recipes, from the hub, with a data card and a lock file."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
+
+from datasets import disable_progress_bars
+
+from recipes import prepare
+
+# Options that say where data goes and comes from; the others are settings of the sets.
+PLACES = ("recipe", "output", "revision", "lock")
+SAFETY_ONLY = ("construction", "unsafe_answers", "refused_share")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
-        prog="trl-bilevel prepare",
-        epilog="example: trl-bilevel prepare quality --output data/quality --train-rows 10000",
+        prog="python -m recipes.prepare",
+        epilog="example: python -m recipes.prepare quality --output data/quality --train-rows 10000",
         description="Makes the training, validation and test rows of recipes/ from public sets on the hub. Beside "
         "them it writes a data card (README.md) and prepare.lock.json, from which the same rows can be made again.",
     )
@@ -31,27 +40,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Options that say where data goes and comes from; the others are settings of the sets.
-PLACES = ("recipe", "output", "revision", "lock")
-SAFETY_ONLY = ("construction", "unsafe_answers", "refused_share")
-
-
-def run(arguments: list[str]) -> None:
-    """Read, draw, write."""
+def main(arguments: list[str] | None = None) -> int:
+    """Read, draw, write; returns the exit code."""
     options = make_parser().parse_args(arguments)
-    from datasets import disable_progress_bars
-
-    from ..data import prepare
-
     disable_progress_bars()
-    lock = prepare.read_lock(options.lock) if options.lock else None
-    prepared = prepare.prepare_recipe(options.recipe, **settings_of(options, lock))
-    prepare.write_prepared(prepared, options.output, lock)
+    try:
+        lock = prepare.read_lock(options.lock) if options.lock else None
+        prepared = prepare.prepare_recipe(options.recipe, **settings_of(options, lock))
+        prepare.write_prepared(prepared, options.output, lock)
+    except (ValueError, OSError) as error:
+        print(f"recipes.prepare: {error}", file=sys.stderr)
+        return 1
     for record in prepared.records:
         print(f"{record.source.repository} at {record.revision}: {record.read} rows read, {record.used} used.")
     for name, rows in prepared.sets.items():
         print(f"{len(rows)} rows in {options.output / name}.parquet")
     print(f"Licences and counts: {options.output}/README.md. To repeat: --lock {options.output}/{prepare.LOCK_FILE}")
+    return 0
 
 
 def settings_of(options: argparse.Namespace, lock: dict[str, Any] | None) -> dict[str, Any]:
@@ -70,3 +75,7 @@ def settings_of(options: argparse.Namespace, lock: dict[str, Any] | None) -> dic
     if bad:
         raise ValueError(f"`--revision` takes REPOSITORY=REVISION (Open-Orca/OpenOrca=main), got {bad[0]!r}.")
     return given | {"revisions": dict(pair.split("=", 1) for pair in options.revision)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from datasets import load_dataset
+from huggingface_hub import HfApi
 
-from ..answers import STUB
+from trl_bilevel.data.answers import STUB
 
 # Above this share of unreadable rows, the set is not what it is taken for.
 MALFORMED_SHARE = 0.05
@@ -45,7 +47,7 @@ Raw = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """A set on the hub, as `text/sources.yaml` has it; `read` gives None for a row of another kind than wanted."""
+    """A set on the hub, as `sources.yaml` has it; `read` gives None for a row of another kind than wanted."""
 
     repository: str
     read: Callable[[Raw], Example | None]
@@ -77,8 +79,6 @@ def hub_rows(source: Source, revision: str) -> Iterable[Raw]:
     Raises:
         ConnectionError: if the hub does not answer, or has no such set or revision.
     """
-    from datasets import load_dataset
-
     name, split = source.repository, source.split
     with _asking_the_hub(f"open {name} (split {split!r}, revision {revision!r})"):
         return load_dataset(name, data_dir=source.data_dir, split=split, revision=revision, streaming=True)
@@ -86,8 +86,6 @@ def hub_rows(source: Source, revision: str) -> Iterable[Raw]:
 
 def hub_revision(repository: str, revision: str) -> str:
     """The commit hash that a branch, tag or hash of a dataset on the hub stands for; raises as `hub_rows`."""
-    from huggingface_hub import HfApi
-
     with _asking_the_hub(f"look up the revision {revision!r} of {repository}"):
         return str(HfApi().dataset_info(repository, revision=revision).sha)
 
@@ -130,12 +128,17 @@ def _beavertails(row: Raw) -> Example:
     return Example(row["prompt"], row["response"], safe=row["is_safe"])
 
 
-_FACTS = yaml.safe_load(resources.files("trl_bilevel.data").joinpath("text/sources.yaml").read_text())
-OPEN_ORCA = Source("Open-Orca/OpenOrca", _openorca, **_FACTS["Open-Orca/OpenOrca"])
-ALPACA = Source("yahma/alpaca-cleaned", _alpaca, **_FACTS["yahma/alpaca-cleaned"])
-SLIM_ORCA = Source("Open-Orca/SlimOrca", _slimorca, **_FACTS["Open-Orca/SlimOrca"])
-RED_TEAM = Source("Anthropic/hh-rlhf", _red_team, **_FACTS["Anthropic/hh-rlhf"])
-BEAVER_TAILS = Source("PKU-Alignment/BeaverTails", _beavertails, **_FACTS["PKU-Alignment/BeaverTails"])
+_FACTS = yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text())
+OPEN_ORCA, ALPACA, SLIM_ORCA, RED_TEAM, BEAVER_TAILS = (
+    Source(name, read, **_FACTS[name])
+    for name, read in (
+        ("Open-Orca/OpenOrca", _openorca),
+        ("yahma/alpaca-cleaned", _alpaca),
+        ("Open-Orca/SlimOrca", _slimorca),
+        ("Anthropic/hh-rlhf", _red_team),
+        ("PKU-Alignment/BeaverTails", _beavertails),
+    )
+)
 
 
 class MalformedSourceError(ValueError):
