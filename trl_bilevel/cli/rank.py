@@ -141,10 +141,12 @@ def _tell(weights: Any, ranked: Any, output: Path, notes: list[str], model: str)
         ("Time", f"{weights.facts.get('seconds', 0):.0f} s"),
     ]
     file = shlex.quote(str(output))
+    drawn = f"trl-bilevel export {file} --resample {known} --format"
     following = [
         f"trl-bilevel sft --model_name_or_path {shlex.quote(model)} --use_peft --dataset_name {file} "
         "--weight_estimator none --selector_weighting resample --output_dir out   # TRL",
-        f"trl-bilevel export {file} --format llama-factory --resample {known} --output weighted.jsonl   # or axolotl",
+        f"{drawn} llama-factory --output llama-factory.jsonl   # LLaMA-Factory",
+        f"{drawn} axolotl --output axolotl.jsonl   # axolotl",
     ]
     show_summary("Ranked", facts, notes, following)
 
