@@ -53,7 +53,8 @@ def test_first_loss_is_the_objective_computed_by_hand(build, tiny_model, tokeniz
     )
     trainer.train()
     # A quarter as many trusted rows as training rows.
-    drawn = [place for _, place in trainer._objective.trusted.rows(0, 1.0)]
+    (draws,) = trainer._objective.trusted.draws.values()
+    drawn = draws.rows(0)
     assert len(drawn) == 2
     trusted = validation_rows.select(drawn)
     train = token_losses(tiny_model(), tokenizer, trainer.data.rows)
