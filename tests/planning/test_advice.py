@@ -93,12 +93,12 @@ def test_run_shape_reads_the_config(make_args):
 
 @pytest.mark.parametrize(
     ("preset", "estimator", "scored", "depth"),
-    [("reliable", "value_function", 0, 0.3), ("fast", "probe", 0, 2 / 3), ("paper", "paper", 512, 0.3)],
+    [("reliable", "value_function", 0, 0.3), ("fast", "lookahead", 256, 0.1), ("paper", "paper", 512, 0.3)],
 )
 def test_presets_say_what_is_scored(preset, estimator, scored, depth, make_args):
     run = run_shape(make_args(selector_preset=preset))
     assert (run.estimator, run.scored_rows, run.read_depth) == (estimator, scored, depth)
-    assert run.pilots == (preset == "reliable")
+    assert run.pilots == (preset != "paper")
 
 
 def test_packed_rows_need_no_mask(make_args):

@@ -25,7 +25,8 @@ RUNS = {
     "value function, full, all rows scored": {"weight_estimator": "value_function", "pilot_scored_rows": 0},
     "look-ahead, trusted rows in every step": CHECKPOINTING
     | {"weight_estimator": "lookahead", "validation_loss_weight": 0.5},
-    "fast": {"selector_preset": "fast", "lora_r": 8, "pilot_steps": None, "pilot_scored_rows": None},
+    "fast": {"weight_estimator": "lookahead", "selector_preset": "fast", "lora_r": 8},
+    "probe": {"weight_estimator": "probe", "lora_r": 8, "pilot_steps": None, "pilot_scored_rows": None},
     "published update": CHECKPOINTING | {"weight_estimator": "value_function", "selector_preset": "sparse_centred"},
 }
 

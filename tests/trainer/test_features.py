@@ -237,8 +237,7 @@ def test_the_validation_term_is_small(build):
 
 
 def test_presets_set_what_they_say(config):
-    balanced, reliable = (config(selector_preset=name) for name in ("balanced", "reliable"))
-    fast = config(selector_preset="fast", pilot_steps=None)
+    balanced, fast, reliable = (config(selector_preset=name) for name in ("balanced", "fast", "reliable"))
     assert balanced == dataclasses.replace(config(), selector_preset="balanced")
     assert (balanced.weight_estimator, balanced.pilot_scored_rows, balanced.feature_depth) == (
         "value_function",
@@ -246,13 +245,15 @@ def test_presets_set_what_they_say(config):
         0.3,
     )
     assert reliable.pilot_scored_rows == 0
-    assert (fast.weight_estimator, fast.pilot_scored_rows, fast.feature_depth) == ("probe", 0, 2 / 3)
+    assert (fast.weight_estimator, fast.pilot_scored_rows, fast.feature_depth) == ("lookahead", 256, 0.1)
     assert (balanced.selector_weighting, balanced.validation_loss_weight) == ("resample", 0.0)
     for name in ("paper", "seal", "sparse_centred"):
         moving = config(selector_preset=name)
         assert (moving.published, moving.selector_weighting, moving.validation_loss_weight) == (True, "loss", 0.5)
     # What is given by its own name wins.
-    assert config(selector_preset="fast", weight_estimator="lookahead").pilot_scored_rows == 512
+    assert config(selector_preset="fast", pilot_scored_rows=0).pilot_scored_rows == 0
+    probe = config(weight_estimator="probe", pilot_steps=None, pilot_scored_rows=None)
+    assert (probe.pilot_scored_rows, probe.feature_depth) == (0, 2 / 3)
     assert config(selector_preset="fast", weight_estimator="value_function").weight_estimator == "value_function"
     assert config(selector_preset="seal", validation_loss_weight=0.2).validation_loss_weight == 0.2
 

@@ -207,4 +207,4 @@ def test_a_state_that_is_not_a_number_stops_the_probe(chosen, monkeypatch):
 @pytest.mark.parametrize("name", ["pilot_steps", "pilot_scored_rows"])
 def test_settings_of_a_pilot_have_no_meaning_for_the_probe(name):
     with pytest.raises(ValueError, match=f"`{name}=32`.*trains no pilot"):
-        WeightSettings(selector_preset="fast", **{name: 32}).resolve()
+        WeightSettings(weight_estimator="probe", **{name: 32}).resolve()

@@ -16,7 +16,7 @@ def test_presets(name):
     settings = resolved(selector_preset=name)
     preset = PRESETS[name]
     assert (settings.weight_estimator, settings.pilot_scored_rows) == (preset.estimator, preset.scored_rows)
-    assert settings.feature_depth == (2 / 3 if name == "fast" else 0.3) and settings.published == preset.published
+    assert (settings.feature_depth, settings.published) == (preset.feature_depth, preset.published)
 
 
 def test_what_is_given_by_its_name_wins():
@@ -24,7 +24,7 @@ def test_what_is_given_by_its_name_wins():
     assert (settings.pilot_scored_rows, settings.weight_estimator, settings.feature_depth) == (
         0,
         "value_function",
-        0.3,
+        0.1,
     )
     assert resolved(selector_preset=None).selector_preset == "balanced"
     assert not resolved(selector_preset="seal", weight_estimator="none").published

@@ -30,7 +30,7 @@ ARMS = {
     "bilevel": "weights learned by the default estimator",
     "refine": "as bilevel, then rounds with the model's own answers to the questions of least weight",
     "lookahead": "weights learned by the look-ahead estimator",
-    "probe": "weights learned by the probe alone (`selector_preset='fast'`)",
+    "probe": "weights by the probe, which trains nothing",
 }
 # Arms that learn weights without a pilot.
 UNPILOTED = ("seal", "probe")
@@ -39,7 +39,7 @@ LEARNING: dict[str, dict[str, Any]] = {
     "bilevel": {},
     "refine": {},
     "lookahead": {"weight_estimator": "lookahead"},
-    "probe": {"selector_preset": "fast"},
+    "probe": {"weight_estimator": "probe"},
     "seal": {"selector_preset": "seal", "validation_loss_weight": 0.5},
 }
 

@@ -14,7 +14,6 @@ ESTIMATORS = (*PILOTS, "probe")
 PROBE_DEPTH = 2 / 3
 # Scored rows that a prediction of weights needs at least; 128 and more are sensible (docs/results.md).
 MIN_SCORED_ROWS = 16
-PREDICTION_DEPTH = 0.3
 # The pilot's rows of a step, of either kind: all results were measured with as many.
 PILOT_ROWS = 8
 # Steps of the pilot that is given none: one pass over the rows, within these limits. Fewer have not learned the bad
@@ -25,7 +24,7 @@ PILOT_LEARNING_RATE = 1e-3
 # Settings of earlier versions: what to use instead. Those of both trainers.
 RENAMED = {
     "pilot_batch_size": "nothing: 8 rows, as measured",
-    "pilot_feature_depth": "nothing: 30% of the layers for predictions, two thirds for the probe, as measured",
+    "pilot_feature_depth": "`selector_preset`: 'fast' reads shallower states",
     "pilot_smoothing": "nothing: it has no effect where states say nothing of the weights",
     "tracked_rows": "nothing: trackers get figures of the weights, and no text of rows",
 }
@@ -35,19 +34,20 @@ RENAMED = {
 class Preset:
     """What a preset says where the caller has said nothing.
 
-    All rows are scored with `scored_rows=0`. With `published`, weights move with every training step
-    (`weights/published.py`).
+    All rows are scored with `scored_rows=0`. `feature_depth` is the share of the layers whose states predict the
+    weights of rows that are not. With `published`, weights move with every training step (`weights/published.py`).
     """
 
     estimator: str = "value_function"
     scored_rows: int = 512
+    feature_depth: float = 0.3
     published: bool = False
 
 
 PRESETS = {
     "balanced": Preset(),
     "reliable": Preset(scored_rows=0),
-    "fast": Preset("probe", scored_rows=0),
+    "fast": Preset("lookahead", scored_rows=256, feature_depth=0.1),
     "paper": Preset("loss", published=True),
     "seal": Preset("loss", published=True),
     "sparse_centred": Preset(published=True),
@@ -67,8 +67,8 @@ class PilotSettings:
             a classifier of the model's hidden states tells trusted rows from training rows), or `"none"` (equal
             weights).
         selector_preset (`str`, *optional*, defaults to `"balanced"`):
-            `"balanced"`; `"reliable"` scores all rows; `"fast"` is the probe alone, two thirds of a forward pass a
-            row. What is given by its own name wins over a preset.
+            `"balanced"`; `"reliable"` scores all rows; `"fast"` scores half as many rows by the look-ahead and
+            predicts the others' weights from shallower features. What is given by its own name wins over a preset.
             `"paper"`, `"seal"` (published) and `"sparse_centred"`: weights that move with every training step, for
             `BilevelSFTTrainer` only.
         validation_weights (`dict[str, float]`, *optional*):
@@ -80,7 +80,7 @@ class PilotSettings:
             Learning rate of the pilot's adapters.
         pilot_scored_rows (`int`, *optional*):
             Training rows that are scored, drawn at random; weights of the others are predicted from hidden states of
-            the lower layers. 0 for all. 512 by default. Of the estimators with a pilot.
+            the lower layers. 0 for all. 512 by default (`"fast"`: 256). Of the estimators with a pilot.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             Power to which the weights are raised. Above 1 trades variety of rows for purity.
     """
@@ -119,7 +119,7 @@ class PilotSettings:
     @property
     def feature_depth(self) -> float:
         """Share of the layers whose states the probe reads, or predictions of weights of rows that are not scored."""
-        return PROBE_DEPTH if self.weight_estimator == "probe" else PREDICTION_DEPTH
+        return PROBE_DEPTH if self.weight_estimator == "probe" else PRESETS[self.selector_preset].feature_depth
 
     def resolve(self) -> None:
         """Fill in what the preset says where nothing was given; check what was.
@@ -154,8 +154,8 @@ class PilotSettings:
             for name in ("pilot_steps", "pilot_scored_rows"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"`{name}={getattr(self, name)}` has no meaning with `weight_estimator='probe'` (preset "
-                        "'fast'), which trains no pilot and scores all rows. Leave it out, or use 'value_function'."
+                        f"`{name}={getattr(self, name)}` has no meaning with `weight_estimator='probe'`, which "
+                        "trains no pilot and scores all rows. Leave it out, or use 'value_function'."
                     )
             self.pilot_scored_rows = 0
         if self.pilot_scored_rows is None:
