@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict] = {
     "value_function": {},
     TWO_SETS: {"validation_weights": {"benign": 0.5, "refused": 0.5}},
     "lookahead": {"weight_estimator": "lookahead"},
+    "probe": {},
 }
 # With more rows than the defaults score: what prediction costs.
 PRESET_TASK = "quality_large"
@@ -35,8 +36,9 @@ PRESETS: dict[str, dict] = {name: {"selector_preset": name} for name in ("reliab
 
 def measure(name: str, seed: int, setting: str) -> dict:
     task = make_task(name, seed)
-    budget = budget_of(name, overrides=(SETTINGS | PRESETS)[setting] | {"pilot_steps": 24})
-    trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
+    arm, steps = ("probe", {}) if setting == "probe" else ("bilevel", {"pilot_steps": 24})
+    budget = budget_of(name, overrides=(SETTINGS | PRESETS)[setting] | steps)
+    trainer, _ = make_trainer(arm, task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
     start = time.perf_counter()
     trainer.choose_weights()
     seconds = time.perf_counter() - start

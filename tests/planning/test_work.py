@@ -26,6 +26,7 @@ RUNS = {
     "look-ahead, trusted rows in every step": CHECKPOINTING
     | {"weight_estimator": "lookahead", "validation_loss_weight": 0.5},
     "fast": {"weight_estimator": "lookahead", "selector_preset": "fast", "lora_r": 8},
+    "probe": {"weight_estimator": "probe", "lora_r": 8, "pilot_steps": None, "pilot_scored_rows": None},
     "published update": CHECKPOINTING | {"weight_estimator": "value_function", "selector_preset": "sparse_centred"},
 }
 
@@ -37,8 +38,8 @@ def _product(own, left, right, **kwargs):
 @pytest.mark.parametrize("name", RUNS)
 def test_whole_runs_with_everything_counted(name, small_config, tokenizer):
     """Choosing, training, and the trusted rows' losses for the report."""
-    setting = RUNS[name] | {"attention": "eager", "pilot_steps": 2, "max_steps": 2, "per_device_train_batch_size": 4}
-    setting = {"pilot_scored_rows": 16} | setting
+    setting = {"pilot_steps": 2, "pilot_scored_rows": 16} | RUNS[name]
+    setting |= {"attention": "eager", "max_steps": 2, "per_device_train_batch_size": 4}
     tokens, rows, trusted, args = 64, 24, 16, make_config(setting)
     trainer = BilevelSFTTrainer(
         make_model(setting, small_config),

@@ -253,6 +253,8 @@ def test_presets_set_what_they_say(config):
         assert (moving.published, moving.selector_weighting, moving.validation_loss_weight) == (True, "loss", 0.5)
     # What is given by its own name wins.
     assert config(selector_preset="fast", pilot_scored_rows=0).pilot_scored_rows == 0
+    probe = config(weight_estimator="probe", pilot_steps=None, pilot_scored_rows=None)
+    assert (probe.pilot_scored_rows, probe.feature_depth) == (0, 2 / 3)
     assert config(selector_preset="fast", weight_estimator="value_function").weight_estimator == "value_function"
     assert config(selector_preset="seal", validation_loss_weight=0.2).validation_loss_weight == 0.2
 

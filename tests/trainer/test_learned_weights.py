@@ -89,6 +89,7 @@ def test_every_format(name, adapter, both, data):
         {"pilot_scored_rows": 24},
         {"weight_estimator": "lookahead"},
         {"selector_preset": "fast", "pilot_scored_rows": 20},
+        {"weight_estimator": "probe", "pilot_steps": None, "pilot_scored_rows": None},
         {"selector_preset": "reliable"},
         {"filter_rate": 0.3, "calibration_sharpness": 2.0},
         {"pilot_steps": None},

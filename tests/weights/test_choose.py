@@ -1,5 +1,6 @@
 """From scores to weights: rows that are not scored, what rows alike say, and how weights are finished."""
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -8,10 +9,11 @@ from tests.weights.conftest import prepare, trusted_sets
 from trl_bilevel.core.statistics import effective_sample_size
 from trl_bilevel.weights import choose as module
 from trl_bilevel.weights.choose import check_sizes, choose, finished
+from trl_bilevel.weights.errors import NonFiniteScoreError
 from trl_bilevel.weights.language_model import LanguageModel
 from trl_bilevel.weights.pilot import Pilot
 from trl_bilevel.weights.prediction import features
-from trl_bilevel.weights.settings import WeightSettings, default_pilot_steps
+from trl_bilevel.weights.settings import PROBE_DEPTH, WeightSettings, default_pilot_steps
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_a_predictor_of_further_rows(chosen, rows, tokenizer, tiny_model):
 
 
 def test_equal_scores_give_equal_weights(chosen, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_row_scores", lambda pilot, rows, *args: torch.zeros(rows.count, 2))
+    monkeypatch.setattr(module, "_row_scores", lambda score, passes, rows, *args: torch.zeros(rows.count, 2))
     monkeypatch.setattr(module, "trusted_values", lambda trusted, values: torch.zeros(len(trusted), 2))
     found = chosen()
     assert found.weights.tolist() == [1.0] * 80 and "nothing to select by" in caplog.text
@@ -154,3 +156,55 @@ def test_sampling_noise_alone_gives_nearly_equal_weights(seed, chosen, rows, tok
     data, trusted = prepare(drawn[:80], tokenizer), trusted_sets(tokenizer, validation=drawn[80:])
     found = chosen(data, trusted, seed=seed, pilot_learning_rate=1e-3)
     assert effective_sample_size(found.weights) > 0.8
+
+
+def test_the_probe_finds_bad_rows_and_trains_nothing(chosen, monkeypatch):
+    monkeypatch.setattr(Pilot, "train", None)
+    found = chosen(weight_estimator="probe", pilot_steps=None)
+    assert found.facts["estimator"] == "probe" and found.facts["rows_scored"] == 80
+    assert roc_auc_score(GOOD, found.weights) > 0.9
+    assert float(found.weights.mean()) == pytest.approx(1, abs=1e-5)
+    # All trusted rows have a score, by a fit that has not seen them.
+    assert len(found.trusted_scores) == len(found.held_back)
+
+
+def test_the_probe_scores_rows_that_it_was_not_fitted_on(chosen, monkeypatch):
+    monkeypatch.setattr(module, "FITTED_ROWS", 40)
+    found = chosen(weight_estimator="probe", pilot_steps=None, further=True)
+    assert not bool(found.scores.isnan().any())
+    assert roc_auc_score(GOOD, found.weights) > 0.9
+    assert found.predictor is not None
+
+
+def test_the_probe_weighs_further_rows_as_it_weighs_these(chosen, prepared, tiny_model):
+    """A stream's rows: the tabulated predictor against the weights of the rows that it was made from."""
+    model = tiny_model()
+    found = chosen(model=model, weight_estimator="probe", pilot_steps=None, further=True)
+    (states,) = features(LanguageModel(model), prepared.batch(list(range(80))), [PROBE_DEPTH])
+    again = found.predictor(states)
+    assert np.corrcoef(again, found.weights)[0, 1] > 0.9
+
+
+def test_the_probe_gives_equal_weights_where_trusted_rows_are_no_better(chosen, tokenizer, mixed):
+    """Null test: the trusted rows are training rows, drawn at random."""
+    trusted = trusted_sets(tokenizer, validation=mixed[::3])
+    found = chosen(trusted=trusted, weight_estimator="probe", pilot_steps=None)
+    assert effective_sample_size(found.weights) > 0.7
+
+
+def test_a_state_that_is_not_a_number_stops_the_probe(chosen, monkeypatch):
+    whole = module.features
+
+    def broken(model, batch, depths):
+        (found,) = whole(model, batch, depths)
+        return [torch.where(torch.arange(len(found))[:, None] == 0, torch.nan, found)]
+
+    monkeypatch.setattr("trl_bilevel.weights.prediction.features", broken)
+    with pytest.raises(NonFiniteScoreError, match=r"sample_id.*NaN or infinite"):
+        chosen(weight_estimator="probe", pilot_steps=None)
+
+
+@pytest.mark.parametrize("name", ["pilot_steps", "pilot_scored_rows"])
+def test_settings_of_a_pilot_have_no_meaning_for_the_probe(name):
+    with pytest.raises(ValueError, match=f"`{name}=32`.*trains no pilot"):
+        WeightSettings(weight_estimator="probe", **{name: 32}).resolve()

@@ -40,7 +40,10 @@ def test_resolving_twice_changes_nothing():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"weight_estimator": "magic"}, "`weight_estimator` must be one of 'value_function', 'lookahead', 'none'"),
+        (
+            {"weight_estimator": "magic"},
+            "`weight_estimator` must be one of 'value_function', 'lookahead', 'probe', 'none'",
+        ),
         ({"weight_estimator": "loss"}, "`selector_preset='seal'`"),
         ({"weight_estimator": "lookahead", "selector_preset": "paper"}, "Leave one of them out"),
         ({"pilot_learning_rate": float("nan")}, "`pilot_learning_rate` must be a finite number"),

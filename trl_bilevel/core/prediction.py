@@ -9,6 +9,7 @@ score.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ class WeightPredictor:
         """Predicted weights, float32 `[b]`, for features `[b, d]`. Not bounded; see `recalibrated`."""
         return torch.from_numpy(self.model.predict(features.double().cpu().numpy())).float()
 
+    @property
+    def linear(self) -> tuple[Tensor, ...]:
+        """Mean and scale of the features, coefficients and intercept, float64."""
+        scaler, ridge = self.model[0], self.model[-1]
+        return tuple(map(torch.as_tensor, (scaler.mean_, scaler.scale_, ridge.coef_.ravel(), float(ridge.intercept_))))
+
 
 @dataclass(frozen=True)
 class TabulatedPredictor:
@@ -75,22 +82,17 @@ class TabulatedPredictor:
         return torch.lerp(self.weights[right - 1], self.weights[right], share).float()
 
 
-def tabulate(predictor: WeightPredictor, predicted: Tensor, weights: Tensor, knots: int = 256) -> TabulatedPredictor:
-    """What `predictor` says, turned into weights as it was for a sample of rows.
+def tabulate(linear: Sequence[Tensor], predicted: Tensor, weights: Tensor, knots: int = 256) -> TabulatedPredictor:
+    """What a linear map says, turned into weights as it was for a sample of rows.
 
-    `predicted` and `weights` (float32 `[n]`) are its values for the sample, and what `recalibrated` made of them.
+    `linear` holds mean and scale of the features, coefficients and intercept; `predicted` and `weights` (float32
+    `[n]`) are its values for the sample, and what calibration made of them.
     """
     order = torch.argsort(predicted)
     chosen = order[evenly_spaced(len(order), knots)]
-    scaler, ridge = predictor.model[0], predictor.model[-1]
-    return TabulatedPredictor(
-        mean=torch.from_numpy(scaler.mean_),
-        scale=torch.from_numpy(scaler.scale_),
-        coefficients=torch.from_numpy(ridge.coef_.reshape(-1)),
-        intercept=torch.as_tensor(ridge.intercept_, dtype=torch.float64).reshape(()),
-        knots=predicted[chosen].double(),
-        weights=weights[chosen].double() / weights.double().mean(),
-    )
+    made = weights[chosen].double() / weights.double().mean()
+    mean, scale, coefficients, intercept = (part.double() for part in linear)
+    return TabulatedPredictor(mean, scale, coefficients, intercept, predicted[chosen].double(), made)
 
 
 def pair_features(prompt: Tensor, answer: Tensor) -> Tensor:

@@ -236,6 +236,9 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
             moments["evaluation"] = _without_gradient(model, run, running, run.evaluation_rows, space)
     if run.pilots:
         moments |= _pilot(model, run, fixed)
+    if run.estimator == "probe":
+        rows = min(BATCH_ROWS, max(1, BATCH_TOKENS // run.tokens), run.training_rows or BATCH_ROWS)
+        moments["reading of rows"] = _without_gradient(model, run, fixed, rows, 0)
     peak = max(moments, key=lambda name: sum(moments[name].values()))
     tensors = sum(moments[peak].values())
     reserve = CUDA_CONTEXT + round(FRAGMENTATION * tensors) if run.device == "cuda" else 0
@@ -293,7 +296,7 @@ def _changes(
         steps = -(-run.rows * run.accumulation // half)
         settings = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
         yield "smaller micro-batch", settings, model, {"rows": half, "accumulation": steps}
-    if run.pilots and run.trains:
+    if (run.pilots or run.estimator == "probe") and run.trains:
         yield "weights chosen beforehand", {"weight_estimator": "none"}, model, {"estimator": "none"}
     if run.evaluation_rows > run.rows:
         settings = {"per_device_eval_batch_size": run.rows}

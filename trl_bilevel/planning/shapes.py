@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from ..weights.settings import ESTIMATORS
+from ..weights.settings import PILOTS
 
 if TYPE_CHECKING:
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
@@ -102,7 +102,7 @@ class RunShape:
     @property
     def pilots(self) -> bool:
         """True if a pilot run chooses the weights before the first step."""
-        return self.estimator in ESTIMATORS
+        return self.estimator in PILOTS
 
     @property
     def casts(self) -> bool:

@@ -104,10 +104,14 @@ def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
         read = ((SMOOTHING_DEPTH, run.rows_scored + trusted), (run.read_depth, others + trusted if others else 0))
         layers = sum(rows * max(1, round(depth * model.layers)) for depth, rows in read)
         work["prediction"] = layers / model.layers * sum(_forward(model, tokens))
+    if run.estimator == "probe":
+        share = max(1, round(run.read_depth * model.layers)) / model.layers
+        work["prediction"] = share * ((known or 0) + trusted) * sum(_forward(model, tokens))
     if run.trains:
         work["following"] = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * _read_row(model, run, tokens)
     work |= {"step": run.trains * step, "training": (steps or 0) * step, "plain": (steps or 0) * plain}
     work["total"] = sum(work[name] for name in ("training", "pilot", "scoring", "prediction", "following"))
     unknown = {"training", "plain", "total"} if steps is None else set()
-    unknown |= {"prediction", "total"} if run.pilots and known is None else set()
+    reads = run.pilots or run.estimator == "probe"
+    unknown |= {"prediction", "total"} if reads and known is None else set()
     return {name: None if name in unknown else flops for name, flops in work.items()}

@@ -4,12 +4,16 @@ pilot: two adapters learn the rows, one is pulled by the trusted rows       weig
 scores of a sample of the rows, and of trusted rows that neither has seen
 weights that make the rows score like trusted rows                          core/calibration.py
 what rows alike say, and weights of the rows that have no score             weights/prediction.py
+
+Or, with nothing trained (`weight_estimator="probe"`): scores of all rows by what sets trusted rows apart from training
+rows (`core/probe.py`), and weights of them in the same way.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +24,15 @@ from torch import Tensor
 
 from .._version import __version__
 from ..core.calibration import calibrate, ending_logits
-from ..core.prediction import TabulatedPredictor
+from ..core.prediction import TabulatedPredictor, tabulate
+from ..core.probe import Probe, fit_probe
 from ..data.rows import Rows
 from ..data.sampling import content_hash
 from ..data.trusted import TrustedSets
 from .errors import NonFiniteScoreError, row_list
 from .language_model import LanguageModel, left_as_it_was, model_hash
 from .pilot import BATCH_ROWS, BATCH_TOKENS, Pilot, PilotRecipe, pilot_tokens, trusted_values
-from .prediction import Prediction, prediction_tokens
+from .prediction import FITTED_ROWS, Prediction, features, prediction_tokens
 from .processes import Processes
 from .progress import Progress, tokens_of
 from .settings import WeightSettings, default_pilot_steps
@@ -99,44 +104,87 @@ def choose(
     check_sizes(rows, trusted)
     start, processes = time.perf_counter(), Processes.now()
     store = Store(folder, {} if folder is None else _identity(model, rows, trusted, settings, [seed, also]))
+    with left_as_it_was(model.model), Progress(hidden_progress or processes.rank > 0) as progress:
+        # Read one row: a model that cannot be read is found out before anything is trained.
+        model.states(rows.batch([0]), [settings.feature_depth])
+        reading = Prediction(model, rows, trusted, settings.feature_depth, seed, processes, progress)
+        if settings.weight_estimator == "probe":
+            choice = _by_probe(reading, settings, store, groups, further)
+        else:
+            choice = _by_pilot(reading, settings, store, groups, further, checkpointing)
+    store.remove()
+    choice.facts |= {"estimator": settings.weight_estimator, "seconds": round(time.perf_counter() - start, 2)}
+    return choice
+
+
+def _by_pilot(
+    reading: Prediction,
+    settings: WeightSettings,
+    store: Store,
+    groups: Tensor | None,
+    further: bool,
+    checkpointing: bool,
+) -> Choice:
+    """Weights by what trusted rows do to the losses of training rows, seen in a short training of two adapters."""
+    start, model, rows, seed = time.perf_counter(), reading.model, reading.rows, reading.seed
+    processes, progress = reading.processes, reading.progress
     steps = settings.pilot_steps or default_pilot_steps(len(rows))
     rate = settings.pilot_learning_rate
     recipe = PilotRecipe(settings.weight_estimator, steps, rate, seed, checkpointing=checkpointing)
     count = min(settings.pilot_scored_rows or len(rows), len(rows) // 2 if further else len(rows))
-    pulling, held_back = trusted.split(seed)
+    pulling, held_back = reading.trusted.split(seed)
     sample = rows.order(seed)[:count]
-    with left_as_it_was(model.model), Progress(hidden_progress or processes.rank > 0) as progress:
-        # Read one row: a model that cannot be read is found out before the pilot.
-        model.states(rows.batch([0]), [settings.feature_depth])
-        model.check_logits(rows.batch([0]))
-        pilot = Pilot(model, recipe)
-        reads = 2 * tokens_of(rows.lengths, sample.tolist()) + prediction_tokens(rows, count, settings.feature_depth)
-        tokens = pilot_tokens(rows, pulling, recipe) + reads
-        progress.reset(round(tokens))
-        if not progress.disable:
-            progress.write(
-                f"Choosing weights reads about {tokens:,.0f} tokens, {tokens / max(1, sum(rows.lengths)):.1f} times "
-                f"the rows' own, and takes {pilot.bytes / 1e6:,.0f} MB of memory for its adapters beside the model."
-            )
-        _train(pilot, rows, pulling, store, progress)
-        trusted_scores = processes.first(trusted_values(held_back, pilot.scores))
-        scores = _row_scores(pilot, rows, sample, processes, store, progress)
-        _check(scores, trusted_scores, settings.pilot_learning_rate)
-        pilot_seconds = time.perf_counter() - start
-        predict = Prediction(model, rows, trusted, settings.feature_depth, seed, processes, progress)
-        weights, facts, predictor = _weigh(
-            scores, trusted_scores, held_back.shares(), predict, settings, groups, further
-        )
-    store.remove()
-    facts |= {
-        "estimator": recipe.estimator,
-        "steps": steps,
-        "learning_rate": recipe.learning_rate,
-        "rows_scored": count,
-        "pilot_seconds": round(pilot_seconds, 2),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+    model.check_logits(rows.batch([0]))
+    pilot = Pilot(model, recipe)
+    reads = 2 * tokens_of(rows.lengths, sample.tolist()) + prediction_tokens(rows, count, settings.feature_depth)
+    progress.plan(pilot_tokens(rows, pulling, recipe) + reads, sum(rows.lengths), pilot.bytes)
+    _train(pilot, rows, pulling, store, progress)
+    trusted_scores = processes.first(trusted_values(held_back, pilot.scores))
+    scores = _row_scores(pilot.scores, 2, rows, sample, processes, store, progress)
+    _check(scores, trusted_scores, f"lower `pilot_learning_rate` (now {rate:g}), or ")
+    seconds = time.perf_counter() - start
+    weights, facts, predictor = _weigh(scores, trusted_scores, held_back.shares(), reading, settings, groups, further)
+    facts |= {"steps": steps, "learning_rate": rate, "rows_scored": count, "pilot_seconds": round(seconds, 2)}
     return Choice(weights, scores, held_back, trusted_scores, facts, predictor)
+
+
+def _by_probe(
+    reading: Prediction, settings: WeightSettings, store: Store, groups: Tensor | None, further: bool
+) -> Choice:
+    """Weights by what sets trusted rows apart from training rows. Every row is read once, and nothing is trained."""
+    start, model, rows, trusted = time.perf_counter(), reading.model, reading.rows, reading.trusted
+    processes, progress, depths = reading.processes, reading.progress, [settings.feature_depth]
+    order = rows.order(reading.seed)
+    sample, others = order[:FITTED_ROWS], order[FITTED_ROWS:]
+    progress.plan(depths[0] * sum(rows.lengths), sum(rows.lengths), 0)
+    (seen,) = reading.read(sample, depths, "Reading rows")
+    known = processes.first(trusted_values(trusted, lambda batch: features(model, batch, depths)[0]))
+    scores = torch.full((rows.count, 2), torch.nan)
+    scores[rows.ids[sample[~seen.isfinite().all(-1)]]] = torch.inf
+    _check(scores, known, "")
+    fit = fit_probe(seen, known, trusted.shares())
+    # Fits may round otherwise on another processor.
+    probe = Probe(*map(processes.first, fit.probe))
+
+    def score(batch: Any) -> Tensor:
+        values = probe(features(model, batch, depths)[0])
+        return torch.stack([values, torch.zeros_like(values)], dim=-1)
+
+    scores = _row_scores(score, depths[0], rows, others, processes, store, progress)
+    scores[rows.ids[sample]] = torch.stack([processes.first(fit.scores), torch.zeros(len(sample))], dim=-1)
+    _check(scores, known, "")
+    own, unseen = scores[rows.kept, 0], processes.first(fit.trusted_scores)
+    found = calibrate(own, unseen, trusted.shares())
+    facts = _facts(own, found.logits) | {"probe_auc": round(fit.auc, 4), "probe_strength": fit.strength}
+    facts |= {"steps": 0, "learning_rate": 0.0, "rows_scored": len(rows)}
+    facts["pilot_seconds"] = round(time.perf_counter() - start, 2)
+    logits, predictor = torch.zeros(rows.count), None
+    logits[rows.kept] = found.logits
+    weights = _finish(logits, scores[:, 0], rows.kept, settings, groups, facts["equal"])
+    if further and not facts["equal"]:
+        predictor = tabulate(probe, own, found.logits.exp() ** settings.calibration_sharpness)
+    trusted_scores = torch.stack([unseen, torch.zeros_like(unseen)], dim=-1)
+    return Choice(weights, scores, trusted, trusted_scores, facts, predictor)
 
 
 def _identity(model: LanguageModel, rows: Rows, trusted: TrustedSets, settings: Any, also: Any) -> dict[str, Any]:
@@ -183,9 +231,18 @@ def _train(pilot: Pilot, rows: Rows, pulling: TrustedSets, store: Store, progres
 
 
 def _row_scores(
-    pilot: Pilot, rows: Rows, sample: Tensor, processes: Processes, store: Store, progress: Progress
+    score: Callable[[Any], Tensor],
+    passes: float,
+    rows: Rows,
+    sample: Tensor,
+    processes: Processes,
+    store: Store,
+    progress: Progress,
 ) -> Tensor:
-    """Scores of the sampled rows by the caller's row number, float32 `[count, 2]`; NaN for all others."""
+    """Scores of the sampled rows by the caller's row number, float32 `[count, 2]`; NaN for all others.
+
+    `score` gives those of a batch, in so many `passes` through the model.
+    """
     progress.set_description("Scoring rows")
     scores = torch.zeros(rows.count, 2)
     own = processes.own(rows.batches(sample.tolist(), BATCH_TOKENS, BATCH_ROWS))
@@ -195,9 +252,9 @@ def _row_scores(
         scores, done = saved["scores"], int(saved["done"])
     for number, batch in enumerate(own):
         if number >= done:
-            scores[rows.ids[batch]] = pilot.scores(rows.batch(batch))
+            scores[rows.ids[batch]] = score(rows.batch(batch))
             store.write(name, {"scores": scores, "done": torch.tensor(number + 1)}, pause=True)
-        progress.done(2 * tokens_of(rows.lengths, batch) * processes.count)
+        progress.done(passes * tokens_of(rows.lengths, batch) * processes.count)
     scores = processes.sum(scores)
     out = torch.full_like(scores, torch.nan)
     # NaN means "not scored": a score that is not a number is told from that.
@@ -205,15 +262,39 @@ def _row_scores(
     return out
 
 
-def _check(scores: Tensor, trusted: Tensor, learning_rate: float) -> None:
+def _check(scores: Tensor, trusted: Tensor, remedy: str) -> None:
     bad = torch.isinf(scores).any(-1)
     if not bool(bad.any()) and bool(torch.isfinite(trusted).all()):
         return
     where = f"training rows (sample_id) {row_list(bad.nonzero().squeeze(1))}" if bool(bad.any()) else "trusted rows"
     raise NonFiniteScoreError(
-        f"The pilot scored {where} NaN or infinite. Nothing has been trained yet. Look at these rows, lower "
-        f"`pilot_learning_rate` (now {learning_rate:g}), or use bf16 instead of fp16."
+        f"The scores of {where} are NaN or infinite. Nothing has been trained yet. Look at these rows, {remedy}"
+        f"{'' if remedy else 'or '}use bf16 instead of fp16."
     )
+
+
+def _facts(scores: Tensor, logits: Tensor) -> dict[str, Any]:
+    """What is told of scores and of the weights that calibration made of them; a warning if these are equal."""
+    equal = float(logits.max() - logits.min()) == 0
+    if equal:
+        logger.warning(
+            "The scores do not differ, or trusted rows score no better than training rows: there is nothing to select "
+            "by, and all rows get the same weight. More trusted rows or `pilot_steps` may help."
+        )
+    mean, spread = float(scores.mean()), float(scores.std(unbiased=False))
+    return {"score_mean": mean, "score_std": spread, "equal": equal, "smoothing": None}
+
+
+def _finish(
+    logits: Tensor, scores: Tensor, kept: Tensor, settings: WeightSettings, groups: Tensor | None, equal: bool
+) -> Tensor:
+    """Weights from log weights (`[N]`) of all rows, told apart by their scores (NaN where there is none)."""
+    if equal:
+        return torch.where(kept, 1.0, torch.nan)
+    known = scores[~torch.isnan(scores)]
+    z = ((scores - known.mean()) / known.std(unbiased=False).clamp(min=1e-8)).nan_to_num(nan=0.0)
+    logits = settings.calibration_sharpness * (logits - logits[kept].max()) + TILT * z.clamp(-5, 5)
+    return finished(logits.clamp(-RANGE, RANGE).exp(), kept, groups, settings.filter_rate)
 
 
 def _weigh(
@@ -231,26 +312,13 @@ def _weigh(
     found = calibrate(first, trusted_scores[:, 0], shares)
     ends = ending_logits(scores[known, 1], trusted_scores[:, 1], found.logits.exp(), shares)
     found = found._replace(logits=found.logits + ends)
-    facts: dict[str, Any] = {
-        "score_mean": float(first.mean()),
-        "score_std": float(first.std(unbiased=False)),
-        "equal": float(found.logits.max() - found.logits.min()) == 0,
-        "smoothing": None,
-    }
-    kept, z = predict.rows.kept, torch.zeros(len(scores))
-    if facts["equal"]:
-        logger.warning(
-            "The scores do not differ, or trusted rows score no better than training rows: there is nothing to select "
-            "by, and all rows get the same weight. More trusted rows or `pilot_steps` may help."
+    facts, weights, predictor = _facts(first, found.logits), torch.ones(len(scores)), None
+    if not facts["equal"]:
+        weights, facts["smoothing"], predictor = predict.weigh(
+            known.nonzero().squeeze(1), found, settings.calibration_sharpness, further
         )
-        return torch.where(kept, 1.0, torch.nan), facts, None
-    z[known] = (first - first.mean()) / first.std(unbiased=False).clamp(min=1e-8)
-    weights, facts["smoothing"], predictor = predict.weigh(
-        known.nonzero().squeeze(1), found, settings.calibration_sharpness, further
-    )
     logits = weights.clamp(min=1e-30).log()
-    logits = settings.calibration_sharpness * (logits - logits[kept].max()) + TILT * z.clamp(-5, 5)
-    weights = finished(logits.clamp(-RANGE, RANGE).exp(), kept, groups, settings.filter_rate)
+    weights = _finish(logits, scores[:, 0], predict.rows.kept, settings, groups, facts["equal"])
     return weights, facts, predictor
 
 

@@ -84,7 +84,7 @@ class Prediction:
         smooths = len(ids) >= MIN_SCORED_ROWS and bool(weights.max() > weights.min())
         depths = [*([self.depth] if len(others) else []), *([SMOOTHING_DEPTH] if smooths else [])]
         fitted = places[:FITTED_ROWS]
-        features = self._read(fitted, depths, "Reading scored rows")
+        features = self.read(fitted, depths, "Reading scored rows")
         smoothing = None
         if smooths:
             second, explained = cross_predictions(features[-1], own_weights[: len(fitted)])
@@ -107,7 +107,7 @@ class Prediction:
             found = recalibrated(predicted, trusted, float(weights.mean()), self.trusted.shares())
             out[self.rows.ids[others]] = found
             self._tell(fit, len(ids), len(others))
-            predictor = tabulate(fit, predicted, found**sharpness) if further else None
+            predictor = tabulate(fit.linear, predicted, found**sharpness) if further else None
         return self.processes.first(out), smoothing, predictor
 
     def _tell(self, fit: WeightPredictor, scored: int, others: int) -> None:
@@ -122,7 +122,7 @@ class Prediction:
                 "to 0."
             )
 
-    def _read(self, places: Tensor, depths: Sequence[float], stage: str) -> list[Tensor]:
+    def read(self, places: Tensor, depths: Sequence[float], stage: str) -> list[Tensor]:
         """Features float32 `[n, 2 d]` of rows at each depth; every process has all of them, to the last bit."""
         if not depths or len(places) == 0:
             return []

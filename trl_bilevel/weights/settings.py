@@ -6,7 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ESTIMATORS = ("value_function", "lookahead")
+# Those that train a pilot, and all that choose before training.
+PILOTS = ("value_function", "lookahead")
+ESTIMATORS = (*PILOTS, "probe")
+# Share of the layers after which the probe reads rows: states of half of them, or of nearly all, say less (docs/
+# results.md).
+PROBE_DEPTH = 2 / 3
 # Scored rows that a prediction of weights needs at least; 128 and more are sensible (docs/results.md).
 MIN_SCORED_ROWS = 16
 # The pilot's rows of a step, of either kind: all results were measured with as many.
@@ -58,7 +63,9 @@ class PilotSettings:
         weight_estimator (`str`, *optional*):
             Where scores come from: `"value_function"` (the default: two small adapters learn the training rows, one of
             them the trusted rows as well; the score is the difference of a row's losses), `"lookahead"` (one adapter
-            learns the training rows, and then the trusted rows; half of the training), or `"none"` (equal weights).
+            learns the training rows, and then the trusted rows; half of the training), `"probe"` (nothing is trained:
+            a classifier of the model's hidden states tells trusted rows from training rows), or `"none"` (equal
+            weights).
         selector_preset (`str`, *optional*, defaults to `"balanced"`):
             `"balanced"`; `"reliable"` scores all rows; `"fast"` scores half as many rows by the look-ahead and
             predicts the others' weights from shallower features. What is given by its own name wins over a preset.
@@ -73,7 +80,7 @@ class PilotSettings:
             Learning rate of the pilot's adapters.
         pilot_scored_rows (`int`, *optional*):
             Training rows that are scored, drawn at random; weights of the others are predicted from hidden states of
-            the lower layers. 0 for all. 512 by default (`"fast"`: 256).
+            the lower layers. 0 for all. 512 by default (`"fast"`: 256). Of the estimators with a pilot.
         calibration_sharpness (`float`, *optional*, defaults to `1.0`):
             Power to which the weights are raised. Above 1 trades variety of rows for purity.
     """
@@ -81,7 +88,7 @@ class PilotSettings:
     # None is gone after `resolve`.
     weight_estimator: str = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "Where scores come from: 'value_function' (default), 'lookahead' or 'none'."},
+        metadata={"help": "Where scores come from: 'value_function' (default), 'lookahead', 'probe' or 'none'."},
     )
     selector_preset: str = field(
         default="balanced",
@@ -111,8 +118,8 @@ class PilotSettings:
 
     @property
     def feature_depth(self) -> float:
-        """Share of the layers whose states predict the weights of rows that are not scored."""
-        return PRESETS[self.selector_preset].feature_depth
+        """Share of the layers whose states the probe reads, or predictions of weights of rows that are not scored."""
+        return PROBE_DEPTH if self.weight_estimator == "probe" else PRESETS[self.selector_preset].feature_depth
 
     def resolve(self) -> None:
         """Fill in what the preset says where nothing was given; check what was.
@@ -143,6 +150,14 @@ class PilotSettings:
             )
         if not preset.published:
             one_of("weight_estimator", self.weight_estimator, (*ESTIMATORS, "none"))
+        if self.weight_estimator == "probe":
+            for name in ("pilot_steps", "pilot_scored_rows"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)}` has no meaning with `weight_estimator='probe'`, which "
+                        "trains no pilot and scores all rows. Leave it out, or use 'value_function'."
+                    )
+            self.pilot_scored_rows = 0
         if self.pilot_scored_rows is None:
             self.pilot_scored_rows = preset.scored_rows
         if self.pilot_scored_rows != 0 and self.pilot_scored_rows < MIN_SCORED_ROWS:
