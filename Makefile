@@ -32,14 +32,15 @@ test-slow: $(STAMP)
 # Torch as in constraints.txt in both: the one CPU build that everything is tried with.
 TORCH := $(shell grep ^torch== constraints.txt)
 
-test-lowest:  ## what rests on TRL, transformers and PEFT, with the lowest versions allowed
-	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
+.venv-lowest/.installed .venv-middle/.installed: .venv-%/.installed: constraints-%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet -c constraints-$*.txt -e ".[test]"
+	touch $@
+
+test-lowest: .venv-lowest/.installed  ## what rests on TRL, transformers and PEFT, with the lowest versions allowed
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m compat
 
-test-middle:  ## the default path with a release of TRL between the lowest and ours
-	$(PYTHON) -m venv .venv-middle
-	.venv-middle/bin/python -m pip install --quiet -c constraints-middle.txt -e ".[test]"
+test-middle: .venv-middle/.installed  ## the default path with a release of TRL between the lowest and ours
 	OMP_NUM_THREADS=1 .venv-middle/bin/python -m pytest -n 2 --dist worksteal tests/compat
 
 test-gpu: $(STAMP)  ## what trains, on a GPU (needs a torch that sees one)
