@@ -300,7 +300,7 @@ def test_nan_scores_of_the_pilot(refused, tiny_model, config, rows, validation_r
             output if torch.is_grad_enabled() else torch.where((inputs[0] == token).unsqueeze(-1), torch.nan, output)
         )
     )
-    with refused(r"scored training rows \(sample_id\) \[17\]", NonFiniteScoreError):
+    with refused(r"scores of training rows \(sample_id\) \[17\]", NonFiniteScoreError):
         trainer.train()
     assert all(torch.equal(a, b.cpu()) for a, b in zip(before, model.parameters(), strict=True))
 
