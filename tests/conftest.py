@@ -51,6 +51,11 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 def pytest_collection_modifyitems(items):
+    if Version(trl.__version__) < Version("1.16"):
+        older = pytest.mark.skip(reason=f"trl {trl.__version__} gives no log-probabilities of single tokens")
+        for item in items:
+            if item.get_closest_marker("log_probs"):
+                item.add_marker(older)
     items.sort(
         key=lambda item: next((n for n, name in enumerate(LONGEST) if item.name.startswith(name)), len(LONGEST))
     )

@@ -119,7 +119,14 @@ def train(config, tiny_model, validation_rows, tokenizer):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.compat if n == "default" else () if n in FAST else pytest.mark.slow)
+        pytest.param(
+            n,
+            marks=[pytest.mark.compat, pytest.mark.log_probs]
+            if n == "default"
+            else ()
+            if n in FAST
+            else pytest.mark.slow,
+        )
         for n in METHODS
     ],
 )

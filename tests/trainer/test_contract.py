@@ -14,6 +14,7 @@ import pytest
 import transformers
 import trl
 from packaging.requirements import Requirement
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import Trainer
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, TrlParser
@@ -56,6 +57,8 @@ def imported_names():
 
 @pytest.mark.parametrize(("module", "name", "place"), imported_names())
 def test_import(module, name, place):
+    if name == "GgufConfig" and Version(transformers.__version__).major < 5:
+        pytest.skip("the demo's model is converted by transformers 5")
     try:
         found = hasattr(importlib.import_module(module), name)
     except ImportError:
