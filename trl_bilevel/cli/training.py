@@ -47,7 +47,8 @@ def finish(trainer: Any, title: str, facts: Facts, notes: Lines, following: Line
         facts = [*facts, ("Time", duration(seconds["total"]) + spent)]
     if trainer.is_world_process_zero():
         show_summary(title, facts, [*notes, line], following)
-    trainer.end()
+    # `Trainer.end()` does this; older transformers lack it.
+    trainer.accelerator.end_training()
 
 
 class RunProgress(ProgressCallback):
