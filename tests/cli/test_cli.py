@@ -92,6 +92,7 @@ datasets:
     assert "Next:" not in capsys.readouterr().out and not (run_folder / "out2" / "_rows" / "weighted.parquet").exists()
 
 
+@pytest.mark.log_probs
 @pytest.mark.compat
 def test_refine_goes_on_from_an_sft_run(run_folder, capsys):
     assert main(["sft", "--config", f"{run_folder}/run.yaml"]) == 0
@@ -119,6 +120,7 @@ disable_tqdm: true
     assert "of 2 rounds kept" in capsys.readouterr().out
 
 
+@pytest.mark.log_probs
 @pytest.mark.compat
 def test_mixture_names_its_sources(run_folder):
     (run_folder / "mixture.yaml").write_text(
