@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import KFold
 
 from trl_bilevel.core.calibration import calibrate
 from trl_bilevel.core.probe import STRENGTHS, fit_probe
@@ -40,24 +41,22 @@ def test_good_rows_rank_above_bad_ones_without_labels(data):
     assert roc_auc_score(truth[400:], fit.probe(further[400:])) > 0.85
 
 
-def test_the_probe_is_the_mean_of_fits_that_each_leave_a_part_out(data):
-    """With one fold left out by hand: the scores of its rows are those of a fit on the others."""
-    x, y, _ = data
+@pytest.mark.parametrize("width", [30, 900], ids=["narrow", "wide"])
+def test_a_row_is_scored_by_a_fit_that_has_not_seen_it(width):
+    """One fold left out by hand; also where there are more features than rows, which takes another path."""
+    x, y, _ = mixture(width=width)
     fit = fit_probe(x, y, equal(len(y)))
     z = (torch.cat([x, y]).double() - x.double().mean(0)) / x.double().std(0, unbiased=False)
     truth = np.arange(len(z)) >= len(x)
     weights = np.where(truth, 0.5 / len(y), 0.5 / len(x)) * len(z)
     scores = torch.cat([fit.scores, fit.trusted_scores])
-    # Which rows share a fold shows in their scores: those of one fold lie on one linear map of the features.
-    from sklearn.model_selection import KFold
-
     first_x = next(KFold(5, shuffle=True, random_state=0).split(x))[1]
     first_y = next(KFold(5, shuffle=True, random_state=0).split(y))[1] + len(x)
     held = np.zeros(len(z), bool)
     held[np.concatenate([first_x, first_y])] = True
     model = LogisticRegression(C=fit.strength, tol=1e-3, max_iter=200)
     model.fit(z[~held], truth[~held], sample_weight=weights[~held])
-    np.testing.assert_allclose(scores[held], model.decision_function(z[held]), atol=1e-5)
+    np.testing.assert_allclose(scores[held], model.decision_function(z[held]), atol=5e-3)
 
 
 def test_without_a_difference_weights_are_nearly_equal():
@@ -83,15 +82,6 @@ def test_scale_and_shift_of_features_change_nothing(width):
     torch.testing.assert_close(one.scores, two.scores, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(two.probe(x * scale + shift), one.probe(x), atol=1e-2, rtol=1e-2)
     assert roc_auc_score(is_good, one.scores) > 0.9
-
-
-def test_both_paths_agree():
-    """The same rows, as they are and with features doubled to more than there are rows: half the penalty each."""
-    x, y, _ = mixture(rows=40, trusted=10, width=30)
-    wide = fit_probe(torch.cat([x, x], 1), torch.cat([y, y], 1), equal(10))
-    narrow = fit_probe(x * 1.0, y * 1.0, equal(10))
-    assert wide.probe.coefficients.shape == (60,) and narrow.probe.coefficients.shape == (30,)
-    torch.testing.assert_close(wide.probe.coefficients[:30], wide.probe.coefficients[30:])
 
 
 def test_a_feature_that_does_not_vary_is_left_out(data):

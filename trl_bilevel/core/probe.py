@@ -66,9 +66,14 @@ def fit_probe(features: Tensor, trusted: Tensor, shares: Tensor) -> ProbeFit:
 
     Args:
         features, trusted (`Tensor` float `[n, d]`, `[c, d]`): of training rows in random order, and of trusted rows;
-            at least two of either, finite.
+            finite.
         shares (`Tensor` float `[c]`): how much each trusted row counts.
+
+    Raises:
+        ValueError: if there are fewer than two rows of either kind.
     """
+    if len(features) < 2 or len(trusted) < 2:
+        raise ValueError(f"The probe needs at least 2 rows of either kind, got {len(features)} and {len(trusted)}.")
     x, y = features.double().cpu().numpy(), trusted.double().cpu().numpy()
     mean, scale = x.mean(0), x.std(0)
     # A feature that does not vary says nothing.
