@@ -214,3 +214,11 @@ def test_lists_of_weights_are_refused(build):
         trainer.sample_weights()
     with pytest.raises(ValueError, match="top_k"):
         trainer.weighted_dataset(top_k=3)
+
+
+def test_the_probe_weighs_rows_that_come_later(build):
+    trainer = build(weight_estimator="probe", pilot_steps=None, pilot_scored_rows=None, max_steps=13)
+    trainer.train()
+    weights = [row["data_weight"] for row in trainer.weighted_dataset()]
+    assert len(weights) == 100 and not any(map(math.isnan, weights))
+    assert roc_auc_score([i % 2 == 0 for i in range(64, 100)], weights[64:]) > 0.9
