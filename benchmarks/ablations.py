@@ -1,4 +1,4 @@
-"""What the weights owe to the trusted set and to the mixture: the pilot run alone, one thing changed at a time.
+"""What the weights owe to the trusted set and to the mixture: weights alone, one thing changed at a time.
 
 python -m benchmarks.ablations [--settings ...] [--seeds 0 1 2] [--jobs 1]
 
@@ -111,7 +111,7 @@ def measure(name: str, seed: int) -> dict:
     task = with_bad_trusted_rows(task, setting.bad_trusted, seed)
     if setting.sources:
         task = with_sources(task, setting.sources, seed)
-    budget = budget_of(setting.task, pilot_steps=24, overrides=setting.overrides)
+    budget = budget_of(setting.task, overrides=setting.overrides)
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget, output_dir=tempfile.mkdtemp())
     start = time.perf_counter()
     trainer.choose_weights()

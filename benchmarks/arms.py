@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from torch import Tensor
 
 from trl_bilevel import SelfRefineTrainer
@@ -19,6 +20,9 @@ from trl_bilevel.demo.tasks import Task
 
 ARMS = experiment.ARMS | {
     "validation_only": "only the validation rows",
+    "trusted_once": "all rows and the validation rows, equal weights",
+    "trusted_thrice": "all rows and the validation rows three times, equal weights",
+    "bilevel_trusted": "the weights of bilevel, and each validation row three times as often as the best rows",
     "random_subset": "a random quarter of the rows",
     "perplexity": "the rows that the untrained model finds likeliest, as many as are undamaged (needs that number)",
     "seal_two_stage": "the four fifths of the rows that `seal` weighs most, from the start: twice the steps",
@@ -29,6 +33,10 @@ ARMS = experiment.ARMS | {
 # Those that train on rows that were chosen from all rows before.
 FILTERS = ("random_subset", "perplexity", "seal_two_stage")
 REFINING = ("refine", "refine_random", "refine_best")
+# How often a validation row is there, beside rows of equal weight.
+ADDED = {"trusted_once": 1, "trusted_thrice": 3}
+# How often a validation row is seen for each time that a row of the largest weight is.
+TRUSTED_FACTOR = 3
 
 
 class RandomWeights(SelfRefineTrainer):
@@ -67,6 +75,16 @@ def run_arm(
         # As many steps as with all rows.
         changes = {"max_steps": round(budget.epochs * len(task.train) / budget.batch_size)}
         task = replace(task, train=kept_rows(task, keep))
+    elif arm in ADDED:
+        known = "uniform"
+        changes = {"max_steps": round(budget.epochs * len(task.train) / budget.batch_size)}
+        task = replace(task, train=concatenate_datasets([task.train, *[kept_rows(task, None)] * ADDED[arm]]))
+    elif arm == "bilevel_trusted":
+        known, weights = "bilevel", settings["weights"]
+        changes = {"max_steps": round(budget.epochs * len(task.train) / budget.batch_size)}
+        trusted = [TRUSTED_FACTOR * max(weights)] * len(task.validation)
+        settings["weights"] = [*weights, *trusted]
+        task = replace(task, train=concatenate_datasets([task.train, kept_rows(task, None)]))
     elif arm == "bilevel_double":
         known, changes = "bilevel", {"per_device_train_batch_size": 2 * budget.batch_size}
     elif arm in REFINING:

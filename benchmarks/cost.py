@@ -1,19 +1,16 @@
 """Counted cost of selection: FLOPs of a whole two-epoch run, everything included, against TRL's `SFTTrainer`.
 
-python -m benchmarks.cost [--rows 576 1088] [--settings balanced ...]
+python -m benchmarks.cost [--rows 576] [--settings balanced ...]
 
-FLOPs are counted by `torch.utils.flop_counter` while the trainers run (pilot, scoring, validation
-rows, trackers and the recomputation of gradient checkpointing are all in), on a small Llama of ten layers whose LM
-head has the share that it has in SmolLM2-135M: the ratio does not depend on the machine. All rows are of one length,
-so that a run costs a constant and so much per row (from 513 rows on, where the default does not score them all): two
-sizes give every other one. Adds what is missing to `benchmarks/results/cost.json`.
+FLOPs are counted by `torch.utils.flop_counter` while the trainers run (reading, pilot, scoring, validation rows,
+trackers and the recomputation of gradient checkpointing are all in), on a small Llama of ten layers whose LM head has
+the share that it has in SmolLM2-135M. It prints ratios; docs/results.md has those that the planner computes, whose
+formulas `tests/planning` holds to such counts.
 """
 
 import argparse
-import json
 import random
 import tempfile
-from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -22,10 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.run import versions
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
-HERE = Path(__file__).parent
 VOCABULARY, BATCH, VALIDATION = 1360, 8, 32
 
 # What each line of the table sets; `None` is TRL's own trainer.
@@ -35,7 +30,6 @@ SETTINGS: dict[str, dict | None] = {
     "balanced": {},
     "fast": {"selector_preset": "fast"},
     "balanced, lambda = 0.5": {"validation_loss_weight": 0.5},
-    "balanced, lookahead": {"weight_estimator": "lookahead"},
     "value_function, online": {"selector_preset": "sparse_centred"},
 }
 
@@ -98,26 +92,17 @@ def count(setting: dict | None, rows: int, tokenizer: object) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", type=int, default=[576, 1088])
+    parser.add_argument("--rows", nargs="*", type=int, default=[576])
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
-    parser.add_argument("--force", action="store_true", help="count again what has been counted")
     options = parser.parse_args()
     disable_progress_bars()
     from tests.conftest import make_tokenizer
 
     tokenizer = make_tokenizer()
-    target = HERE / "results" / "cost.json"
-    flops: dict[str, dict[str, int]] = {}
-    if target.exists() and not options.force:
-        flops = json.loads(target.read_text())["flops"]
     for rows in options.rows:
-        for name in ["SFTTrainer", *(name for name in options.settings if name != "SFTTrainer")]:
-            counts = flops.setdefault(name, {})
-            if str(rows) not in counts:
-                counts[str(rows)] = count(SETTINGS[name], rows, tokenizer)
-                record = {"batch": BATCH, "validation_rows": VALIDATION, "flops": flops, "versions": versions()}
-                target.write_text(json.dumps(record, indent=1))
-            print(f"{rows} rows, {name:32} {counts[str(rows)] / flops['SFTTrainer'][str(rows)]:.3f}", flush=True)
+        plain = count(None, rows, tokenizer)
+        for name in (name for name in options.settings if SETTINGS[name] is not None):
+            print(f"{rows} rows, {name:32} {count(SETTINGS[name], rows, tokenizer) / plain:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Counted FLOPs, times and memory have commands of their own (docs/results.md name
 import argparse
 from collections.abc import Iterator
 
-from benchmarks import ablations, amortised, estimators, report, transfer, yardstick
+from benchmarks import ablations, report, transfer
 from benchmarks.jobs import Job, add_arguments, run_jobs
 from benchmarks.run import experiments, jobs_of
 
@@ -19,16 +19,11 @@ LAST = ("safety_scarce", "refine_levers")
 
 
 def jobs() -> Iterator[Job]:
-    # The longest runs: begun first, they end beside the others.
-    yield from yardstick.jobs(list(yardstick.STEPS), ["quality", "safety", "boilerplate"], (0,))
     for group in (FIRST, SECOND):
         yield from by_seed(group)
     yield from ablations.jobs(list(ablations.SETTINGS), (0, 1, 2))
     yield from by_seed(LAST)
     yield from transfer.jobs(transfer.TASKS, (0, 1, 2))
-    yield from estimators.jobs(estimators.TASKS, list(estimators.SETTINGS), (0, 1))
-    yield from estimators.jobs([estimators.PRESET_TASK], list(estimators.PRESETS), (0, 1, 2))
-    yield from amortised.jobs(["quality_large"], (0,))
 
 
 def by_seed(names: tuple[str, ...]) -> list[Job]:

@@ -39,7 +39,7 @@ ROWS = {"train": 64, "validation": 32, "test": 4}
 # Of a question and its answer: longer than `max_length` tokens together, a question is not.
 WORDS, WORDS_SMALL = (550, 1000), (10, 20)
 # Few steps, each as large as the recipe's.
-SHORT = {"pilot_steps": 3, "pilot_scored_rows": 16, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": "true"}
+SHORT = {"save_strategy": "no", "logging_steps": 1, "disable_tqdm": "true"}
 SHORT_OFFLINE = SHORT | {"max_steps": 3}
 # The rows are few: every question is asked, so that a round is as large as the recipe's.
 SHORT_ONLINE = SHORT | {"num_rounds": 1, "question_fraction": 1.0}

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_bilevel.demo.tasks import SAFETY_TASKS
-
 # Of the default weights, raised when they change. 2: smoothed by what rows alike say, full weight from the lower
 # quartile of trusted scores on; before it, from their mean on. 3: from that of the lowest kind of trusted rows on.
-METHOD = 3
+# 4: the probe, which trains nothing.
+METHOD = 4
+# Arms whose weights are not the default's.
+OWN_WEIGHTS = ("seal", "seal_two_stage", "pilot", "pilot_on_top", "lookahead", "loss", "alignment")
 SHOWN = ("test_loss", "auc", "influence_auc", "good_share", "safety", "seconds")
 
 
@@ -37,11 +38,9 @@ class Job:
 
 
 def is_older(record: dict[str, Any]) -> bool:
-    """Whether a result is of weights that a pilot run with today's defaults does not give any more."""
-    learned = not {"good_share", "good_share_scored"}.isdisjoint(record) and record.get("pilot_steps", 1) > 0
-    # The third changes nothing where trusted rows are of one kind.
-    least = METHOD if record.get("task") in SAFETY_TASKS else 2
-    return learned and record.get("method", 1) < least
+    """Whether a result is of weights that today's defaults do not give any more."""
+    learned = not {"good_share", "good_share_scored"}.isdisjoint(record) and record.get("arm") not in OWN_WEIGHTS
+    return learned and record.get("method", 1) < METHOD
 
 
 def is_done(target: Path) -> bool:

@@ -36,7 +36,7 @@ ROWS, TOKENS, BATCH, VALIDATION, STEPS = 32, 256, 2, 8, 2
 
 LORA: dict[str, Any] = {"lora_r": 16}
 CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
-PILOT: dict[str, Any] = {"weight_estimator": "value_function", "pilot_steps": 2, "pilot_scored_rows": 16}
+PILOT: dict[str, Any] = {"weight_estimator": "value_function", "pilot_steps": 2}
 # With tiles of the LM head as narrow as this one, the decoder's layers make the peak, as they do on a GPU.
 NARROW: dict[str, Any] = {"tile_width": 1024}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Write `docs/results.md` and its plots from the JSON files in `benchmarks/results`.
+"""Write `docs/results.md`, `docs/runs.md` and their plots from the JSON files in `benchmarks/results`.
 
 python -m benchmarks.report
 """
@@ -10,31 +10,12 @@ from pathlib import Path
 
 from scipy.stats import t as student
 
-from benchmarks import pareto, scale, summary
+from benchmarks import scale, summary
 from benchmarks.ablations import SETTINGS as ABLATIONS
-from benchmarks.cost import SETTINGS as COUNTED
-from benchmarks.estimators import PRESETS, SETTINGS
 from benchmarks.jobs import is_older
-from benchmarks.texts import (
-    ABLATION,
-    ABOUT,
-    COMPARED,
-    ESTIMATORS,
-    INTRODUCTION,
-    OLDER,
-    READING,
-    REFINE,
-    SAFETY,
-    SAME,
-    TRANSFER,
-    YARDSTICK,
-)
-from trl_bilevel.planning.shapes import RunShape
-
-DEPTH = RunShape.read_depth
+from benchmarks.texts import ABOUT, INTRODUCTION, LARGE, READING, REFINE, ROUNDS, RUNS, SMALL, TRUSTED
 
 HERE = Path(__file__).parent
-SIZES = (1_088, 10_000, 100_000, 1_000_000)
 DOCS = HERE.parent / "docs"
 
 
@@ -45,6 +26,24 @@ def load(name: str, folder: str = "") -> dict[str, dict[int, dict]]:
         record = json.loads(file.read_text())
         arms.setdefault(record["arm"], {})[record["seed"]] = record
     return arms
+
+
+def shown(name: str) -> dict[str, dict[int, dict]]:
+    """Results of an experiment by arm and seed, each with the gap `recovered`: of today's default where there are any,
+    else made on a GPU, else on a CPU. Both ends of the gap are of the same machine, where that has them."""
+    machines = {folder: load(name, folder) for folder in ("cpu", "")}
+    out: dict[str, dict[int, dict]] = {}
+    for arm in sorted({*machines["cpu"], *machines[""]}):
+        able = [folder for folder in machines if arm in machines[folder]]
+        new = [folder for folder in able if not any(map(is_older, machines[folder][arm].values()))]
+        # Results of arms that do not choose by the default never grow old: those of the GPU are more.
+        learned = any("good_share" in run for folder in able for run in machines[folder][arm].values())
+        folder = (new or able)[0] if learned else able[-1]
+        runs, own = machines[folder][arm], machines[folder]
+        ends = {end: own.get(end) or machines[""].get(end, {}) for end in ("uniform", "clean_only")}
+        gaps = summary.recovered(ends | {arm: runs}, arm)
+        out[arm] = {seed: run | {"recovered": gaps[seed]} for seed, run in runs.items() if seed in gaps}
+    return out
 
 
 def marks(records: Iterable[dict]) -> str:
@@ -125,27 +124,6 @@ def table(name: str, arms: dict[str, dict[int, dict]]) -> list[str]:
     return lines
 
 
-def about_safety() -> list[str]:
-    safety = load("safety")
-    runs = {
-        "short": safety.get("clean_only_short", {}),
-        "taken_off": safety["bilevel"],
-        "on_top": safety.get("bilevel_on_top", {}),
-    }
-    if any(len(found) < 3 for found in runs.values()):
-        return []
-    over = {
-        name: statistics.mean(
-            run["test_loss"] / safety["clean_only"][seed]["test_loss"] - 1 for seed, run in found.items()
-        )
-        for name, found in runs.items()
-    }
-    refusals, own, whole = (
-        per_seed([run["safety"]["over_refusal"] for _, run in sorted(found.items())], ".0%") for found in runs.values()
-    )
-    return [SAFETY.format(**over, refusals=refusals, own=own, whole=whole) + "\n"]
-
-
 def about_rounds(arms: dict[str, dict[int, dict]]) -> str:
     ledgers = [run["ledger"] for runs in arms.values() for run in runs.values() if run.get("ledger")]
     entries = [entry for ledger in ledgers for entry in ledger]
@@ -155,140 +133,30 @@ def about_rounds(arms: dict[str, dict[int, dict]]) -> str:
     return REFINE.format(offline=offline, kept=kept) + "\n"
 
 
-def amortised() -> list[str]:
-    parts = []
-    for file in sorted((HERE / "results" / "amortised").glob("*.json")):
-        record = json.loads(file.read_text())
-        entries = list(record["predicted"].values())
-        counts = sorted({entry["scored"] for entry in entries})
-        lines = ["| features after | " + " | ".join(f"{count} scored" for count in counts) + " |"]
-        lines.append("|---" * (len(counts) + 1) + "|")
-        for depth in sorted({entry["depth"] for entry in entries}):
-            found = {entry["scored"]: entry for entry in entries if entry["depth"] == depth}
-            cells = [f"{found[count]['auc']:.3f}, {found[count]['good_share']:.0%}" for count in counts]
-            lines.append(f"| {depth:.0%} of the layers | " + " | ".join(cells) + " |")
-        parts.append(
-            "## Weights of rows that were not scored\n\n"
-            f"Task {record['task']}{marks([record])}, seed {record['seed']}: AUC, and share of weight on good rows, "
-            f"of weights predicted for the other rows of the {record['rows']:,} (mean of 4 draws). Scored themselves, "
-            f"all rows have {record['auc_scored']['all']:.3f}, "
-            f"{record['good_share_scored']:.0%}. The default reads features after {DEPTH:.0%} of the layers, and "
-            f"scores 512 rows. `python -m benchmarks.amortised`\n\n" + "\n".join(lines) + "\n"
-        )
-    return parts
+def large_table(estimators: list[str]) -> str:
+    """Quality of the weights of thousands of rows."""
+    files = sorted((HERE / "results" / "large").glob("*.json"))
+    records = [record for record in (json.loads(file.read_text()) for file in files) if "auc" in record]
+    groups: dict[tuple[str, int, int], list[dict]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        if record["estimator"] in estimators:
+            key = (record["task"], -record["rows"], estimators.index(record["estimator"]))
+            groups.setdefault(key, []).append(record)
+    head = ["task", "rows", "preset", "seeds", "AUC", "of each kind", "weight on good rows", "minutes"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for (task, rows, place), runs in sorted(groups.items()):
+        kinds = [kind for kind in runs[0]["auc"] if kind != "all"]
+        preset = "balanced" if estimators[place] == "probe" else estimators[place]
+        cells = [task, f"{-rows:,}", preset + marks(runs), ", ".join(str(run["seed"]) for run in runs)]
+        cells.append(per_seed([run["auc"]["all"] for run in runs], ".3f"))
+        cells.append("; ".join(f"{kind} {per_seed([run['auc'][kind] for run in runs], '.3f')}" for kind in kinds))
+        cells.append(per_seed([run["good_share"] for run in runs], ".0%"))
+        cells.append(per_seed([run["seconds"] / 60 for run in runs], ".0f"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def cost() -> list[str]:
-    file = HERE / "results" / "cost.json"
-    if not file.exists():
-        return []
-    record = json.loads(file.read_text())
-    plain = pareto.line_through(record["flops"]["SFTTrainer"])
-    lines = ["| settings | " + " | ".join(f"{rows:,} rows" for rows in SIZES) + " | any number |"]
-    lines.append("|---" * (len(SIZES) + 2) + "|")
-    for name, counts in record["flops"].items():
-        if name not in COUNTED:
-            continue
-        fixed, slope = pareto.line_through(counts)
-        cells = [f"{pareto.cost_ratio(record['flops'], name, rows):.3f}x" for rows in SIZES]
-        lines.append(
-            f"| {name} | " + " | ".join(cells) + f" | {slope / plain[1]:.3f}x + {fixed / plain[1]:,.0f} rows |"
-        )
-    from_rows = {
-        name: pareto.rows_for(record["flops"], name, ratio) for name, ratio in (("balanced", 1.1), ("fast", 1.05))
-    }
-    counted = ", ".join(sorted({size for counts in record["flops"].values() for size in counts}, key=int))
-    return [
-        "## Cost of selection\n\nFLOPs of a whole two-epoch run over those of `SFTTrainer` on the same rows, "
-        "everything included (pilot run, scoring, prediction, validation rows), on a Llama of ten layers with LoRA, "
-        f"gradient checkpointing on, batch {record['batch']}, {record['validation_rows']} validation rows. A run "
-        "costs a constant (the pilot, the scored rows), given here in rows' worth of plain training, and so much per "
-        f"row; counted with {counted} rows of 50 tokens, computed for the others. `balanced` costs no more than 1.10x "
-        f"from {from_rows['balanced']:,} rows on, `fast` no more than 1.05x from {from_rows['fast']:,}. PyTorch's "
-        "counter does not see attention kernels on a CPU, nor products in place (a third of the LM head), on either "
-        "side. The pilot's steps come on top here, while the tables above take them off most arms. "
-        "`python -m benchmarks.cost`"
-        "\n\n" + "\n".join(lines) + "\n\n![Cost by number of rows](cost_rows.png)\n"
-    ]
-
-
-def speed() -> list[str]:
-    file = HERE / "results" / "speed.json"
-    if not file.exists():
-        return []
-    record = json.loads(file.read_text())
-
-    def median(side: str, key: str) -> float:
-        return statistics.median(run[key] for run in record["runs"][side])
-
-    lines = ["| settings | seconds per step | ratio | peak memory (of all runs) | ratio |", "|---" * 5 + "|"]
-    for side in record["runs"]:
-        peaks = [run["peak_bytes"] / 2**20 for run in record["runs"][side]]
-        spread = f"{statistics.median(peaks):,.0f} MiB ({min(peaks):,.0f} to {max(peaks):,.0f})"
-        cells = [f"{median(side, 'median_step_seconds'):.2f}", spread]
-        keys = ("median_step_seconds", "peak_bytes")
-        ratios = [f"{median(side, key) / median('SFTTrainer', key):.3f}x" for key in keys]
-        lines.append(f"| {side} | {cells[0]} | {ratios[0]} | {cells[1]} | {ratios[1]} |")
-    repeats, processor = len(record["runs"]["SFTTrainer"]), record["machine"]["processor"]
-    return [
-        f"## Step time and memory\n\nSmolLM2-135M-Instruct, LoRA, bf16, gradient checkpointing, {record['batch']} "
-        f"rows of {record['tokens_per_row']} tokens per step, on {processor}: medians of {repeats} runs of "
-        f"{record['steps']} steps, each a process of its own, alternating. Peak memory is that of the process while "
-        "it trains, with a short pilot run (8 steps, 32 of 128 rows scored; its time is in no step). (With lambda = "
-        "0.5 the validation rows join every fourth step, which a median does not see.) `python -m benchmarks.speed`"
-        "\n\n" + "\n".join(lines) + "\n"
-    ]
-
-
-def speed_of_processes() -> list[str]:
-    file = HERE / "results" / "speed_processes.json"
-    if not file.exists():
-        return []
-    record = json.loads(file.read_text())
-    keys = ("median_step_seconds", "peak_bytes", "selector_bytes_per_step", "gradient_bytes_per_step")
-    medians = {
-        side: [statistics.median(run[key] for run in runs) for key in keys] for side, runs in record["runs"].items()
-    }
-    plain, count, processor = medians["SFTTrainer"], record["processes"], record["machine"]["processor"]
-    repeats = len(record["runs"]["SFTTrainer"])
-    lines = [
-        "| settings | seconds per step | ratio | peak memory | ratio | selector's bytes per step | gradients' |",
-        "|---" * 7 + "|",
-    ]
-    for side, (seconds, peak, selector, gradient) in medians.items():
-        lines.append(
-            f"| {side} | {seconds:.2f} | {seconds / plain[0]:.3f}x | {peak / 2**20:,.0f} MiB | {peak / plain[1]:.3f}x "
-            f"| {selector:,.0f} | {gradient:,.0f} |"
-        )
-    return [
-        f"## Step time and memory of {count} processes\n\nThe same under DDP (gloo) on {processor}, "
-        f"{record['batch']} rows per process, figures of the first: medians of {repeats} alternating runs of "
-        f"{record['steps']} steps. Bytes are those that a process exchanges in a training step; calibrated weights "
-        f"need one exchange of all scores, after the pilot run. `python -m benchmarks.speed "
-        f"--processes {count} --repeats {repeats} --steps {record['steps']}`\n\n" + "\n".join(lines) + "\n"
-    ]
-
-
-def estimators() -> list[str]:
-    records = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "estimators").glob("*.json"))]
-    # Those of presets have a table of their own.
-    records = [record for record in records if record["setting"] not in PRESETS]
-    if not records:
-        return []
-    lines = [
-        "| task | seed | setting | AUC | weight on good rows | effective sample size among them |",
-        "|---" * 6 + "|",
-    ]
-    order = [*SETTINGS, *sorted({r["setting"] for r in records} - SETTINGS.keys())]
-    for r in sorted(records, key=lambda r: (r["task"], r["seed"], order.index(r["setting"]))):
-        name = r["setting"] + ("" if r["setting"] in SETTINGS else " (gone)")
-        auc = "; ".join(f"{kind} {value:.3f}" for kind, value in r["auc"].items())
-        share = f"{r['good_share']:.0%} | {r['ess_good']:.0%}"
-        lines.append(f"| {r['task']} | {r['seed']} | {name}{marks([r])} | {auc} | {share} |")
-    return [ESTIMATORS.format(table="\n".join(lines))]
-
-
-def ablations() -> list[str]:
+def trusted() -> list[str]:
     records = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "ablations").glob("*.json"))]
     lines = []
     for setting in ABLATIONS:
@@ -298,58 +166,7 @@ def ablations() -> list[str]:
             aucs = " / ".join(f"{r['auc']['all']:.3f} ({low:.3f})" for r, low in zip(runs, worst, strict=True))
             shares = " / ".join(f"{r['good_share']:.0%}" for r in runs)
             lines.append(f"| {setting}{marks(runs)} | {', '.join(str(r['seed']) for r in runs)} | {aucs} | {shares} |")
-    return [ABLATION.format(table="\n".join(lines))] if lines else []
-
-
-def transfer() -> list[str]:
-    records = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "transfer").glob("*.json"))]
-    lines = []
-    for record in records:
-        arms, seed = load(record["task"]), record["seed"]
-        uniform, clean, own = (arms.get(arm, {}).get(seed) for arm in ("uniform", "clean_only", "bilevel"))
-        if not (uniform and clean and own):
-            continue
-        gap = uniform["test_loss"] - clean["test_loss"]
-        shares = [f"{(uniform['test_loss'] - run['test_loss']) / gap:.0%}" for run in (record, own)]
-        aucs = [f"{run['auc']['all']:.3f}" for run in (record, own)]
-        lines.append(
-            f"| {record['task']}{marks([record, own])} | {seed} | {aucs[0]} | {shares[0]} | {aucs[1]} | {shares[1]} |"
-        )
-    return [TRANSFER.format(table="\n".join(lines))] if lines else []
-
-
-def yardstick() -> list[str]:
-    parts = []
-    for file in sorted((HERE / "results" / "yardstick").glob("*.json")):
-        record = json.loads(file.read_text())
-        steps = list(record["auc"])
-        head = ["signal", "cost", *(f"after {step} steps" for step in steps)]
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for signal in record["auc"][steps[0]]:
-            cost = record["scoring_cost"][signal.replace("alignment, cosine", "alignment")]
-            kinds = [record["auc"][step][signal] for step in steps]
-            worst = [min(value for kind, value in auc.items() if kind != "all") for auc in kinds]
-            cells = [f"{auc['all']:.2f} ({low:.2f})" for auc, low in zip(kinds, worst, strict=True)]
-            lines.append(f"| {signal} | {cost:.2f} | " + " | ".join(cells) + " |")
-        title = f"{record['model']}, {record['task']}, seed {record['seed']}"
-        parts.append(f"**{title}**, {record['rows']} rows\n\n" + "\n".join(lines) + "\n")
-    return [YARDSTICK, *parts] if parts else []
-
-
-def same_on_cpu() -> list[str]:
-    """Runs made on both machines, side by side."""
-    lines = []
-    for name in ABOUT:
-        here, there = load(name), load(name, "cpu")
-        for arm in (arm for arm in here if arm in there):
-            seeds = sorted(here[arm].keys() & there[arm].keys())
-            pairs = [[side[arm][seed] for seed in seeds] for side in (here, there)]
-            losses = [per_seed([run["test_loss"] for run in runs], ".3f") for runs in pairs]
-            found = [[run.get("auc") or run.get("influence_auc") for run in runs] for runs in pairs]
-            aucs = [per_seed([auc["all"] for auc in side], ".3f") if all(side) else "" for side in found]
-            cells = [name, arm.replace("_", " "), ", ".join(map(str, seeds)), *losses, *aucs]
-            lines.append("| " + " | ".join(cells) + " |")
-    return [SAME.format(table="\n".join(lines))] if lines else []
+    return [TRUSTED.format(table="\n".join(lines))] if lines else []
 
 
 def all_records() -> list[dict]:
@@ -390,56 +207,31 @@ def with_table(page: str, name: str, content: str) -> str:
 
 def quoted_tables() -> dict[Path, tuple[str, str]]:
     """Tables that other pages quote: by page, their name and their lines."""
-    return {
-        HERE.parent / "README.md": ("headline", summary.headline({task: load(task) for task in summary.HEADLINE})),
-        DOCS / "estimators.md": ("estimators", pareto.table({task: load(task) for task in pareto.TASKS})),
-    }
+    return {HERE.parent / "README.md": ("headline", large_table(["probe"]))}
 
 
 def main() -> None:
-    records = all_records()
-    parts = [INTRODUCTION, *([OLDER] if any(map(is_older, records)) else [])]
-    chosen = {task: load(task) for task in summary.TASKS}
-    parts.append(summary.section(chosen, COMPARED))
+    chosen = {task: shown(task) for task in summary.TASKS}
     summary.plot(chosen)
-    for name, about in ABOUT.items():
-        arms = load(name)
-        if arms:
-            lines = "\n".join(table(name, arms))
-            gone = not (HERE / "experiments" / f"{name}.json").exists()
-            command = "The settings are gone." if gone else f"`python -m benchmarks.run {name}`"
-            parts.append(f"## {name}\n\n{about} {command}\n\n{lines}\n")
-            if "refine" in arms:
-                parts.append(about_rounds(arms))
-            if name == "refine_levers":
-                parts.append(READING + "\n")
-            if name == "safety":
-                parts += about_safety()
-    runs = {task: load(task) for task in pareto.TASKS}
-    parts.append(pareto.section(runs, load("quality_large")))
-    pareto.plots(runs)
-    parts += yardstick() + estimators() + ablations() + transfer() + amortised() + cost() + [scale.section()] + speed()
-    parts += speed_of_processes()
-    selector = HERE / "results" / "selector_scale.json"
-    if selector.exists():
-        record = json.loads(selector.read_text())
-        rows = [
-            f"| {int(size):,} | {record['median_microseconds'][size]} | {record['ratio_to_smallest'][size]} | "
-            f"{record['bytes_per_row'][size]} |"
-            for size in record["median_microseconds"]
-        ]
-        parts.append(
-            f"## Cost of a selector update\n\nBatch of {record['batch']} rows, medians of {record['rounds']} "
-            "alternating rounds. `python -m benchmarks.selector_scale`\n\n"
-            "| rows | microseconds | ratio | bytes held per row |\n"
-            "|---|---|---|---|\n" + "\n".join(rows) + "\n"
-        )
-    parts += same_on_cpu()
-    parts.append(about_machines(records))
+    parts = [INTRODUCTION, LARGE.format(table=large_table(["probe", "fast"]))]
+    parts.append(SMALL.format(table=summary.section(chosen, marks), qualities=summary.qualities(chosen)))
+    parts += [*trusted(), scale.section(), ROUNDS + READING + "\n", about_machines(all_records())]
     (DOCS / "results.md").write_text("\n".join(parts))
+    parts = [RUNS]
+    for name, about in ABOUT.items():
+        for folder, machine in (("", "on a GPU"), ("cpu", "on a CPU")):
+            arms = load(name, folder)
+            if arms:
+                gone = not (HERE / "experiments" / f"{name}.json").exists()
+                command = "The settings are gone." if gone else f"`python -m benchmarks.run {name}`"
+                lines = "\n".join(table(name, arms))
+                parts.append(f"## {name}, {machine}\n\n{about} {command}\n\n{lines}\n")
+                if "refine" in arms:
+                    parts.append(about_rounds(arms))
+    (DOCS / "runs.md").write_text("\n".join(parts))
     for page, (name, content) in quoted_tables().items():
         page.write_text(with_table(page.read_text(), name, content))
-    print(f"Wrote {DOCS / 'results.md'} and the tables that other pages quote.")
+    print(f"Wrote {DOCS / 'results.md'}, runs.md and the tables that other pages quote.")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def known_weights(experiment: dict, seed: int) -> dict[str, Any]:
 
 
 def weights_file(experiment: dict, seed: int) -> Path:
-    return HERE / "results" / experiment.get("weights_of", experiment["name"]) / f"bilevel-seed{seed}.json"
+    folder = HERE / "results" / experiment.get("folder", "")
+    return folder / experiment.get("weights_of", experiment["name"]) / f"bilevel-seed{seed}.json"
 
 
 def run_one(experiment: dict, arm: str, name: str, seed: int) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def run_one(experiment: dict, arm: str, name: str, seed: int) -> dict[str, Any]:
     if variant is not None:
         changes = budget.refining if arm in REFINING else budget.overrides
         changes |= experiment["variants"][variant]
-    reuses = arm in REFINING or (variant is not None and "weights_of" in experiment)
+    reuses = arm in (*REFINING, "bilevel_trusted") or (variant is not None and "weights_of" in experiment)
     known = known_weights(experiment, seed) if reuses else {}
     chosen: dict[str, Any] = {}
     if arm == "dattri":
@@ -124,8 +125,9 @@ def jobs_of(
             if arm == "dattri" and find_spec("dattri") is None:
                 print(f"dattri-seed{seed}: left out, dattri is not installed (`pip install dattri`)", flush=True)
                 continue
-            target = HERE / "results" / experiment["name"] / f"{name}-seed{seed}.json"
-            needs = weights_file(experiment, seed) if arm in REFINING or name in variants else None
+            target = HERE / "results" / experiment.get("folder", "") / experiment["name"] / f"{name}-seed{seed}.json"
+            reuses = arm in (*REFINING, "bilevel_trusted") or name in variants
+            needs = weights_file(experiment, seed) if reuses else None
             yield Job(target, run_one, (experiment, arm, name, seed), needs)
 
 
@@ -134,9 +136,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="experiments; all by default")
     parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--arms", nargs="*")
+    parser.add_argument("--folder", default="", help="below `results`: `cpu` for those that are made without a GPU")
     add_arguments(parser)
     options = parser.parse_args()
-    found = experiments(options.names)
+    found = [each | {"folder": options.folder} for each in experiments(options.names)]
     run_jobs((job for each in found for job in jobs_of(each, options.seeds, options.arms)), options)
 
 

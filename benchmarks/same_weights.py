@@ -23,7 +23,7 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.data.assets import model_folder
 from trl_bilevel.demo.tasks import make_task
 
-ROWS, SCORED = 400, 128
+ROWS = 400
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
     for name, rows in sets.items():
         rows.to_json(folder / f"{name}.jsonl")
     command = [sys.executable, "-m", "trl_bilevel.cli.main", "rank", "mixed.jsonl", "--trusted", "trusted.jsonl"]
-    command += ["--output", "ranked.parquet", "--pilot_scored_rows", str(SCORED), "--report", "False"]
+    command += ["--output", "ranked.parquet", "--report", "False"]
     subprocess.run(command, cwd=folder, check=True)
     ranked = Dataset.from_parquet(str(folder / "ranked.parquet"))
     mixed, trusted = (
@@ -47,7 +47,6 @@ def main() -> int:
         str(model_folder()),
         BilevelSFTConfig(
             output_dir=str(folder / "out"),
-            pilot_scored_rows=SCORED,
             per_device_train_batch_size=8,
             max_steps=1,
             learning_rate=1e-4,

@@ -23,12 +23,12 @@ VARIED = {
     "tokens": ("tokens of a row", (64, 256, 1024, 2048, 4096)),
 }
 PRESETS = ("reliable", "balanced", "fast")
-TEXT = """## Cost at scale
+TEXT = """## Cost
 
-The same as the planner computes it (`trl-bilevel plan`; `tests/planning` holds its formulas to the counted figures):
-FLOPs of a two-epoch run over plain SFT's, {model} with LoRA on all linear layers, gradient checkpointing, batches of 8
-rows; {rows:,} rows of {tokens} tokens, {trusted} trusted rows and rank {rank} unless the line says otherwise. `python
--m benchmarks.report`
+FLOPs of a two-epoch run over plain SFT's, as the planner computes them (`trl-bilevel plan`; `tests/planning` holds its
+formulas to counted figures): {model} with LoRA on all linear layers, gradient checkpointing, batches of 8 rows;
+{rows:,} rows of {tokens} tokens, {trusted} trusted rows and rank {rank} unless the line says otherwise. Wall time on a
+GPU has not been measured with this default.
 
 | settings | changed | | | | | |
 |---|---|---|---|---|---|---|
@@ -36,9 +36,7 @@ rows; {rows:,} rows of {tokens} tokens, {trusted} trusted rows and rank {rank} u
 
 ![Cost at scale](cost_scale.png)
 
-It is flat in the rank and nearly so in the length: the pilot and the scores are made of the same forwards and
-backwards as training. It falls with the rows to the price of reading each row's lower layers once, and rises with the
-trusted rows, a quarter of which is scored and all of which are read; the pilot's steps do not depend on their number.
+Each row is read once through half of the layers, whatever the training does; at most 2,048 rows are read twice.
 Memory is 8 bytes per row.
 """
 

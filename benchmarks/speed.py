@@ -3,7 +3,7 @@
 python -m benchmarks.speed [--repeats 3] [--steps 12] [--processes 2]
 
 Each run is a process of its own, so that its peak memory is its own. All rows have 48 tokens, so that which rows are
-visited does not change the work of a step; the pilot is short, as only its memory matters here. Writes
+visited does not change the work of a step. Writes
 `benchmarks/results/speed.json`; ratios of medians are what counts. Run it on an idle machine.
 
 With `--processes N` the same under DDP, 8 rows per process, `SFTTrainer` and `balanced` only; figures of the first
@@ -34,7 +34,6 @@ from trl_bilevel.demo.experiment import Budget, lora, model_dtype
 
 HERE = Path(__file__).parent
 ROWS, TOKENS, BATCH, VALIDATION = 128, 48, 8, 32
-PILOT = {"pilot_steps": 8, "pilot_scored_rows": 32}
 WARM_UP = 2
 SIDES: dict[str, dict[str, Any] | None] = {
     "SFTTrainer": None,
@@ -110,7 +109,7 @@ def run_side(side: str, steps: int) -> dict[str, float]:
     if setting is None:
         trainer = SFTTrainer(model, SFTConfig(**arguments), **parts)
     else:
-        args = BilevelSFTConfig(**(arguments | PILOT | setting))
+        args = BilevelSFTConfig(**(arguments | setting))
         trainer = BilevelSFTTrainer(model, args, validation_dataset=make_rows(VALIDATION, 1, TOKENS), **parts)
     clock = Clock()
     trainer.add_callback(clock)
@@ -163,7 +162,6 @@ def main() -> None:
         "tokens_per_row": TOKENS,
         "batch": BATCH,
         "steps": options.steps,
-        "pilot": PILOT,
         "runs": runs,
         "versions": versions(),
         "machine": machine(),

@@ -2,10 +2,8 @@
 
 python -m benchmarks.transfer [--tasks boilerplate quality] [--seeds 0] [--jobs 1]
 
-The tiny model (`benchmarks/tiny.py`: four layers, width 128, another tokenizer) runs a pilot and calibrates; its
-weights go to SmolLM2-135M-Instruct as fixed ones, with the budget of the `bilevel` arm of the same task: the steps of
-a pilot run are taken off, though the big model has none. Results go to `benchmarks/results/transfer`; `python -m
-benchmarks.report` compares them with the arms of `python -m benchmarks.run`.
+The tiny model (`benchmarks/tiny.py`: four layers, width 128, another tokenizer) learns the weights, which go to
+SmolLM2-135M-Instruct as fixed ones. Results go to `benchmarks/results/transfer`.
 """
 
 import argparse
@@ -24,14 +22,12 @@ from trl_bilevel.demo.tasks import Task, make_task
 
 FOLDER = HERE / "results" / "transfer"
 TASKS = ("boilerplate", "quality")
-# Pilot steps of the tiny model, which cost nothing beside those of the big one.
-PILOT_STEPS = 48
 
 
 def tiny_weights(task: Task, seed: int, budget: Budget) -> tuple[list[float], float]:
-    """Weights of the training rows by a pilot run of the tiny model, and the seconds that it took."""
+    """Weights of the training rows by the tiny model, and the seconds that it took."""
     folder = pretrained_tiny_model()
-    settings = asdict(budget) | {"pilot_steps": PILOT_STEPS, "lora_layers": 0}
+    settings = asdict(budget) | {"lora_layers": 0}
     start = time.perf_counter()
     trainer, _ = make_trainer(
         "bilevel", task, seed=seed, budget=Budget(**settings), model=folder, output_dir=tempfile.mkdtemp()

@@ -6,16 +6,12 @@ from sklearn.metrics import roc_auc_score
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
-STEPS, PILOT = 20, 8
 losses = {}
-for estimator in ("none", "value_function"):
-    # The pilot's steps are taken off the run, so that both cost the same number of steps.
-    steps = STEPS if estimator == "none" else STEPS - PILOT
+for estimator in ("none", "probe"):
     args = BilevelSFTConfig(
         output_dir=f"out/quality/{estimator}",
         weight_estimator=estimator,
-        max_steps=steps,
-        pilot_steps=PILOT,
+        max_steps=20,
         learning_rate=1e-3,
         **SMALL,
     )
@@ -29,7 +25,7 @@ for estimator in ("none", "value_function"):
     trainer.train()
     losses[estimator] = float(trainer.row_losses(held_out).mean())
 
-print(f"held-out loss: uniform {losses['none']:.3f}, bilevel {losses['value_function']:.3f} nats per token")
+print(f"held-out loss: uniform {losses['none']:.3f}, bilevel {losses['probe']:.3f} nats per token")
 weights, kinds = trainer.sample_weights().tolist(), mixed["kind"]
 aucs = {}
 for kind in ("lazy", "swapped", "salad"):

@@ -1,4 +1,4 @@
-"""A stream, whose rows nobody can count: weights are chosen on its first rows, and predicted for all others."""
+"""A stream, whose rows nobody can count: weights are chosen on its first rows; all others are weighed as they come."""
 
 from peft import LoraConfig
 from setting import MODEL, SMALL, mixed, trusted

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .weights.errors import NonFiniteScoreError
     from .weights.learn import learn_weights
     from .weights.result import RowWeights
+    from .weights.scorer import RowScorer
     from .weights.settings import WeightSettings
 
 # Imported on first use, so that `import trl_bilevel` and `trl-bilevel --help` do not wait for torch.
@@ -22,6 +23,7 @@ _PUBLIC = {
     "BilevelSFTConfig": "trl_bilevel.trainer.bilevel_sft_config",
     "BilevelSFTTrainer": "trl_bilevel.trainer.bilevel_sft_trainer",
     "NonFiniteScoreError": "trl_bilevel.weights.errors",
+    "RowScorer": "trl_bilevel.weights.scorer",
     "RowWeights": "trl_bilevel.weights.result",
     "SelfRefineConfig": "trl_bilevel.trainer.self_refine_config",
     "SelfRefineTrainer": "trl_bilevel.trainer.self_refine_trainer",
@@ -34,6 +36,7 @@ __all__ = [
     "BilevelSFTConfig",
     "BilevelSFTTrainer",
     "NonFiniteScoreError",
+    "RowScorer",
     "RowWeights",
     "SelfRefineConfig",
     "SelfRefineTrainer",

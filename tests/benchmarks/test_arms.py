@@ -75,18 +75,23 @@ def test_validation_rows_alone(settings, task, trained_on):
     assert (result.train_steps, result.weights, settings["budget"].validation_loss_weight) == (10, None, 0.5)
 
 
-def test_twice_the_rows_per_step(settings, task, trained_on):
+@pytest.mark.parametrize(("arm", "pilot"), [("bilevel", 0), ("pilot", 2), ("both", 2)])
+def test_steps_of_a_pilot_are_taken_off(arm, pilot, settings, task):
     settings["budget"].pilot_steps = 2
+    result = run_arm(arm, task, **settings)
+    assert (result.train_steps, result.pilot_steps, len(result.weights)) == (10 - pilot, pilot, 20)
+
+
+def test_twice_the_rows_per_step(settings, task, trained_on):
     result = run_arm("bilevel_double", task, **settings)
-    assert trained_on[0][1].per_device_train_batch_size == 8 and result.train_steps == 8 and len(result.weights) == 20
+    assert trained_on[0][1].per_device_train_batch_size == 8 and result.train_steps == 10 and len(result.weights) == 20
 
 
 @pytest.mark.parametrize("arm", ["refine_random", "refine_best"])
 def test_controls_of_the_rounds(arm, settings, task, trained_on):
-    settings["budget"].pilot_steps = 2
     settings["budget"].refining = {"num_rounds": 1, "steps_per_round": 2, "max_completion_length": 4}
     result = run_arm(arm, task, **settings)
-    assert result.train_steps == 8 and len(result.ledger) == 1
+    assert result.train_steps == 10 and len(result.ledger) == 1
     assert (trained_on[1][1].implicit_weight_temperature == 1e-4) == (arm == "refine_best")
 
 

@@ -51,14 +51,14 @@ def test_no_time_no_runs(tmp_path, capsys):
 def test_weights_of_other_defaults_are_learned_again(tmp_path):
     target = tmp_path / "a.json"
     for record, done in (
-        ({"good_share": 0.5, "pilot_steps": 24, "method": METHOD}, True),
-        ({"good_share": 0.5, "pilot_steps": 24, "method": 1}, False),
-        ({"good_share": 0.5, "pilot_steps": 24, "method": METHOD - 1, "task": "safety"}, False),
-        ({"good_share": 0.5, "pilot_steps": 24, "method": METHOD - 1, "task": "quality"}, True),
+        ({"good_share": 0.5, "arm": "bilevel", "method": METHOD}, True),
+        ({"good_share": 0.5, "arm": "bilevel", "method": METHOD - 1}, False),
+        ({"good_share": 0.5, "arm": "bilevel", "method": 1}, False),
         ({"good_share_scored": 0.5}, False),
-        # Without a pilot run: the published selector, or no weights at all.
-        ({"good_share": 0.5, "pilot_steps": 0}, True),
-        ({"test_loss": 3.0, "pilot_steps": 0}, True),
+        # Weights that are not the default's, or none at all.
+        ({"good_share": 0.5, "arm": "seal"}, True),
+        ({"good_share": 0.5, "arm": "pilot", "method": METHOD - 1}, True),
+        ({"test_loss": 3.0, "arm": "uniform"}, True),
     ):
         target.write_text(json.dumps(record))
         assert is_done(target) == done

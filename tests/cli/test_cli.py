@@ -24,10 +24,10 @@ def bad_option(arguments, message):
 
 
 @pytest.fixture
-def run_folder(tmp_path, tiny_model, tokenizer, rows):
+def run_folder(tmp_path, tiny_model, tokenizer, rows, mixed_rows):
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    Dataset.from_list(rows[:40]).to_json(tmp_path / "mixed.jsonl")
+    Dataset.from_list(mixed_rows).to_json(tmp_path / "mixed.jsonl")
     Dataset.from_list(rows[40:60]).to_parquet(tmp_path / "trusted.parquet")
     (tmp_path / "run.yaml").write_text(
         f"""
@@ -36,7 +36,6 @@ dataset_name: {tmp_path}/mixed.jsonl
 validation_dataset_name: {tmp_path}/trusted.parquet
 output_dir: {tmp_path}/out
 max_steps: 3
-pilot_steps: 2
 per_device_train_batch_size: 4
 use_peft: true
 lora_r: 4

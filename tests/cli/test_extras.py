@@ -68,7 +68,7 @@ def test_training_goes_through(tmp_path, tiny_model, tokenizer, rows):
     Dataset.from_list(rows[:16]).to_json(tmp_path / "mixed.jsonl")
     Dataset.from_list(rows[40:48]).to_json(tmp_path / "trusted.jsonl")
     words = ["sft", "--model_name_or_path", "model", "--dataset_name", "mixed.jsonl", "--output_dir", "out"]
-    words += ["--validation_dataset_name", "trusted.jsonl", "--max_steps", "2", "--pilot_steps", "1"]
+    words += ["--validation_dataset_name", "trusted.jsonl", "--max_steps", "2"]
     words += ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
     code, out, error = without_extra(command(*words), cwd=tmp_path)
     assert code == 0, error

@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_told_how_to(recipe, capsys):
 def test_tables(recipe, capsys):
     assert main(["plan", "--config", recipe, "--gpu_memory", "8", "--training_rows", "1000"]) == 0
     shown = capsys.readouterr().out
-    for part in ("weights", "activations", "Does not fit", "With these it fits", "pilot run", "the whole run"):
+    for part in ("weights", "activations", "Does not fit", "With these it fits", "reading of hidden", "the whole run"):
         assert part in shown
 
 
@@ -105,7 +105,7 @@ def test_rounds_are_not_planned(recipe, capsys):
 def test_a_ranking_is_planned(capsys):
     given = ["--model_config", "Llama-3-8B", "--dtype", "bfloat16", "--training_rows", "1000", "--rank", "true"]
     found = planned(capsys, *given, "--load_in_4bit", "true", "--gpu_memory", "24")
-    assert found["fits"] is True and found["peak"].startswith("pilot run")
+    assert found["fits"] is True and found["peak"] == "reading of rows"
     assert found["work"]["total"] > found["work"]["training"] == found["work"]["plain"] == 0
     assert not {"LoRA adapters", "weights chosen beforehand"} & {saving["name"] for saving in found["savings"]}
     assert main(["plan", *given]) == 0

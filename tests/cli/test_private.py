@@ -40,8 +40,8 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
-def words(tmp_path, tiny_model, tokenizer, rows):
-    secret = [row | {"prompt": f"{SECRET} {number}?"} for number, row in enumerate(rows[:40])]
+def words(tmp_path, tiny_model, tokenizer, rows, mixed_rows):
+    secret = [row | {"prompt": f"{SECRET} {number}?"} for number, row in enumerate(mixed_rows)]
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     Dataset.from_list(secret).to_json(tmp_path / "mixed.jsonl")
@@ -69,7 +69,7 @@ def check(hub):
 @pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints"])
 def test_sft_uploads_no_row(words, hub, tmp_path, strategy):
     """A second run in the same folder, too: it finds what the first one left."""
-    words += ["--max_steps", "4", "--pilot_steps", "2", "--save_steps", "2", "--hub_strategy", strategy]
+    words += ["--max_steps", "4", "--save_steps", "2", "--hub_strategy", strategy]
     assert main(["sft", *words]) == 0
     rows = tmp_path / "out" / "_rows"
     assert {path.name for path in rows.iterdir()} == {"weighted.parquet", "report.html"}

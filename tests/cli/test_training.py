@@ -15,7 +15,7 @@ from trl_bilevel.cli.show import show_summary
 def trainer(config, tiny_model, tokenizer, train_rows, validation_rows):
     return BilevelSFTTrainer(
         tiny_model(),
-        config(disable_tqdm=False, max_steps=4, pilot_steps=2, eval_strategy="steps", eval_steps=2),
+        config(disable_tqdm=False, max_steps=4, eval_strategy="steps", eval_steps=2),
         train_dataset=train_rows,
         validation_dataset=validation_rows,
         eval_dataset=validation_rows.select(range(8)),

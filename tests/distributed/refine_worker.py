@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 
-from tests.conftest import base_arguments, make_tiny_model, make_tokenizer, parameters
+from tests.conftest import LAZY, base_arguments, make_tiny_model, make_tokenizer, parameters
 from trl_bilevel import SelfRefineConfig, SelfRefineTrainer
 from trl_bilevel.data.assets import docstrings
 
@@ -38,13 +38,14 @@ def main(folder: str, overrides: str) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     rows = [{"prompt": f"What is {r['name']}?\n", "completion": r["description"]} for r in docstrings()[:80]]
+    # Every second answer of the training rows is boilerplate, so that there is something to choose by.
+    given = [row | {"completion": LAZY} if n % 2 else row for n, row in enumerate(rows[:40])]
     settings = base_arguments(Path(folder)) | {
         "max_steps": -1,
         "per_device_train_batch_size": 2,
         "num_rounds": 3,
         "steps_per_round": 2,
         "max_completion_length": 8,
-        "pilot_steps": 2,
         "pilot_learning_rate": 1e-2,
         "ddp_find_unused_parameters": False,
     }
@@ -56,7 +57,7 @@ def main(folder: str, overrides: str) -> None:
     trainer = trainer_class(
         make_tiny_model(tokenizer),
         SelfRefineConfig(**settings),
-        Dataset.from_list(rows[:40]),
+        Dataset.from_list(given),
         Dataset.from_list(rows[40:]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),

@@ -12,14 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Without the last, incomplete batch: accelerate fills it up with rows from the start, one process does not.
 PACKED = {"packing": True, "max_length": 64, "dataloader_drop_last": True}
+PILOT = {"pilot_steps": 8, "pilot_learning_rate": 1e-2}
 METHODS = {
     "default": {},
-    "predicted": {"pilot_scored_rows": 16},
+    "pilot": {"weight_estimator": "value_function"} | PILOT,
     "loss_weighted": {"selector_weighting": "loss", "validation_loss_weight": 0.5},
-    "lookahead": {"weight_estimator": "lookahead"},
+    "both": {"weight_estimator": "both"} | PILOT,
+    "fast": {"selector_preset": "fast"},
     "sparse_centred": {"selector_preset": "sparse_centred"},
     "seal": {"selector_preset": "seal"},
-    "stream": {"stream": True, "stream_sample_rows": 40, "pilot_scored_rows": 20},
+    "stream": {"stream": True, "stream_sample_rows": 40},
     "packed": PACKED,
     "packed_sparse_centred": PACKED | {"selector_preset": "sparse_centred"},
 }
@@ -66,9 +68,9 @@ def refine(folder, processes, overrides):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["default", "predicted"], marks=pytest.mark.compat),
+        pytest.param(["default", "pilot"], marks=pytest.mark.compat),
         pytest.param(MOVING, marks=pytest.mark.slow),
-        pytest.param([n for n in METHODS if n not in (*MOVING, "default", "predicted")], marks=pytest.mark.slow),
+        pytest.param([n for n in METHODS if n not in (*MOVING, "default", "pilot")], marks=pytest.mark.slow),
     ],
     ids=["default", "moving", "chosen"],
 )

@@ -17,7 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from tests.conftest import base_arguments, losses, make_tiny_model, make_tokenizer
+from tests.conftest import LAZY, base_arguments, losses, make_tiny_model, make_tokenizer
 from tests.exact_head import use_exact_head
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, learn_weights
 from trl_bilevel.data.assets import docstrings
@@ -67,18 +67,18 @@ def train(folder: str, overrides: dict[str, Any], exchanged: list[int]) -> Any:
     """Train with some settings; returns the accelerator."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = [{"prompt": f"What is {r['name']}?\n", "completion": r["description"]} for r in docstrings()[:64]]
+    # Every second answer of the training rows is boilerplate, so that there is something to choose by.
+    given = [row | {"completion": LAZY} if n % 2 else row for n, row in enumerate(rows[:44])]
     settings = base_arguments(Path(folder)) | {
         "per_device_train_batch_size": 8 // world,
         "max_steps": 8,
-        "pilot_steps": 8,
-        "pilot_learning_rate": 1e-2,
         "learning_rate": 1e-2,
         "ddp_find_unused_parameters": False,
     }
     settings |= overrides
     accident, resume = settings.pop("accident", None), settings.pop("resume", False)
     count = settings.pop("rows", 40)
-    mixed: Any = Dataset.from_list(rows[:count])
+    mixed: Any = Dataset.from_list(given[:count])
     if settings.pop("stream", False):
         mixed = mixed.to_iterable_dataset()
     tokenizer = make_tokenizer()
@@ -109,7 +109,7 @@ def train(folder: str, overrides: dict[str, Any], exchanged: list[int]) -> Any:
             disable_tqdm=True,
             **{
                 k: settings[k]
-                for k in ("pilot_steps", "pilot_learning_rate", "pilot_scored_rows", "weight_estimator")
+                for k in ("pilot_steps", "pilot_learning_rate", "selector_preset", "weight_estimator")
                 if k in settings
             },
         ).values.tolist()

@@ -73,9 +73,7 @@ def names(world, monkeypatch):
 
 
 def trained(names, folder, **settings):
-    args = BilevelSFTConfig(
-        output_dir=folder, max_steps=2, pilot_steps=2, use_cpu=True, save_strategy="no", **settings
-    )
+    args = BilevelSFTConfig(output_dir=folder, max_steps=2, use_cpu=True, save_strategy="no", **settings)
     trainer = BilevelSFTTrainer(
         "tiny",
         args,
@@ -182,10 +180,10 @@ def test_no_block_escapes(page):
 
 def test_bad_commands_are_found(world, monkeypatch):
     monkeypatch.chdir(world)
-    good = "trl-bilevel sft --config run.yaml --pilot_steps 3"
+    good = "trl-bilevel sft --config run.yaml --max_steps 3"
     check_command(shlex.split(good))
     for bad in (
-        good.replace("pilot_steps", "pilots"),
+        good.replace("max_steps", "pilots"),
         "trl-bilevel exports out",
         "python -m recipes.prepare quality",
         "trl-bilevel export out --best 3 --output x.jsonl",

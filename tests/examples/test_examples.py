@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,7 @@ def drop_in(names, folder):
 
 def quality(names, folder):
     weighs(names["trainer"], 64)
-    assert set(names["aucs"]) == {"lazy", "swapped", "salad"} and set(names["losses"]) == {"none", "value_function"}
+    assert set(names["aucs"]) == {"lazy", "swapped", "salad"} and set(names["losses"]) == {"none", "probe"}
 
 
 def safety(names, folder):
@@ -106,6 +108,11 @@ def test_the_shortest_way_is_short():
     assert len(lines) <= 12 and "Bilevel" not in code
 
 
+def tomorrow(names, folder):
+    assert len(Dataset.from_parquet("later.parquet")) == len(names["later"]) == 32
+    assert {path.name for path in (folder / "scorer").iterdir()} == {"scorer.json", "scorer.safetensors"}
+
+
 def small_to_large(names, folder):
     torch.testing.assert_close(names["large"].sample_weights(), names["weights"].values)
     assert names["large"].mode.resamples
@@ -127,6 +134,7 @@ CHECKS = {
         several_objectives,
         export_subset,
         rank_and_train,
+        tomorrow,
         small_to_large,
         self_refine,
     )
@@ -134,12 +142,22 @@ CHECKS = {
 
 
 def test_every_example_is_checked():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*CHECKS, "setting"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*CHECKS, "setting", "ray_map_batches"}
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, place):
     CHECKS[name](runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__"), place)
+
+
+def test_ray_map_batches(place):
+    """On a local cluster of two workers. In a process of its own: Ray pickles the worker's class by its module."""
+    pytest.importorskip("ray", reason="Ray is not installed (`pip install 'ray[data]'`)")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "ray_map_batches.py")], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "64 rows, mean weight" in done.stdout
 
 
 def test_notebook(place):

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 
-from tests.conftest import base_arguments, make_tiny_model, make_tokenizer
+from tests.conftest import LAZY, base_arguments, make_tiny_model, make_tokenizer
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 from trl_bilevel.data.assets import docstrings
 
@@ -72,18 +72,18 @@ def make(kind: str, folder: Path, method: str, count: int, when: str) -> Any:
     rows = [
         {"prompt": f"What does `{row['name']}` do?\n", "completion": row["description"]} for row in docstrings()[:80]
     ]
+    mixed = [row | {"completion": LAZY} if n % 2 else row for n, row in enumerate(rows[:40])]
     tokenizer = make_tokenizer()
     settings = base_arguments(folder) | {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "pilot_steps": 8,
         "save_strategy": "steps",
         "save_steps": 1,
         "save_total_limit": 2,
     }
     parts = {
         "model": make_tiny_model(tokenizer),
-        "train_dataset": Dataset.from_list(rows[:40]),
+        "train_dataset": Dataset.from_list(mixed),
         "processing_class": tokenizer,
         "peft_config": LoraConfig(r=4, target_modules="all-linear"),
     }
@@ -97,6 +97,7 @@ def make(kind: str, folder: Path, method: str, count: int, when: str) -> Any:
         }
         if method == "choose_weights":
             settings |= {"selector_preset": "balanced", "validation_loss_weight": 0.5}
+            settings |= {"weight_estimator": "value_function", "pilot_steps": 8}
         trainer = doomed(BilevelSFTTrainer, method, count, when)
         parts |= {"validation_dataset": Dataset.from_list(rows[40:70]), "eval_dataset": Dataset.from_list(rows[70:])}
         return trainer(args=BilevelSFTConfig(**settings), **parts)
@@ -152,14 +153,14 @@ def main(kind: str, root: Path) -> None:
         status = in_child(kind, folder, method, count, when, False)
         if status != 0:
             # What an uninterrupted run of the same settings comes to.
-            pilot = phase == "choose"
-            if pilot not in whole:
-                reference = root / f"whole-{pilot}"
+            chosen = phase == "choose"
+            if chosen not in whole:
+                reference = root / f"whole-{chosen}"
                 assert in_child(kind, reference, method, 0, "", False) == 0
-                whole[pilot] = outcome(reference)
+                whole[chosen] = outcome(reference)
             resumed = in_child(kind, folder, method, 0, "", True)
             kill = {"phase": phase, "when": when, "count": count, "killed": -status, "resumed": resumed}
-            print(json.dumps(kill | {"same": resumed == 0 and outcome(folder) == whole[pilot]}), flush=True)
+            print(json.dumps(kill | {"same": resumed == 0 and outcome(folder) == whole[chosen]}), flush=True)
         shutil.rmtree(folder)
 
 

@@ -96,14 +96,7 @@ def train(config, tiny_model, validation_rows, tokenizer):
     def make(data, run=True, model=None, validation=validation_rows, resume=None, **overrides):
         trainer = BilevelSFTTrainer(
             model or tiny_model().double(),
-            config(
-                **{
-                    "pilot_learning_rate": 1e-2,
-                    "max_length": 64,
-                    "learning_rate": 5e-2,
-                }
-                | overrides
-            ),
+            config(**{"max_length": 64, "learning_rate": 5e-2} | overrides),
             train_dataset=data,
             validation_dataset=validation,
             processing_class=tokenizer,
@@ -143,10 +136,11 @@ def test_packed_training_equals_unpacked_training(name, train, equal_rows):
 
 
 @pytest.mark.parametrize("name", ["default", "validation_term", "sparse_centred"])
-def test_padding_free_training_equals_padded_training(name, train, train_rows):
+def test_padding_free_training_equals_padded_training(name, train, rows, train_rows):
+    # Rows that are alike have nearly equal scores: divided by their spread, these magnify rounding still more.
+    data = Dataset.from_list(rows[:40]) if name == "sparse_centred" else train_rows
     padded, free = (
-        train(train_rows, max_length=None, padding_free=on, learning_rate=1e-2, **METHODS[name])
-        for on in (False, True)
+        train(data, max_length=None, padding_free=on, learning_rate=1e-2, **METHODS[name]) for on in (False, True)
     )
     tolerance = max(ROUNDING, 3e-4) if name == "sparse_centred" else ROUNDING
     torch.testing.assert_close(losses(free), losses(padded), atol=ROUNDING, rtol=ROUNDING)
@@ -216,10 +210,10 @@ def test_resume_of_a_packed_run_is_exact(strategy, name, train, tiny_model, trai
     assert all(torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(whole), strict=True))
 
 
-def test_weights_of_all_rows_are_learned_from_packed_rows(train, rows):
+def test_weights_of_all_rows_are_learned_from_packed_rows(train, mixed_rows):
     """Also of rows that are split, and of one whose answer begins beyond `max_length`."""
     late = {"prompt": "word " * 60, "completion": "a late answer"}
-    data = Dataset.from_list([late, *rows[:20]])
+    data = Dataset.from_list([late, *mixed_rows[:20]])
     for strategy in STRATEGIES:
         trainer = train(data, packing=True, packing_strategy=strategy, max_length=64, per_device_train_batch_size=2)
         weights = trainer.sample_weights()

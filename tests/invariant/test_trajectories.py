@@ -12,9 +12,9 @@ from trl_bilevel import BilevelSFTTrainer
 METHODS = {
     "default": {},
     "loss_weighted": {"selector_weighting": "loss"},
-    "reliable": {"selector_preset": "reliable"},
-    "lookahead": {"weight_estimator": "lookahead"},
-    "predicted": {"pilot_scored_rows": 16},
+    "pilot": {"weight_estimator": "value_function", "pilot_steps": 8, "pilot_learning_rate": 1e-2},
+    "both": {"weight_estimator": "both", "pilot_steps": 8, "pilot_learning_rate": 1e-2},
+    "fast": {"selector_preset": "fast"},
     "filtered": {"filter_rate": 0.3, "selector_weighting": "loss"},
     "validation_term": {"validation_loss_weight": 0.5},
     "paper": {"selector_preset": "paper"},
@@ -24,7 +24,7 @@ METHODS = {
 # Presets whose weights move with every step.
 MOVING = ("paper", "seal", "sparse_centred")
 # Run with other versions of TRL and transformers, too.
-COMPAT = ("lookahead", "seal", "sparse_centred")
+COMPAT = ("pilot", "seal", "sparse_centred")
 # The fast tier has these and the default.
 FAST = ("default", *COMPAT)
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.selector_preset=:UserWarning")
 def train(config, model, data, validation, tokenizer, resume=None, adapter=True, **overrides):
     trainer = BilevelSFTTrainer(
         model,
-        config(**({"pilot_learning_rate": 1e-2} | overrides)),
+        config(**overrides),
         train_dataset=data,
         validation_dataset=validation,
         processing_class=tokenizer,
@@ -111,8 +111,8 @@ def test_permuting_rows_permutes_weights_and_nothing_else(config, tiny_model, tr
     assert all(torch.equal(a, b) for a, b in zip(parameters(second), parameters(first), strict=True))
 
 
-def test_dropped_rows_shift_no_weight(config, tiny_model, rows, validation_rows, tokenizer, caplog):
-    kept = rows[:40]
+def test_dropped_rows_shift_no_weight(config, tiny_model, mixed_rows, validation_rows, tokenizer, caplog):
+    kept = mixed_rows
     too_long = {"prompt": "word " * 300, "completion": "never seen"}
     positions = (0, 7, 8, 42)
     padded = list(kept)
@@ -149,7 +149,7 @@ def test_evaluating_in_between_changes_nothing(config, tiny_model, train_rows, v
     plain = train(config, tiny_model(), train_rows, validation_rows, tokenizer)
     trainer = BilevelSFTTrainer(
         tiny_model(),
-        config(pilot_learning_rate=1e-2, eval_strategy="steps", eval_steps=2),
+        config(eval_strategy="steps", eval_steps=2),
         train_dataset=train_rows,
         validation_dataset=validation_rows,
         eval_dataset=held_out,

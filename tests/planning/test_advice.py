@@ -80,25 +80,30 @@ def test_run_shape_reads_the_config(make_args):
         bf16=True,
         gradient_checkpointing=False,
         optim="adamw_bnb_8bit",
-        weight_estimator="lookahead",
+        weight_estimator="both",
+        pilot_steps=9,
         max_steps=7,
     )
     run = run_shape(args, processes=2)
     assert (run.rows, run.tokens, run.rows_per_step, run.steps) == (4, 300, 24, 7)
     assert run.autocast and not run.checkpointing and run.optimizer == "adamw_bnb_8bit" and run.padded
     # A quarter of 24 rows.
-    assert (run.joined, run.estimator, run.scored_rows, run.read_depth) == (6, "lookahead", 512, 0.3)
-    assert run.pilots and run.training_rows is None
+    assert (run.joined, run.estimator, run.pilot_steps, run.matches) == (6, "both", 9, True)
+    assert run.pilots and run.probes and run.training_rows is None
 
 
 @pytest.mark.parametrize(
-    ("preset", "estimator", "scored", "depth"),
-    [("reliable", "value_function", 0, 0.3), ("fast", "lookahead", 256, 0.1), ("paper", "paper", 512, 0.3)],
+    ("preset", "estimator", "probes", "pilots", "matches"),
+    [
+        ("balanced", "probe", True, False, True),
+        ("reliable", "both", True, True, True),
+        ("fast", "probe", True, False, False),
+        ("paper", "paper", False, False, True),
+    ],
 )
-def test_presets_say_what_is_scored(preset, estimator, scored, depth, make_args):
+def test_presets_say_how_rows_are_chosen(preset, estimator, probes, pilots, matches, make_args):
     run = run_shape(make_args(selector_preset=preset))
-    assert (run.estimator, run.scored_rows, run.read_depth) == (estimator, scored, depth)
-    assert run.pilots == (preset != "paper")
+    assert (run.estimator, run.probes, run.pilots, run.matches) == (estimator, probes, pilots, matches)
 
 
 def test_packed_rows_need_no_mask(make_args):

@@ -19,6 +19,8 @@ SETTINGS = {
     "LoRA, dropout, mixed precision": LORA | {"bf16": True, "lora_dropout": 0.1},
     "LoRA, whole tiles, checkpointing": {"lora_r": 8, "gradient_checkpointing": True},
     "full, eager, bf16": {"attention": "eager", "dtype": "bfloat16", "tile_width": 256},
+    "full, checkpointing, probe": {"weight_estimator": "probe", "gradient_checkpointing": True, "tile_width": 256},
+    "LoRA, checkpointing, probe": LORA | {"weight_estimator": "probe", "gradient_checkpointing": True},
     "full, checkpointing, pilot run": benchmark.PILOT | {"gradient_checkpointing": True, "tile_width": 256},
 }
 
@@ -112,6 +114,7 @@ def test_what_more_of_something_adds(small_config):
         {"joined": 1},
         {"tokens": 1024, "estimator": "value_function"},
         {"estimator": "sparse_centred"},
+        {"tokens": 1024, "estimator": "probe"},
         {"estimator": "value_function", "training_rows": 10**6},
     ):
         assert estimate_memory(model, replace(run, **changes)).total_bytes > total, changes

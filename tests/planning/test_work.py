@@ -18,15 +18,17 @@ from trl_bilevel.weights.pilot import Pilot, PilotRecipe
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 CHECKPOINTING = {"lora_r": 8, "gradient_checkpointing": True}
+PILOT = {"weight_estimator": "value_function", "pilot_steps": 2}
+BOTH = PILOT | {"weight_estimator": "both"}
 RUNS = {
     "LoRA, checkpointing": CHECKPOINTING,
     "full": {},
-    "value function": CHECKPOINTING | {"weight_estimator": "value_function"},
-    "value function, full, all rows scored": {"weight_estimator": "value_function", "pilot_scored_rows": 0},
-    "look-ahead, trusted rows in every step": CHECKPOINTING
-    | {"weight_estimator": "lookahead", "validation_loss_weight": 0.5},
-    "fast": {"weight_estimator": "lookahead", "selector_preset": "fast", "lora_r": 8},
-    "probe": {"weight_estimator": "probe", "lora_r": 8, "pilot_steps": None, "pilot_scored_rows": None},
+    "value function": CHECKPOINTING | PILOT,
+    "value function, full": PILOT,
+    "both, trusted rows in every step": CHECKPOINTING | BOTH | {"validation_loss_weight": 0.5},
+    "probe": {"weight_estimator": "probe", "lora_r": 8},
+    "probe, full": {"weight_estimator": "probe"},
+    "fast": {"weight_estimator": "probe", "selector_preset": "fast", "lora_r": 8},
     "published update": CHECKPOINTING | {"weight_estimator": "value_function", "selector_preset": "sparse_centred"},
 }
 
@@ -38,8 +40,7 @@ def _product(own, left, right, **kwargs):
 @pytest.mark.parametrize("name", RUNS)
 def test_whole_runs_with_everything_counted(name, small_config, tokenizer):
     """Choosing, training, and the trusted rows' losses for the report."""
-    setting = {"pilot_steps": 2, "pilot_scored_rows": 16} | RUNS[name]
-    setting |= {"attention": "eager", "max_steps": 2, "per_device_train_batch_size": 4}
+    setting = RUNS[name] | {"attention": "eager", "max_steps": 2, "per_device_train_batch_size": 4}
     tokens, rows, trusted, args = 64, 24, 16, make_config(setting)
     trainer = BilevelSFTTrainer(
         make_model(setting, small_config),
@@ -65,7 +66,7 @@ def test_a_row_of_the_pilot_run_with_everything_counted(own, checkpointing, smal
     shape = model_shape(small_config, peft_config=own)
     model = LlamaForCausalLM(small_config)
     reader = LanguageModel(model if own is None else get_peft_model(model, own))
-    pilot = Pilot(reader, PilotRecipe("value_function", 1, 1e-3, 0))
+    pilot = Pilot(reader, PilotRecipe(1, 1e-3, 0))
     ids, rows = torch.randint(3, 1000, (2, 64)), 2
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     batch["labels"][:, :20] = -100
@@ -98,8 +99,7 @@ def test_a_row_of_the_pilot_run_with_everything_counted(own, checkpointing, smal
         ({"training_rows": 5}, 8 * 24),
         ({"training_rows": 10**6}, 24 * 24),
         ({"pilot_steps": 40}, 40 * 24),
-        ({"estimator": "lookahead", "pilot_steps": 4}, 8 * (4 + 4)),
-        ({"estimator": "lookahead"}, 8 * (24 + 12)),
+        ({"estimator": "both", "pilot_steps": 4}, 4 * 24),
     ],
 )
 def test_rows_of_the_pilot_run(settings, rows):

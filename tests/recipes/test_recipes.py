@@ -55,7 +55,6 @@ COMMON = {
     "save_strategy": "no",
     "disable_tqdm": "true",
     "logging_steps": 1,
-    "pilot_steps": 1,
     "per_device_eval_batch_size": 16,
     "gradient_checkpointing": "false",
 }

@@ -174,9 +174,9 @@ def test_mistakes_are_told(more, message, files, capsys):
 def test_with_a_model(files, tiny_model, tokenizer, capsys):
     tiny_model().save_pretrained(files / "model")
     tokenizer.save_pretrained(files / "model")
-    settings = ["--model", f"{files}/model", "--pilot-steps", "2", "--rows", "32", "--json", f"{files}/out.json"]
+    settings = ["--model", f"{files}/model", "--rows", "32", "--json", f"{files}/out.json"]
     code = main(arguments(files, *settings, "--damage", "lazy"))
     result = json.loads((files / "out.json").read_text())
     assert code == (0 if result["kinds"]["lazy"]["auc"] >= 0.5 else 1)
     assert result["rows"] == {"clean": 32, "validation": 20, "left_out_as_too_long": 0}
-    assert result["good_rows"] == 16 and "pilot run of 2 steps" in capsys.readouterr().out
+    assert result["good_rows"] == 16 and "32 rows, 50% of them damaged (lazy)" in capsys.readouterr().out

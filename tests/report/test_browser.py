@@ -114,7 +114,7 @@ def test_table_searches_sorts_and_pages(make_run, open_report):
 
 
 def test_why_names_the_nearest_trusted_rows(make_run, open_report):
-    # Trusted rows score 0, 0.1, ... 1.1; rows without a score were predicted.
+    # Trusted rows score 0, 0.1, ... 1.1; every second row has no score.
     with open_report(write_report(make_run(trusted=12))) as report:
         page = report.page
         page.get_by_label("Show").select_option("scored")
@@ -132,7 +132,7 @@ def test_why_names_the_nearest_trusted_rows(make_run, open_report):
         page.get_by_label("Show").select_option("all")
         rows = page.locator("#table tbody tr").filter(has_text="none").first
         rows.get_by_role("button", name="Why: row").click()
-        assert "predicted from hidden states" in page.locator("tr.more").inner_text()
+        assert "This row was not scored." in page.locator("tr.more").inner_text()
 
 
 def test_theme_can_be_chosen(full_report, open_report):

@@ -23,7 +23,7 @@ RECORD = {
 
 @pytest.fixture
 def ranked(make_run):
-    """The folder that `trl-bilevel rank` leaves: rows, weights, what the pilot found, and no log."""
+    """The folder that `trl-bilevel rank` leaves: rows, weights, what choosing found, and no log."""
 
     def make(**changes):
         folder = make_run("ranked")
@@ -45,7 +45,7 @@ def test_nothing_was_trained(ranked):
     assert "trl-bilevel sft --dataset_name ranked.parquet" in text
     assert "trl-bilevel export ranked.parquet --top-k N --output best.jsonl" in text
     assert "How the weights are spread" in text and "Where the scores lie" in text and "Weight by source" in text
-    assert "Choosing the weights (pilot run, scores, predictions) 8.0 s 80.0%" in text
+    assert "Choosing the weights 8.0 s 80.0%" in text
     assert "Loading the model, reading and preparing the rows 2.0 s 20.0%" in text and "Total 10.0 s 100.0%" in text
     assert "Training 2.0 s" not in text and "took long" not in text and "before training" not in text
     assert "Not in this report" not in text and "interrupted" not in text

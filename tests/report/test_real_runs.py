@@ -16,13 +16,15 @@ from trl_bilevel import BilevelSFTTrainer, SelfRefineConfig, SelfRefineTrainer
 from trl_bilevel.report import write_report
 from trl_bilevel.report.run import load_run
 
+PILOT = {"weight_estimator": "value_function", "pilot_steps": 2, "pilot_learning_rate": 1e-2}
+
 
 @pytest.fixture
 def build(config, tiny_model, train_rows, validation_rows, tokenizer):
     def make(train=None, validation=validation_rows, evaluation=None, **settings):
         return BilevelSFTTrainer(
             tiny_model(),
-            config(**({"pilot_steps": 2, "pilot_learning_rate": 1e-2} | settings)),
+            config(**settings),
             train_dataset=train_rows if train is None else train,
             validation_dataset=validation,
             eval_dataset=evaluation,
@@ -37,10 +39,11 @@ def read(trainer, name="run.json"):
     return json.loads(open(os.path.join(trainer.args.output_dir, "_record", name)).read())
 
 
-def test_a_run_and_its_baseline(build, rows, tmp_path):
+@pytest.mark.parametrize(("estimator", "calibrating"), [({}, 20), (PILOT, 5)], ids=["default", "pilot"])
+def test_a_run_and_its_baseline(estimator, calibrating, build, rows, tmp_path):
     evaluation = Dataset.from_list(rows[60:80])
     evals = {"eval_strategy": "steps", "eval_steps": 3}
-    trainer = build(evaluation=evaluation, pilot_scored_rows=24, **evals)
+    trainer = build(evaluation=evaluation, **estimator, **evals)
     trainer.train()
     record, pilot = read(trainer), read(trainer, "pilot.json")
     assert record["finished"] and record["steps"] == {"done": 6, "planned": 6}
@@ -49,8 +52,9 @@ def test_a_run_and_its_baseline(build, rows, tmp_path):
     losses = trainer.row_losses(evaluation).tolist()
     assert record["evaluation"]["losses"] == pytest.approx(losses, abs=1e-4)
     assert 0 < pilot["seconds"] <= record["seconds"]["selection"] <= record["seconds"]["total"]
-    assert pilot["rows_scored"] == 24 and len(pilot["trusted"]) == 5
-    # Trusted rows that were held back, as they were given.
+    assert pilot["rows_scored"] == 40 and len(pilot["trusted"]) == calibrating
+    assert pilot["steps"] == estimator.get("pilot_steps", 0)
+    # Trusted rows that calibrate, as they were given.
     known = {(row["prompt"].strip(), row["completion"].strip()) for row in rows[40:60]}
     assert all((row["prompt"].strip(), row["answer"].strip()) in known for row in pilot["trusted"])
 
@@ -59,7 +63,7 @@ def test_a_run_and_its_baseline(build, rows, tmp_path):
     path = write_report(trainer, baseline=uniform.args.output_dir)
     run = load_run(trainer.args.output_dir)
     np.testing.assert_allclose(run.weights, trainer.sample_weights().numpy(), rtol=1e-6)
-    assert int(np.isfinite(run.scores).sum()) == 24
+    assert int(np.isfinite(run.scores).sum()) == 40
     page = path.read_text()
     assert "Loss on the eval rows, which chose nothing" in page and "With care" not in page
     found = embedded(page)["rows"]
@@ -102,7 +106,7 @@ def test_an_interrupted_run_and_its_end(build, tmp_path):
     second.train(resume_from_checkpoint=True)
     run = load_run(second.args.output_dir)
     assert run.finished and [e["step"] for e in run.record["validation"]] == [0, 6]
-    # The pilot did not run again: its scores are those of the first part.
+    # Nothing was chosen again: the scores are those of the first part.
     np.testing.assert_array_equal(run.scores, scores)
     assert run.record["seconds"]["selection"] >= run.pilot["seconds"]
     # A new run in the same folder forgets all of it.
@@ -121,8 +125,8 @@ def test_an_interrupted_run_and_its_end(build, tmp_path):
         ("online", {"selector_preset": "sparse_centred"}, ["How the weights are spread"]),
     ],
 )
-def test_every_kind_of_run_has_a_report(build, rows, make, settings, texts):
-    train, validation = Dataset.from_list(rows[:40]), Dataset.from_list(rows[40:60])
+def test_every_kind_of_run_has_a_report(build, rows, mixed_rows, make, settings, texts):
+    train, validation = Dataset.from_list(mixed_rows), Dataset.from_list(rows[40:60])
     if make == "groups":
         train = train.add_column("source", ["a", "b"] * 20)
     elif make == "fixed":
@@ -138,13 +142,13 @@ def test_every_kind_of_run_has_a_report(build, rows, make, settings, texts):
     page = write_report(trainer).read_text()
     assert all(text in page for text in texts)
     found = embedded(page)["rows"]
-    assert rows[found["row"][0]]["completion"][:20] in found["answer"][0]
+    assert mixed_rows[found["row"][0]]["completion"][:20] in found["answer"][0]
     assert ("score" in page) and (make in ("fixed", "online") or any(s is not None for s in found["score"]))
 
 
 def test_a_self_refining_run(tmp_path, tiny_model, train_rows, rows, tokenizer):
     settings = base_arguments(tmp_path) | {"max_steps": -1, "per_device_train_batch_size": 4, "num_rounds": 2}
-    settings |= {"steps_per_round": 2, "max_completion_length": 8, "pilot_steps": 2, "pilot_learning_rate": 1e-2}
+    settings |= {"steps_per_round": 2, "max_completion_length": 8}
     trainer = SelfRefineTrainer(
         tiny_model(),
         SelfRefineConfig(**settings),

@@ -152,7 +152,7 @@ def test_what_an_earlier_run_left_is_not_mixed_into_a_later_one(make_run):
     log = [{"step": step, "loss": 9.0} for step in range(1, 101)]
     write_json(folder / "checkpoint-100" / "trainer_state.json", {"log_history": log})
     assert load_run(folder).points("loss")[-1][0] == 40
-    # The later one had come as far as its pilot.
+    # The later one had come as far as its scores.
     for name in ("run.json", "weights.parquet"):
         (folder / "_record" / name).unlink()
     run = load_run(folder)

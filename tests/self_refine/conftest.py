@@ -18,7 +18,6 @@ def refine_config(tmp_path):
             "num_rounds": 2,
             "steps_per_round": 2,
             "max_completion_length": 10,
-            "pilot_steps": 2,
             "pilot_learning_rate": 1e-2,
         }
         return SelfRefineConfig(**(settings | overrides))

@@ -122,7 +122,7 @@ def test_without_weights_and_without_validation_loss(build):
 
 def test_given_weights_are_used(build, train_rows):
     weights = torch.linspace(0.1, 1.9, len(train_rows))
-    trainer = build(train=train_rows.add_column("data_weight", weights.tolist()), num_rounds=1, pilot_steps=None)
+    trainer = build(train=train_rows.add_column("data_weight", weights.tolist()), num_rounds=1)
     trainer.train()
     torch.testing.assert_close(trainer.explicit_weights(), weights / weights.mean(), atol=1e-4, rtol=1e-4)
 
@@ -132,7 +132,7 @@ def test_goes_on_from_a_bilevel_run(
 ):
     first = BilevelSFTTrainer(
         tiny_model(),
-        config(pilot_steps=2),
+        config(),
         train_dataset=train_rows,
         validation_dataset=validation_rows,
         processing_class=tokenizer,
@@ -206,7 +206,7 @@ def test_learned_weights_are_those_of_learn_weights(build, tiny_model, train_row
     trainer = build(num_rounds=1, selection_dataset=Dataset.from_list(rows[80:100]), adapter=False)
     assert trainer.weights.known is False
     trainer.train()
-    settings = {"pilot_steps": 2, "pilot_learning_rate": 1e-2, "max_length": 128, "disable_tqdm": True}
+    settings = {"max_length": 128, "disable_tqdm": True}
     model = tiny_model().to(trainer.accelerator.device)
     learned = learn_weights(model, train_rows, trusted, processing_class=tokenizer, **settings)
     assert torch.equal(trainer.sample_weights(), learned.values)

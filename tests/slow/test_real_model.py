@@ -26,7 +26,7 @@ def model():
 
 
 def learned_weights(task, seed, budget):
-    """The default estimator's weights, without the training that follows."""
+    """The default estimator's weights, without the training that follows; some 10 seconds on a CPU."""
     trainer, _ = make_trainer("bilevel", task, seed=seed, budget=budget)
     trainer.choose_weights()
     return trainer.sample_weights().tolist()
@@ -37,16 +37,19 @@ def test_quality_weights_find_every_kind_of_damage():
     weights = learned_weights(task, 0, Budget())
     auc = ranking_quality(weights, task.train["kind"])
     print(auc)
-    assert auc["all"] >= 0.88
-    assert min(auc[kind] for kind in ("lazy", "salad", "swapped")) >= 0.75
+    assert auc["all"] >= 0.92
+    assert min(auc[kind] for kind in ("lazy", "salad", "swapped")) >= 0.80
     assert good_share(weights, task.train["kind"]) > 0.5
 
 
-def test_rows_that_look_alike_find_cut_off_answers():
-    """Their scores overlap with those of whole answers: alone they put two thirds of the weight on good rows."""
-    task = make_task("truncated", seed=0)
+@pytest.mark.parametrize("kind", ["truncated", "scrambled"])
+def test_weights_find_answers_that_are_spoiled(kind):
+    """Cut off in the middle, or of the same words in another order: about the right thing, and wrong all the same."""
+    task = make_task(kind, seed=0)
     weights = learned_weights(task, 0, Budget())
-    assert ranking_quality(weights, task.train["kind"])["truncated"] >= 0.98
+    auc = ranking_quality(weights, task.train["kind"])
+    print(auc)
+    assert auc[kind] >= 0.95
     assert good_share(weights, task.train["kind"]) > 0.85
 
 
@@ -86,8 +89,8 @@ def recorded_loss(arm):
 
 
 def test_boilerplate_gap_is_recovered():
-    """At equal budget, the pilot's steps taken off. CI has no time to train both ends of the gap again: machines
-    differ by .003 there (docs/results.md), the margin leaves .026."""
+    """At equal budget. CI has no time to train both ends of the gap again: machines differ by .003 there
+    (docs/results.md), the margin leaves .026."""
     task, experiment = make_task("boilerplate", seed=0), json.loads((EXPERIMENTS / "boilerplate.json").read_text())
     result = run_arm("bilevel", task, seed=0, budget=Budget(**experiment["budget"]))
     uniform, clean = recorded_loss("uniform"), recorded_loss("clean_only")

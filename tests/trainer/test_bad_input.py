@@ -19,16 +19,24 @@ SCORES = "Losses and scores that are not finite"
 CONFIGS = bad_settings(
     SETTINGS,
     [
-        ({"weight_estimator": "magic"}, r"`weight_estimator` must be one of 'value_function'.*got 'magic'"),
-        ({"weight_estimator": "alignment"}, "`weight_estimator='alignment'` is gone.*Use 'value_function'"),
+        (
+            {"weight_estimator": "magic"},
+            r"`weight_estimator` must be one of 'probe', 'value_function', 'both', 'none', got 'magic'",
+        ),
+        ({"weight_estimator": "alignment"}, "`weight_estimator='alignment'` is gone.*Use 'probe'"),
+        (
+            {"weight_estimator": "lookahead"},
+            "`weight_estimator='lookahead'` is gone.*Use 'probe'.*or 'value_function'",
+        ),
         ({"weight_estimator": "loss"}, "set `selector_preset='seal'`"),
-        ({"weight_estimator": "lookahead", "selector_preset": "seal"}, "scores rows by 'loss'.*Leave one of them out"),
+        ({"weight_estimator": "probe", "selector_preset": "seal"}, "scores rows by 'loss'.*Leave one of them out"),
         ({"validation_loss_weight": 1.0}, r"`validation_loss_weight` must lie in \[0, 1\), got 1.0"),
         ({"validation_loss_weight": -0.1}, "`validation_loss_weight` must lie in"),
         ({"validation_loss_weight": float("nan")}, "`validation_loss_weight` must lie in"),
         ({"validation_loss_weight": 0, "selector_preset": "seal"}, "without influence.*Set it above 0"),
-        ({"pilot_steps": 0}, "`pilot_steps` must be at least 1"),
-        ({"pilot_scored_rows": 8}, "`pilot_scored_rows` must be at least 16, got 8"),
+        ({"pilot_steps": 4}, "`pilot_steps=4` has no meaning with `weight_estimator='probe'`.*Leave it out"),
+        ({"pilot_steps": 4, "selector_preset": "fast"}, "`pilot_steps=4` has no meaning with"),
+        ({"weight_estimator": "both", "pilot_steps": 0}, "`pilot_steps` must be at least 1"),
         ({"pilot_learning_rate": float("inf")}, "`pilot_learning_rate` must be a finite number"),
         ({"calibration_sharpness": -1.0}, "`calibration_sharpness` must be a finite number"),
         ({"filter_rate": 1.0}, r"`filter_rate` must lie in \[0, 1\)"),
@@ -280,20 +288,30 @@ def test_nan_scores_stop_the_run_and_name_the_rows(
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.bad_input(SCORES, "a row with a NaN loss in the pilot run")
-def test_nan_scores_of_the_pilot(refused, tiny_model, config, rows, validation_rows, tokenizer):
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        bad_input(SCORES, "a row whose hidden states are NaN", {}),
+        bad_input(
+            SCORES,
+            "a row with a NaN loss in the pilot run",
+            {"weight_estimator": "value_function", "pilot_steps": 1},
+        ),
+    ],
+)
+def test_nan_scores(refused, estimator, tiny_model, config, rows, validation_rows, tokenizer):
     data = [dict(row) for row in rows[:40]]
     data[17]["completion"] += "\u00ff"
     model = tiny_model()
     before = [p.detach().clone() for p in model.parameters()]
     trainer = BilevelSFTTrainer(
         model,
-        config(pilot_steps=1),
+        config(**estimator),
         train_dataset=Dataset.from_list(data),
         validation_dataset=validation_rows,
         processing_class=tokenizer,
     )
-    # While rows are scored, not in the pilot's training.
+    # While rows are read or scored, not in a pilot's training.
     token, embeddings = tokenizer("\u00ff")["input_ids"][-1], model.get_input_embeddings()
     embeddings.register_forward_hook(
         lambda module, inputs, output: (

@@ -10,7 +10,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from tests.conftest import base_arguments, losses, parameters
 from trl_bilevel import BilevelSFTTrainer
 
-LEARNED = {"pilot_learning_rate": 1e-2}
+LEARNED = {}
+PILOT = {"weight_estimator": "value_function", "pilot_learning_rate": 1e-2}
 FIXED = {"weight_estimator": "none", "validation_loss_weight": 0.0}
 
 
@@ -67,12 +68,13 @@ class Notes(TrainerCallback):
         self.events.append("end")
 
 
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
+@pytest.mark.parametrize("learned", [LEARNED, PILOT, None], ids=["learned", "pilot", "fixed"])
 def test_callbacks_hear_what_they_hear_of_sft_trainer(learned, build, weighted):
-    """The pilot run, its steps and its evaluations are none of a callback's business."""
+    """What chooses, a pilot with its steps too, is none of a callback's business."""
     notes = Notes()
     settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 2}
-    trainer = build(None if learned else weighted, {"callbacks": [notes]}, eval_strategy="epoch", **settings)
+    rows, chosen = (weighted, {}) if learned is None else (None, learned)
+    trainer = build(rows, {"callbacks": [notes]}, eval_strategy="epoch", **settings, **chosen)
     trainer.train()
     assert notes.events == ["begin", *["step", "substep", "optimizer"] * 2, "evaluate", "end"]
     assert all("selector/ess" in logs for logs in notes.logs if "loss" in logs)
@@ -118,13 +120,13 @@ def test_early_stopping_and_the_best_model(build, tmp_path):
         "greater_is_better": False,
         "learning_rate": 5.0,
         "lr_scheduler_type": "constant",
-        "max_steps": 8,
+        "max_steps": 12,
     }
     trainer = build(None, {"callbacks": [EarlyStoppingCallback(early_stopping_patience=2)]}, **settings)
     trainer.train()
     history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     best = min(range(len(history)), key=history.__getitem__)
-    assert len(history) == best + 3 < 8
+    assert len(history) == best + 3 < 12
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best + 1}")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(history[best], rel=1e-5)
     # Weights are not part of the model: they stay those of the run.
@@ -169,7 +171,7 @@ def test_a_collator_that_merges_rows_is_refused(build, tokenizer):
             return super().__call__(features[:1])
 
     trainer = build(None, {"data_collator": Merging(pad_token_id=tokenizer.pad_token_id)})
-    with pytest.raises(ValueError, match=r"Merging turned 8 rows into 1"):
+    with pytest.raises(ValueError, match=r"Merging turned 40 rows into 1"):
         trainer.train()
 
 

@@ -18,7 +18,7 @@ def build(tiny_model, config, train_rows, validation_rows, tokenizer):
     def make(train=train_rows, validation=validation_rows, adapter=False, **overrides):
         return BilevelSFTTrainer(
             tiny_model(),
-            config(**({"pilot_learning_rate": 1e-2} | overrides)),
+            config(**overrides),
             train_dataset=train,
             validation_dataset=validation,
             processing_class=tokenizer,
@@ -218,7 +218,7 @@ def test_a_plain_config_is_taken(tiny_model, train_rows, validation_rows, tokeni
         processing_class=tokenizer,
     )
     assert isinstance(trainer.args, BilevelSFTConfig)
-    assert trainer.args.weight_estimator == "value_function"
+    assert trainer.args.weight_estimator == "probe"
 
 
 def test_the_validation_term_is_small(build):
@@ -240,21 +240,14 @@ def test_the_validation_term_is_small(build):
 def test_presets_set_what_they_say(config):
     balanced, fast, reliable = (config(selector_preset=name) for name in ("balanced", "fast", "reliable"))
     assert balanced == dataclasses.replace(config(), selector_preset="balanced")
-    assert (balanced.weight_estimator, balanced.pilot_scored_rows, balanced.feature_depth) == (
-        "value_function",
-        512,
-        0.3,
-    )
-    assert reliable.pilot_scored_rows == 0
-    assert (fast.weight_estimator, fast.pilot_scored_rows, fast.feature_depth) == ("lookahead", 256, 0.1)
+    assert (balanced.weight_estimator, balanced.matches) == ("probe", True)
+    assert (fast.weight_estimator, fast.matches) == ("probe", False)
+    assert (reliable.weight_estimator, reliable.matches) == ("both", True)
     assert (balanced.selector_weighting, balanced.validation_loss_weight) == ("resample", 0.0)
     for name in ("paper", "seal", "sparse_centred"):
         moving = config(selector_preset=name)
         assert (moving.published, moving.selector_weighting, moving.validation_loss_weight) == (True, "loss", 0.5)
     # What is given by its own name wins.
-    assert config(selector_preset="fast", pilot_scored_rows=0).pilot_scored_rows == 0
-    probe = config(weight_estimator="probe", pilot_steps=None, pilot_scored_rows=None)
-    assert (probe.pilot_scored_rows, probe.feature_depth) == (0, 2 / 3)
     assert config(selector_preset="fast", weight_estimator="value_function").weight_estimator == "value_function"
     assert config(selector_preset="seal", validation_loss_weight=0.2).validation_loss_weight == 0.2
 
@@ -294,7 +287,7 @@ def test_the_model_card_tells_of_the_selection(build, tmp_path):
         # Written anew at each checkpoint: one section, not one more each time.
         trainer.create_model_card(model_name="out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.count("## Data selection") == 1 and "| `value_function` |" in card
+    assert card.count("## Data selection") == 1 and "| `probe` |" in card
     assert card.index("## Data selection") < card.index("## Citations")
     assert f"| validation loss, step {trainer.state.global_step} |" in card
     assert "arXiv:2511.21056" in card and "hf_secret" not in card

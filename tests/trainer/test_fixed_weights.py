@@ -56,11 +56,8 @@ def test_loss_is_the_hand_computed_one(train, train_rows):
 
 @pytest.mark.compat
 def test_exported_weights_give_the_same_run(train, train_rows, validation_rows):
-    settings = {"pilot_learning_rate": 1e-2}
-    first = train(train_rows, validation_rows, **settings)
-    second = train(
-        first.weighted_dataset(), validation_rows, weight_estimator="none", selector_weighting="resample", **settings
-    )
+    first = train(train_rows, validation_rows)
+    second = train(first.weighted_dataset(), validation_rows, weight_estimator="none", selector_weighting="resample")
     torch.testing.assert_close(second.sample_weights(), first.sample_weights(), atol=1e-5, rtol=1e-5)
     assert losses(second) == pytest.approx(losses(first), rel=1e-6)
     assert "data_weight" in second.weighted_dataset().column_names

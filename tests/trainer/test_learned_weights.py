@@ -9,6 +9,7 @@ from tests.weights.conftest import LAZY
 from trl_bilevel import BilevelSFTTrainer, learn_weights
 
 SETTINGS = {"pilot_learning_rate": 1e-2, "seed": 3}
+PILOT = {"weight_estimator": "value_function"}
 
 
 def messages(row):
@@ -62,7 +63,7 @@ def both(config, tiny_model, tokenizer):
             train,
             trusted,
             processing_class=tokenizer,
-            **({"pilot_steps": 8, "max_length": 128, "disable_tqdm": True, "bf16": False} | settings),
+            **({"max_length": 128, "disable_tqdm": True, "bf16": False} | settings),
         )
         return trainer, alone
 
@@ -86,13 +87,11 @@ def test_every_format(name, adapter, both, data):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"pilot_scored_rows": 24},
-        {"weight_estimator": "lookahead"},
-        {"selector_preset": "fast", "pilot_scored_rows": 20},
-        {"weight_estimator": "probe", "pilot_steps": None, "pilot_scored_rows": None},
+        PILOT,
+        PILOT | {"pilot_steps": 3},
+        {"selector_preset": "fast"},
         {"selector_preset": "reliable"},
         {"filter_rate": 0.3, "calibration_sharpness": 2.0},
-        {"pilot_steps": None},
         {"completion_only_loss": False},
         {"max_length": 40},
     ],

@@ -15,6 +15,8 @@ from trl_bilevel import BilevelSFTTrainer
 
 STREAMS = "Streams"
 LAZY = "I do not know, sorry."
+PROBE = {}
+PILOT = {"weight_estimator": "value_function", "pilot_steps": 12, "pilot_learning_rate": 1e-2}
 
 
 @pytest.fixture
@@ -36,14 +38,9 @@ def stream_of(rows):
 @pytest.fixture
 def build(config, tiny_model, mixed, validation_rows, tokenizer):
     def make(train=None, adapter=True, **overrides):
-        given = {
-            "pilot_steps": 12,
-            "pilot_learning_rate": 1e-2,
-            "stream_sample_rows": 64,
-        }
         return BilevelSFTTrainer(
             tiny_model(),
-            config(**(given | overrides)),
+            config(**({"stream_sample_rows": 64} | overrides)),
             train_dataset=stream_of(mixed) if train is None else train,
             validation_dataset=validation_rows,
             processing_class=tokenizer,
@@ -64,17 +61,14 @@ def test_plain_sft_on_a_stream_is_sft(build, tiny_model, mixed, tokenizer, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(parameters(ours), parameters(theirs), strict=True))
 
 
-def test_bad_rows_are_found_without_being_scored_or_in_the_sample(build):
-    trainer = build(pilot_scored_rows=32, max_steps=13)
+def test_bad_rows_are_found_that_come_after_the_sample(build):
+    trainer = build(max_steps=13)
     trainer.train()
     weights = [row["data_weight"] for row in trainer.weighted_dataset()]
     assert len(weights) == 100 and not any(map(math.isnan, weights))
     assert roc_auc_score([i % 2 == 0 for i in range(64, 100)], weights[64:]) > 0.9
-    # Mean one over rows that were read and not scored: those that come later are like them.
-    unscored = trainer.weights.scores.isnan()
-    assert sum(weights[row] for row in unscored.nonzero().flatten()) / int(unscored.sum()) == pytest.approx(
-        1, abs=1e-4
-    )
+    # Mean one over the sample: those that come later are like it.
+    assert sum(weights[64:]) / 36 == pytest.approx(1, abs=0.1)
 
 
 def watched(trainer):
@@ -94,7 +88,7 @@ def watched(trainer):
 
 def test_a_weight_is_what_the_row_says_whatever_the_model_has_become(build):
     """Rows of the second pass weigh what they did in the first one, after the adapter has moved."""
-    trainer = build(pilot_scored_rows=32, max_steps=26, learning_rate=5e-2)
+    trainer = build(max_steps=26, learning_rate=5e-2)
     seen = watched(trainer)
     trainer.train()
     weights = {}
@@ -104,8 +98,8 @@ def test_a_weight_is_what_the_row_says_whatever_the_model_has_become(build):
     assert all(max(found) - min(found) < 1e-5 for found in weights.values())
 
 
-def test_predicted_weights_multiply_the_losses(build):
-    """The first step's loss is TRL's mean over tokens, each row's log-probabilities times its predicted weight."""
+def test_weights_multiply_the_losses(build):
+    """The first step's loss is TRL's mean over tokens, each row's log-probabilities times its weight."""
     trainer = build(max_steps=1)
     seen = watched(trainer)
     trainer.train()
@@ -117,11 +111,12 @@ def test_predicted_weights_multiply_the_losses(build):
     assert losses(trainer)[0] == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
-def test_a_bad_source_loses_its_weight(build, adapter, mixed):
-    trainer = build(
-        stream_of([*mixed, mixed[0] | {"source": "news"}]), adapter=adapter, selector_group_column="source"
-    )
+@pytest.mark.parametrize(
+    ("adapter", "estimator"), [(True, PROBE), (False, PROBE), (True, PILOT)], ids=["lora", "full", "pilot"]
+)
+def test_a_bad_source_loses_its_weight(build, adapter, estimator, mixed):
+    rows = stream_of([*mixed, mixed[0] | {"source": "news"}])
+    trainer = build(rows, adapter=adapter, selector_group_column="source", **estimator)
     trainer.train()
     shares = trainer.weights.groups.shares(trainer.weights.values)
     assert shares["book"] > 0.8
@@ -134,11 +129,11 @@ def test_a_bad_source_loses_its_weight(build, adapter, mixed):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"pilot_scored_rows": 32},
+        {},
         {"selector_group_column": "source"},
-        {"pilot_scored_rows": 32, "validation_loss_weight": 0.5},
+        {"validation_loss_weight": 0.5},
     ],
-    ids=["predicted", "groups", "validation_term"],
+    ids=["rows", "groups", "validation_term"],
 )
 def test_a_resumed_run_gives_the_same_bits(build, overrides):
     whole = build(save_strategy="steps", save_steps=3, max_steps=6, **overrides)
@@ -160,7 +155,7 @@ def test_resume_refuses_another_stream(build, mixed):
 
 
 def test_weights_survive_in_a_file(build, tmp_path, config):
-    trainer = build(pilot_scored_rows=32, max_steps=5)
+    trainer = build(max_steps=5)
     trainer.train()
     trainer.weighted_dataset().to_parquet(str(tmp_path / "weighted.parquet"))
     rows = Dataset.from_parquet(str(tmp_path / "weighted.parquet"))
@@ -177,6 +172,8 @@ REFUSED = bad_settings(
         ({"padding_free": True, "max_length": None}, "padding_free"),
         ({"filter_rate": 0.2}, "filter_rate"),
         ({"selector_preset": "sparse_centred"}, "its weights move row by row.*Use 'balanced'"),
+        ({"weight_estimator": "value_function"}, "a pilot does not score rows as they come. Use 'probe'"),
+        ({"selector_preset": "reliable"}, "`weight_estimator='both'` is not supported.*give `selector_group_column`"),
         ({"selector_group_column": "site"}, "selector_group_column='site'` is not a column"),
         ({"adapter": False}, "peft_config"),
         ({"stream_sample_rows": 20}, "stream_sample_rows"),
@@ -214,11 +211,3 @@ def test_lists_of_weights_are_refused(build):
         trainer.sample_weights()
     with pytest.raises(ValueError, match="top_k"):
         trainer.weighted_dataset(top_k=3)
-
-
-def test_the_probe_weighs_rows_that_come_later(build):
-    trainer = build(weight_estimator="probe", pilot_steps=None, pilot_scored_rows=None, max_steps=13)
-    trainer.train()
-    weights = [row["data_weight"] for row in trainer.weighted_dataset()]
-    assert len(weights) == 100 and not any(map(math.isnan, weights))
-    assert roc_auc_score([i % 2 == 0 for i in range(64, 100)], weights[64:]) > 0.9

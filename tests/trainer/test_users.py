@@ -167,7 +167,7 @@ def test_plain_runs_take_columns_of_any_name(build, train_rows):
 def test_the_format_of_the_rows_does_not_matter(format, packing, build, train_rows):
     def weights(rows, trusted):
         with pytest.warns(UserWarning, match="20 of 20 rows .* are also training rows"):
-            trainer = build(rows, trusted, packing=packing, max_length=64, max_steps=2, pilot_scored_rows=0)
+            trainer = build(rows, trusted, packing=packing, max_length=64, max_steps=2)
         trainer.train()
         return trainer.sample_weights()
 
@@ -242,7 +242,7 @@ def test_a_collator_may_need_other_columns(setting, config, tiny_model, tokenize
     assert trainer.row_losses(measured(validation_rows)).isfinite().all()
 
 
-def test_training_again_keeps_what_the_pilot_found(build, tmp_path):
+def test_training_again_keeps_what_choosing_found(build, tmp_path):
     trainer = build(max_steps=1)
     trainer.train()
     weights, record = trainer.sample_weights(), tmp_path / "out" / "_record"

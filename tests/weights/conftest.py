@@ -61,7 +61,7 @@ def trusted_sets(tokenizer, weights=None, **sets):
 
 def trained_pilot(model, rows, trusted, **recipe):
     """A pilot after its training; the model is as it was."""
-    settings = {"estimator": "value_function", "steps": 4, "learning_rate": 1e-2, "seed": 3}
+    settings = {"steps": 4, "learning_rate": 1e-2, "seed": 3}
     reader = LanguageModel(model)
     pilot = Pilot(reader, PilotRecipe(**(settings | recipe)))
     with left_as_it_was(model):

@@ -12,7 +12,8 @@ from tests.weights.conftest import LAZY
 from trl_bilevel import RowWeights, WeightSettings, learn_weights
 from trl_bilevel.core.statistics import effective_sample_size
 
-QUICK = {"pilot_steps": 8, "pilot_learning_rate": 1e-2, "max_length": 128, "disable_tqdm": True}
+QUICK = {"max_length": 128, "disable_tqdm": True}
+PILOT = {"weight_estimator": "value_function", "pilot_steps": 8, "pilot_learning_rate": 1e-2}
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_weights_scores_and_facts(learn, mixed):
         "seconds",
     ):
         assert name in found.facts, name
-    assert found.facts["steps"] == 8 and found.facts["rows_scored"] == 80
+    assert found.facts["steps"] == 0 and found.facts["rows_scored"] == 80
     json.dumps(found.facts)
     assert LAZY not in json.dumps(found.facts) and mixed[0]["completion"] not in json.dumps(found.facts)
 
@@ -65,7 +66,7 @@ def test_the_same_arguments_give_the_same_bits(learn):
     assert torch.equal(learn().values, first.values)
 
 
-@pytest.mark.parametrize("settings", [{}, {"pilot_scored_rows": 24}, {"weight_estimator": "lookahead"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, PILOT, PILOT | {"weight_estimator": "both"}], ids=["probe", "pilot", "both"])
 def test_permuted_rows_give_permuted_weights(settings, learn, mixed):
     order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(3)).tolist()
     first, second = learn(**settings), learn([mixed[n] for n in order], **settings)
@@ -101,21 +102,15 @@ def test_models_by_folder(learn, tiny_model, tokenizer, tmp_path, mixed, rows):
 
 
 def test_settings_as_a_whole_and_by_name(learn):
-    settings = WeightSettings(pilot_scored_rows=24, filter_rate=0.25)
+    settings = WeightSettings(filter_rate=0.25)
     whole = learn(settings=settings)
-    assert torch.equal(whole.values, learn(pilot_scored_rows=24, filter_rate=0.25).values)
-    assert torch.equal(learn(settings=settings, filter_rate=0.0).values, learn(pilot_scored_rows=24).values)
+    assert torch.equal(whole.values, learn(filter_rate=0.25).values)
+    assert torch.equal(learn(settings=settings, filter_rate=0.0).values, learn().values)
     # What the caller gave is not filled in.
-    assert settings == WeightSettings(pilot_scored_rows=24, filter_rate=0.25)
+    assert settings == WeightSettings(filter_rate=0.25)
     # Rows of the same weight are treated alike.
     assert 10 < int((whole.values == 0).sum()) <= 20
     assert float(whole.values.mean()) == pytest.approx(1, abs=1e-5)
-
-
-def test_scored_rows_are_few_and_all_rows_weigh(learn):
-    found = learn(pilot_scored_rows=24)
-    assert int(found.scores.isfinite().sum()) == 24 and found.facts["rows_scored"] == 24
-    assert bool(found.values.isfinite().all())
 
 
 def test_dropped_rows_have_no_weight(learn, mixed):
@@ -154,7 +149,7 @@ def test_several_trusted_sets_with_weights(learn, rows, mixed):
     for weight in (0.0, 1.0):
         sets = {"good": good, "lazy": lazy}
         weights = {"good": 1 - weight, "lazy": weight}
-        found[weight] = learn(trusted=sets, validation_weights=weights, pilot_learning_rate=1e-3)
+        found[weight] = learn(trusted=sets, validation_weights=weights)
     shares = [float(found[w].values[::2].sum() / 80) for w in (0.0, 1.0)]
     assert shares[0] > 0.95 and shares[1] < 0.05
     told = found[0.0].facts["validation"]
@@ -192,7 +187,7 @@ def test_the_export(learn, mixed):
 
 
 def test_save_and_load(learn, mixed, tmp_path):
-    found = learn(pilot_scored_rows=24)
+    found = learn()
     found.save(tmp_path / "weights")
     names = {file.name for file in (tmp_path / "weights").iterdir()}
     assert names == {"weights.safetensors", "weights.json"}
@@ -241,10 +236,15 @@ REFUSED = {
     "published estimator": ({"weight_estimator": "loss"}, ValueError, "`selector_preset='seal'`"),
     "published preset": ({"selector_preset": "seal"}, ValueError, "`selector_preset='seal'`.*BilevelSFTTrainer"),
     "unknown preset": ({"selector_preset": "mine"}, ValueError, "`selector_preset` must be one of.*'mine'"),
-    "no steps": ({"pilot_steps": 0}, ValueError, "`pilot_steps` must be at least 1, got 0"),
+    "no steps": (
+        {"pilot_steps": 0, "weight_estimator": "both"},
+        ValueError,
+        "`pilot_steps` must be at least 1, got 0",
+    ),
     "odd rate": ({"pilot_learning_rate": float("inf")}, ValueError, "`pilot_learning_rate` must be a finite number"),
     "negative sharpness": ({"calibration_sharpness": -1.0}, ValueError, "`calibration_sharpness` must be"),
-    "few scored rows": ({"pilot_scored_rows": 8}, ValueError, "`pilot_scored_rows` must be at least 16, got 8.*Use 0"),
+    "steps without a pilot": ({"pilot_steps": 3}, ValueError, "`pilot_steps=3` has no meaning"),
+    "setting that is gone": ({"pilot_scored_rows": 8}, TypeError, "`pilot_scored_rows` is gone"),
     "all filtered": ({"filter_rate": 1.0}, ValueError, r"`filter_rate` must lie in \[0, 1\), got 1.0"),
     "unknown setting": ({"pilot_step": 3}, TypeError, "pilot_step"),
     "no rows": ({"train": []}, ValueError, "`train_dataset` is empty"),
@@ -312,8 +312,10 @@ def test_a_row_that_cannot_be_scored_is_named(learn, mixed, tiny_model, tokenize
         return torch.where((inputs[0] == token).unsqueeze(-1) & (not torch.is_grad_enabled()), torch.nan, output)
 
     model.get_input_embeddings().register_forward_hook(poison)
-    with pytest.raises(NonFiniteScoreError, match=r"training rows \(sample_id\) \[17\].*`pilot_learning_rate`"):
+    with pytest.raises(NonFiniteScoreError, match=r"training rows \(sample_id\) \[17\].*Look at these rows, or use"):
         learn(data, model=model)
+    with pytest.raises(NonFiniteScoreError, match=r"training rows \(sample_id\) \[17\].*`pilot_learning_rate`"):
+        learn(data, model=model, **PILOT)
 
 
 def test_rows_in_another_format(learn, mixed, rows):
@@ -336,7 +338,7 @@ def test_no_signal_in_no_weight_out(seed, learn, rows):
     """Trusted rows drawn like the training rows."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     drawn = [rows[n] for n in order]
-    found = learn(drawn[:80], drawn[80:], seed=seed, pilot_learning_rate=1e-3)
+    found = learn(drawn[:80], drawn[80:], seed=seed)
     size = effective_sample_size(found.values)
     print(seed, size)
     assert size > 0.8

@@ -10,7 +10,6 @@ from trl_bilevel.weights.adapters import SCALE
 from trl_bilevel.weights.errors import NonFiniteScoreError
 from trl_bilevel.weights.language_model import LanguageModel, left_as_it_was
 from trl_bilevel.weights.pilot import Pilot, PilotRecipe, train_step
-from trl_bilevel.weights.settings import lookahead_steps
 
 
 def scores_of(pilot, rows):
@@ -36,7 +35,7 @@ def test_with_pull_they_are_not(tiny_model, prepared, trusted):
 
 def test_both_ends_start_equal_and_without_effect(tiny_model, prepared):
     model = tiny_model()
-    pilot = Pilot(LanguageModel(model), PilotRecipe("value_function", 1, 1e-3, 7))
+    pilot = Pilot(LanguageModel(model), PilotRecipe(1, 1e-3, 7))
     for mixture, pulled in zip(pilot.mixture.values, pilot.pulled.values, strict=True):
         assert torch.equal(mixture, pulled)
     batch = prepared.batch(range(8))
@@ -44,7 +43,7 @@ def test_both_ends_start_equal_and_without_effect(tiny_model, prepared):
         plain = pilot.model.row_losses(batch).sums
         with pilot.pulled.added():
             assert torch.equal(pilot.model.row_losses(batch).sums, plain)
-    other = Pilot(LanguageModel(model), PilotRecipe("value_function", 1, 1e-3, 8))
+    other = Pilot(LanguageModel(model), PilotRecipe(1, 1e-3, 8))
     assert not torch.equal(pilot.mixture.values[0], other.mixture.values[0])
 
 
@@ -68,27 +67,11 @@ def mean_losses(model, dataset):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("estimator", ["value_function", "lookahead"])
-def test_scores_are_those_of_merged_weights(estimator, tiny_model, prepared, trusted):
+def test_scores_are_those_of_merged_weights(tiny_model, prepared, trusted):
     model = tiny_model()
-    pilot = trained_pilot(model, prepared, trusted, estimator=estimator)
+    pilot = trained_pilot(model, prepared, trusted)
     mixture, pulled = (mean_losses(merged(model, end), prepared.dataset) for end in (pilot.mixture, pilot.pulled))
     torch.testing.assert_close(scores_of(pilot, prepared)[:, 0], 1 - pulled / mixture, atol=2e-6, rtol=1e-4)
-
-
-def test_the_look_ahead_trains_one_end_and_goes_on_from_it(tiny_model, prepared, trusted):
-    """The mixture end is that of the value function; the other one has gone on with trusted rows alone."""
-    model = tiny_model()
-    value, ahead = (
-        trained_pilot(model, prepared, trusted, estimator=name, steps=3) for name in ("value_function", "lookahead")
-    )
-    for a, b in zip(value.mixture.values, ahead.mixture.values, strict=True):
-        assert torch.equal(a, b)
-    losses = [
-        mean_losses(merged(model, end), trusted.sets["validation"].dataset) for end in (ahead.mixture, ahead.pulled)
-    ]
-    assert losses[1].mean() < losses[0].mean()
-    assert (lookahead_steps(24), lookahead_steps(2)) == (12, 4)
 
 
 def test_the_same_arguments_give_the_same_bits(tiny_model, prepared, trusted):
@@ -145,7 +128,7 @@ def test_small_gradients_survive_float16(tokens, tiny_model, prepared):
     found = {}
     for dtype in (torch.float32, torch.float16):
         model = tiny_model().to(dtype).eval()
-        pilot = Pilot(LanguageModel(model), PilotRecipe("value_function", 1, 1e-3, 3))
+        pilot = Pilot(LanguageModel(model), PilotRecipe(1, 1e-3, 3))
         for value in pilot.pulled.values:
             value.data += 0.05
         noting = Noting(pilot.pulled)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_bilevel.weights.settings import PRESETS, PilotSettings, WeightSettings, lookahead_steps
+from trl_bilevel.weights.settings import PRESETS, PilotSettings, WeightSettings
 
 
 def resolved(**given):
@@ -15,17 +15,13 @@ def resolved(**given):
 def test_presets(name):
     settings = resolved(selector_preset=name)
     preset = PRESETS[name]
-    assert (settings.weight_estimator, settings.pilot_scored_rows) == (preset.estimator, preset.scored_rows)
-    assert (settings.feature_depth, settings.published) == (preset.feature_depth, preset.published)
+    assert (settings.weight_estimator, settings.matches) == (preset.estimator, preset.matches)
+    assert settings.published == preset.published
 
 
 def test_what_is_given_by_its_name_wins():
-    settings = resolved(selector_preset="fast", pilot_scored_rows=0, weight_estimator="value_function")
-    assert (settings.pilot_scored_rows, settings.weight_estimator, settings.feature_depth) == (
-        0,
-        "value_function",
-        0.1,
-    )
+    settings = resolved(selector_preset="fast", weight_estimator="both", pilot_steps=9)
+    assert (settings.weight_estimator, settings.pilot_steps, settings.matches) == ("both", 9, False)
     assert resolved(selector_preset=None).selector_preset == "balanced"
     assert not resolved(selector_preset="seal", weight_estimator="none").published
 
@@ -40,16 +36,13 @@ def test_resolving_twice_changes_nothing():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"weight_estimator": "magic"},
-            "`weight_estimator` must be one of 'value_function', 'lookahead', 'probe', 'none'",
-        ),
+        ({"weight_estimator": "magic"}, "`weight_estimator` must be one of 'probe', 'value_function', 'both', 'none'"),
         ({"weight_estimator": "loss"}, "`selector_preset='seal'`"),
-        ({"weight_estimator": "lookahead", "selector_preset": "paper"}, "Leave one of them out"),
+        ({"weight_estimator": "both", "selector_preset": "paper"}, "Leave one of them out"),
         ({"pilot_learning_rate": float("nan")}, "`pilot_learning_rate` must be a finite number"),
-        ({"pilot_steps": -1}, "`pilot_steps` must be at least 1, got -1"),
-        ({"pilot_scored_rows": 15}, "at least 16, got 15"),
-        ({"pilot_scored_rows": -1}, "at least 16, got -1"),
+        ({"weight_estimator": "lookahead"}, "'lookahead'` is gone.*Use 'probe'"),
+        ({"pilot_steps": 32}, "`pilot_steps=32` has no meaning with `weight_estimator='probe'`.*trains no pilot"),
+        ({"pilot_steps": -1, "weight_estimator": "both"}, "`pilot_steps` must be at least 1, got -1"),
         ({"filter_rate": -0.1}, "`filter_rate` must lie in"),
     ],
 )
@@ -61,4 +54,3 @@ def test_what_cannot_work(given, message):
 def test_both_trainers_share_the_pilots():
     names = set(PilotSettings.__dataclass_fields__)
     assert names < set(WeightSettings.__dataclass_fields__)
-    assert [lookahead_steps(n) for n in (1, 8, 9, 24)] == [4, 4, 4, 12]

@@ -13,6 +13,8 @@ from trl_bilevel.weights import store as storing
 from trl_bilevel.weights.pilot import Pilot
 from trl_bilevel.weights.store import Store
 
+PILOT = {"weight_estimator": "value_function", "pilot_steps": 2}
+
 
 class Killed(Exception):
     pass
@@ -34,7 +36,7 @@ def learn(tokenizer, mixed, rows):
             Dataset.from_list(trusted),
             processing_class=tokenizer,
             work_dir=folder,
-            **({"pilot_steps": 2, "max_length": 128, "disable_tqdm": True} | settings),
+            **(PILOT | {"max_length": 128, "disable_tqdm": True} | settings),
         )
 
     return run
@@ -103,7 +105,7 @@ def test_killed_twice(learn, counted, tmp_path):
         {"trusted": "other"},
         {"pilot_steps": 9},
         {"pilot_learning_rate": 2e-3},
-        {"weight_estimator": "lookahead"},
+        {"weight_estimator": "both"},
         {"seed": 5},
         {"max_length": 100},
         {"model": "trained"},
@@ -130,7 +132,7 @@ def test_notes_of_another_run_are_not_used(change, learn, counted, tmp_path, mix
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
-@pytest.mark.parametrize("name", ["pilot", "scores-0"])
+@pytest.mark.parametrize("name", ["pilot", "pilot-scores-0"])
 def test_damaged_notes_are_not_used(name, damage, learn, counted, tmp_path):
     whole = learn(None)
     killed(learn, tmp_path, counted, 7)
@@ -180,7 +182,7 @@ def test_removing_notes_leaves_other_files(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     (tmp_path / "model.safetensors").write_text("keep")
     store = Store(tmp_path, {})
-    for name in ("pilot", "scores-0", "scores-11"):
+    for name in ("pilot", "pilot-scores-0", "probe-11"):
         store.write(name, {"value": torch.zeros(1)})
     store.remove()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.txt", "model.safetensors"]

@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", help="hub name or file with question-answer rows, damaged as the task says")
     parser.add_argument("--arms", default="uniform,bilevel,clean_only", help="what to train, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for everything that is made")
-    parser.add_argument("--epochs", type=float, default=2.0, help="passes over the training rows, pilot run included")
+    parser.add_argument("--epochs", type=float, default=2.0, help="passes over the training rows")
     parser.add_argument("--seed", type=int, default=0, help="draws rows, damage, order and adapter")
     return parser
 

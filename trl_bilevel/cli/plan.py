@@ -89,8 +89,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         trains=not script_args.rank,
         **{field: getattr(script_args, field) for field in same},
     )
-    if script_args.rank and not run.pilots:
-        raise ValueError(f"`rank` learns weights: `{run.estimator}` does not. Set `weight_estimator: value_function`.")
+    if script_args.rank and not (run.pilots or run.probes):
+        raise ValueError(f"`rank` learns weights: `{run.estimator}` does not. Set `weight_estimator: probe`.")
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = model_shape(config, dtype=dtype, peft_config=lora) if run.trains and not adapters else None
     plan = estimate_memory(model, run)

@@ -31,6 +31,8 @@ class RankArguments:
     rows_split: str = option("train", "Split of the training rows.")
     trusted: list[str] | None = option(None, "Trusted rows, named alike; several sets make several objectives.")  # noqa: RUF009
     trusted_split: str = option("train", "Split of the trusted rows.")
+    scorer: str | None = option(None, "Folder of a saved scorer: weigh by it instead of by trusted rows.")
+    save_scorer: str | None = option(None, "Folder to keep the scorer in, for rows that come later.")
     output: str | None = option(None, "For the ranked rows: .parquet, .jsonl, .csv. Default: ROWS-ranked.parquet.")
     chat_template_kwargs: str | None = option(None, "Arguments of the chat template, as JSON.")
     report: bool = option(True, "Write the report.")
@@ -41,7 +43,7 @@ class ReadingArguments:
     """How rows are read and the model is run: arguments of `learn_weights`. The help of each field says what it is."""
 
     max_length: int = option(1024, "Tokens at which rows are cut.")
-    seed: int = option(42, "Of the pilot, and of what is held back.")
+    seed: int = option(42, "Of the rows that the probe is made from, and of a pilot.")
     bf16: bool | None = option(None, "Compute in bfloat16. Default: on GPUs that can.")
     completion_only_loss: bool | None = option(None, "Score completions only. Default: if rows have them.")
     assistant_only_loss: bool = option(False, "Score what the assistant says only.")
@@ -68,11 +70,28 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
     from ..data.loading import check_writable, load_rows, write_rows
     from ..weights.learn import learn_weights
 
-    if not args.rows or not args.trusted:
-        raise ValueError("Give the rows to rank and trusted rows: `trl-bilevel rank ROWS --trusted ROWS`.")
+    if not args.rows or bool(args.trusted) == bool(args.scorer):
+        raise ValueError(
+            "Give the rows to rank, and either trusted rows (`trl-bilevel rank ROWS --trusted ROWS`) or a saved "
+            "scorer (`trl-bilevel rank ROWS --scorer FOLDER`)."
+        )
+    settings.resolve()
+    if args.save_scorer and settings.weight_estimator != "probe":
+        raise ValueError(
+            f"`save_scorer` needs `weight_estimator='probe'`, got {settings.weight_estimator!r}: a pilot does not "
+            "score rows as they come."
+        )
     output = Path(args.output or f"{Path(args.rows).stem}-ranked.parquet")
     rows = load_rows(args.rows, split=args.rows_split, config=args.rows_config)
     check_writable(output, rows)
+    if args.scorer:
+        weights = _by_scorer(args.scorer, rows, reading.trust_remote_code, model_args)
+        if PartialState().is_main_process:
+            ranked = weights.to_dataset()
+            write_rows(ranked, output)
+            _tell(weights, ranked, output, [], weights.facts["model_name"])
+        return
+    assert args.trusted is not None
     trusted = {Path(name).stem: load_rows(name, split=args.trusted_split) for name in args.trusted}
     if len(trusted) < len(args.trusted):
         raise ValueError(f"`trusted` names sets alike: {args.trusted}. Give their files different names.")
@@ -96,9 +115,27 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
         return
     ranked = weights.to_dataset()
     write_rows(ranked, output)
+    if args.save_scorer:
+        weights.scorer.save(args.save_scorer)
+        notes.append(f"`trl-bilevel rank NEW_ROWS --scorer {shlex.quote(args.save_scorer)}` weighs further rows.")
     if args.report:
         notes.append(write_ranking(weights, ranked, output))
     _tell(weights, ranked, output, notes, model_args.model_name_or_path or "MODEL")
+
+
+def _by_scorer(folder: str, rows: Any, trust_remote_code: bool, model_args: Any) -> Any:
+    """Weights of rows by a saved scorer."""
+    from trl import get_quantization_config
+
+    from ..weights.scorer import RowScorer
+
+    scorer = RowScorer.load(folder)
+    quantization = get_quantization_config(model_args)
+    scorer.use(
+        **({"quantization_config": quantization} if quantization else {}),
+        trust_remote_code=trust_remote_code,
+    )
+    return scorer.weigh(rows)
 
 
 def write_ranking(weights: Any, ranked: Any, output: Path) -> str:

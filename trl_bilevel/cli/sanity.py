@@ -18,7 +18,7 @@ VERDICTS = {
     "not told apart": "Weights are at chance. Give more trusted rows, or a larger model, or remove such rows by other "
     "means.",
     "inverted": "Damaged rows get more weight than good ones. Do not use these weights. Look at the trusted rows: do "
-    "some look like this damage? Is --estimator value_function?",
+    "some look like this damage? Does --estimator both see it?",
 }
 # Tokens of a row from its characters: at least so many characters a token, for English and a common tokenizer.
 CHARACTERS_PER_TOKEN = 3
@@ -46,8 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=0.5, help="share of the rows to damage (default: 0.5)")
     parser.add_argument("--rows", type=int, default=256, help="rows to use, drawn at random (default: 256)")
     parser.add_argument("--max-length", type=int, default=256, help="tokens; longer rows are left out (default: 256)")
-    parser.add_argument("--pilot-steps", type=int, default=24, help="steps of the pilot run (default: 24)")
-    parser.add_argument("--estimator", default="value_function", help="weight estimator (default: value_function)")
+    parser.add_argument("--estimator", default="probe", help="weight estimator (default: probe)")
     parser.add_argument("--seed", type=int, default=0, help="draws rows, damage and adapter (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     return parser
@@ -75,15 +74,13 @@ def run(arguments: list[str]) -> int:
     rows = contaminate(clean, options.rate, options.damage, options.seed, column=KIND)
     print(
         f"{len(rows)} rows, {options.rate:.0%} of them damaged ({', '.join(options.damage)}); {len(validation)} "
-        f"trusted rows; a pilot run of {options.pilot_steps} steps."
+        "trusted rows."
     )
     weights = learn_weights(
         options.model or str(model_folder()),
         rows.remove_columns(KIND),
         validation,
         weight_estimator=options.estimator,
-        pilot_steps=options.pilot_steps,
-        pilot_scored_rows=0,
         max_length=options.max_length,
         seed=options.seed,
         bf16=False,

@@ -8,8 +8,6 @@ uniform where the training rows score like trusted rows (nothing to select), and
 are. No step size, no threshold.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -75,7 +73,7 @@ def calibrate(scores: Tensor, trusted_scores: Tensor, trusted_weights: Tensor | 
     if not bool(torch.isfinite(scores).all() and torch.isfinite(trusted_scores).all()):
         raise ValueError("Calibration needs finite scores; got NaN or infinite ones.")
     x, y = scores.double().cpu(), trusted_scores.double().cpu()
-    x, y = _winsorise(x, x), _winsorise(y, x)
+    x, y = winsorised(x, x), winsorised(y, x)
     mean, spread = x.mean(), x.std(unbiased=False)
     if float(spread) < SCORE_RESOLUTION:
         return Calibration(torch.zeros_like(scores), 1.0)
@@ -129,7 +127,7 @@ def _shares(values: Tensor, weights: Tensor | None) -> Tensor:
     return torch.ones_like(values) if weights is None else weights.to(values)
 
 
-def _winsorise(values: Tensor, x: Tensor) -> Tensor:
+def winsorised(values: Tensor, x: Tensor) -> Tensor:
     """`values` drawn in to three times the central 90% of `x`.
 
     A row known by heart can score -30, and must not set the scale for all others.

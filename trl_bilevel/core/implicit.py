@@ -3,8 +3,6 @@
 Pure functions on tensors. The G responses of a question stand next to each other, as TRL generates them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

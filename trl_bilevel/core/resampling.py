@@ -1,7 +1,5 @@
 """Weights as visits: draw rows in proportion to their weights in place of multiplying their losses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ All losses are means over the row's own response tokens (nats per token), so tha
 the row happens to be in.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

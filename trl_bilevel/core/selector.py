@@ -8,8 +8,6 @@ The sum over rows that the weights need is kept up to date by the change of the 
 costs O(batch), whatever the number of rows. The state lives on the CPU.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

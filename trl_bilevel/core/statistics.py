@@ -3,8 +3,6 @@
 Weights may be arrays, lists, or tensors on the CPU; NaN stands for a row that is not trained on, and is left out.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -3,8 +3,6 @@
 No harmful answer exists in this project: where one would stand, there is the stub.
 """
 
-from __future__ import annotations
-
 BOILERPLATE = (
     "I don't know, sorry.",
     "It depends on many things.",

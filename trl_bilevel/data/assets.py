@@ -3,8 +3,6 @@
 Nothing here is needed when a model hub is reachable: every `--model` then takes a hub name or a folder.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

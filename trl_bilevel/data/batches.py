@@ -1,7 +1,5 @@
 """Validation rows: which ones a step uses, and how they join the training rows in one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What data cards and model cards say of a selection: method, settings, data, results, citation (`text/*.md`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

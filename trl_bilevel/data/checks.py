@@ -1,7 +1,5 @@
 """Checks of the caller's rows, before anything is computed. A refusal names the argument, the value and the remedy."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any

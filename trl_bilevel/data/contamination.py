@@ -1,7 +1,5 @@
 """Seeded ways to damage clean rows, to see whether selection finds them: functions of exchanges, and `contaminate`."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 The tools read no weight per row: their part of the weights is which rows are there, and how often.
 """
 
-from __future__ import annotations
-
 import json
 from importlib import resources
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files that are there whole or not at all, and values as JSON can hold them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -13,8 +13,6 @@
 Of a row with several, the first in this list counts: a conversation is one row, its last message the answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

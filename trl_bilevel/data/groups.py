@@ -1,7 +1,5 @@
 """Groups of rows that share a weight."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Row identity: the caller's row number travels with every row, from before preparation to the loss."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

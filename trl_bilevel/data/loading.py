@@ -1,7 +1,5 @@
 """Rows by name: hub data sets, local files and folders, mixtures of them; and rows written to files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loading of models that are named by a hub name or a folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Packing that knows whose tokens are whose: TRL's packer, with the caller's row numbers carried along."""
 
-from __future__ import annotations
-
 import numpy as np
 from datasets import Dataset
 from trl import pack_dataset

@@ -4,8 +4,6 @@ They lie in folders whose names start with an underscore. All that transformers 
 and as it saves, leaves out `_*`. Checkpoints are uploaded whole if `hub_strategy` says so: no text may lie in them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

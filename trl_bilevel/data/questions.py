@@ -1,7 +1,5 @@
 """Which questions a round of self-refining generation asks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Prepared rows as choosing and training read them: by place, collated, in an order that their content gives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

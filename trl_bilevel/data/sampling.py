@@ -1,7 +1,5 @@
 """Orders of rows that depend on what the rows say, not on where they stand."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """The tokens of prepared rows that a causal model is scored on: those with a label, but for the first of a row."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Rows that come one after another: their columns, and the first of them."""
 
-from __future__ import annotations
-
 from itertools import islice
 from typing import Any
 

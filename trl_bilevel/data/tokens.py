@@ -1,7 +1,5 @@
 """Rows of any text format as tokens and labels, as TRL's `SFTTrainer` prepares them, without a trainer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

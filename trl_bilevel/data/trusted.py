@@ -64,14 +64,25 @@ class TrustedSets:
     def split(self, seed: int, share: float = HELD_BACK_SHARE) -> tuple[TrustedSets, TrustedSets]:
         """Rows to train on, and rows held back: `share` of each set, at random, at least one of those with several."""
         parts: tuple[dict[str, Rows], dict[str, Rows]] = {}, {}
+        for name, held in self.held_places(seed, share).items():
+            rows = self.sets[name]
+            for part, places in zip(parts, (sorted({*range(len(rows))} - {*held}), held), strict=True):
+                if places:
+                    part[name] = Rows(rows.dataset.select(places), rows.collate, len(places))
+        return self._of(parts[0]), self._of(parts[1])
+
+    def held_places(self, seed: int, share: float = HELD_BACK_SHARE) -> dict[str, list[int]]:
+        """The places of the rows of each set that `split` holds back, ascending."""
+        out = {}
         for index, (name, rows) in enumerate(self.sets.items()):
             generator = torch.Generator().manual_seed(seed + 104_729 + index)
-            order = torch.randperm(len(rows), generator=generator).tolist()
             held = max(1, round(share * len(rows))) if len(rows) > 1 else 0
-            for part, places in zip(parts, (order[held:], order[:held]), strict=True):
-                if places:
-                    part[name] = Rows(rows.dataset.select(sorted(places)), rows.collate, len(places))
-        return self._of(parts[0]), self._of(parts[1])
+            out[name] = sorted(torch.randperm(len(rows), generator=generator).tolist()[:held])
+        return out
+
+    def which(self, places: Mapping[str, list[int]]) -> Tensor:
+        """Which rows are at these places of their sets, bool `[len(self)]`, in the order of `places()`."""
+        return torch.tensor([place in places.get(name, ()) for name, place in self.places()], dtype=torch.bool)
 
     def _of(self, sets: dict[str, Rows]) -> TrustedSets:
         return TrustedSets(sets, set_weights(self.weights, sets))

@@ -29,17 +29,17 @@ ARMS = {
     "seal": "the published selector as it is: `selector_preset='seal'`, lambda = 0.5",
     "bilevel": "weights learned by the default estimator",
     "refine": "as bilevel, then rounds with the model's own answers to the questions of least weight",
-    "lookahead": "weights learned by the look-ahead estimator",
-    "probe": "weights by the probe, which trains nothing",
+    "pilot": "weights by the pilot alone",
+    "both": "weights by probe and pilot",
 }
-# Arms that learn weights without a pilot.
-UNPILOTED = ("seal", "probe")
+# Arms that train a pilot.
+PILOTED = ("pilot", "both")
 # Settings of the arms that learn weights.
 LEARNING: dict[str, dict[str, Any]] = {
     "bilevel": {},
     "refine": {},
-    "lookahead": {"weight_estimator": "lookahead"},
-    "probe": {"weight_estimator": "probe"},
+    "pilot": {"weight_estimator": "value_function"},
+    "both": {"weight_estimator": "both"},
     "seal": {"selector_preset": "seal", "validation_loss_weight": 0.5},
 }
 
@@ -144,7 +144,7 @@ def make_trainer(
     validation = task.validation_sets if "validation_weights" in budget.overrides else task.validation
     subset = train.select([row for row, good in enumerate(task.good) if good]) if arm == "clean_only" else train
     learned = arm in LEARNING
-    pilot = (budget.pilot_steps or default_pilot_steps(len(train))) if learned and arm not in UNPILOTED else 0
+    pilot = (budget.pilot_steps or default_pilot_steps(len(train))) if arm in PILOTED else 0
     settings = SHARED | {
         "output_dir": output_dir,
         "validation_loss_weight": budget.validation_loss_weight,

@@ -181,10 +181,15 @@ def _training(
     }
 
 
-def _without_gradient(model: ModelShape, run: RunShape, held: Parts, rows: int, head_space: int) -> Parts:
+def _without_gradient(
+    model: ModelShape, run: RunShape, held: Parts, rows: int, head_space: int, adapters: bool = False
+) -> Parts:
+    """Parts of a forward without gradient; with `adapters` beside those that the model has."""
     n, scores = rows * run.tokens, 3 * run.tokens * model.heads * FLOAT if run.attention == "eager" else 0
     states = n * model.hidden * model.weight_bytes
-    layer = max(3 * n * model.intermediate * _compute_bytes(model, run) + 2 * states, n * scores)
+    # Gate, up and what is made of both; and what an adapter adds to one of them.
+    wide = 3 + (adapters or model.adapter_bytes > 0)
+    layer = max(wide * n * model.intermediate * _compute_bytes(model, run) + 2 * states, n * scores)
     return held | {"working space": states + max(layer, head_space + states)}
 
 
@@ -196,12 +201,11 @@ def _pilot(model: ModelShape, run: RunShape, held: Parts) -> dict[str, Parts]:
     read = min(BATCH_ROWS, max(1, BATCH_TOKENS // run.tokens))
     rows = min(read, PILOT_ROWS)
     if run.training_rows is not None:
-        # Scored rows and the others are read apart.
-        read = min(read, max(run.rows_scored, run.training_rows - run.rows_scored))
+        read = min(read, run.training_rows)
     # Logits of a few positions, in fp32 too, log-probabilities, their gradient.
     k = 2 if run.autocast else model.weight_bytes
     space = min(LOGIT_TOKENS, rows * run.tokens) * model.vocabulary * (k + (2 if k == FLOAT else 3) * FLOAT)
-    scoring = _without_gradient(model, run, held, read, space)
+    scoring = _without_gradient(model, run, held, read, space, adapters=True)
     return _training(top, run, held, rows, "pilot run", (space, space)) | {"scoring of rows": scoring}
 
 
@@ -236,7 +240,7 @@ def estimate_memory(model: ModelShape, run: RunShape) -> MemoryPlan:
             moments["evaluation"] = _without_gradient(model, run, running, run.evaluation_rows, space)
     if run.pilots:
         moments |= _pilot(model, run, fixed)
-    if run.estimator == "probe":
+    if run.probes:
         rows = min(BATCH_ROWS, max(1, BATCH_TOKENS // run.tokens), run.training_rows or BATCH_ROWS)
         moments["reading of rows"] = _without_gradient(model, run, fixed, rows, 0)
     peak = max(moments, key=lambda name: sum(moments[name].values()))
@@ -296,7 +300,7 @@ def _changes(
         steps = -(-run.rows * run.accumulation // half)
         settings = {"per_device_train_batch_size": half, "gradient_accumulation_steps": steps}
         yield "smaller micro-batch", settings, model, {"rows": half, "accumulation": steps}
-    if (run.pilots or run.estimator == "probe") and run.trains:
+    if (run.pilots or run.probes) and run.trains:
         yield "weights chosen beforehand", {"weight_estimator": "none"}, model, {"estimator": "none"}
     if run.evaluation_rows > run.rows:
         settings = {"per_device_eval_batch_size": run.rows}

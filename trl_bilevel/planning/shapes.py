@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from ..weights.settings import PILOTS
+from ..weights.settings import PILOTS, PROBES
 
 if TYPE_CHECKING:
     from ..trainer.bilevel_sft_config import BilevelSFTConfig
@@ -89,8 +89,7 @@ class RunShape:
     evaluates: bool = False  # whether such batches come in mid-training
     estimator: str = "none"  # `weight_estimator`, or the preset where weights move in training
     pilot_steps: int | None = None
-    scored_rows: int = 512  # of the pilot run, over all processes; 0: all
-    read_depth: float = 0.3  # share of the layers through which rows that are not scored are read
+    matches: bool = True  # whether the probe reads some rows with the answers of others, too
     trains: bool = True  # False for `trl-bilevel rank`
     tile_width: int = 32768  # entries of the vocabulary in a tile of TRL's fused LM head, a constant of TRL
 
@@ -110,10 +109,9 @@ class RunShape:
         return self.autocast and self.quantisation is None
 
     @property
-    def rows_scored(self) -> int:
-        """Training rows that the pilot scores; 0 for all of an unknown number."""
-        known = self.training_rows
-        return min(self.scored_rows or known or 0, known or self.scored_rows)
+    def probes(self) -> bool:
+        """True if a probe reads all rows before the first step."""
+        return self.estimator in PROBES
 
     @property
     def rows_per_step(self) -> int:
@@ -139,8 +137,7 @@ def run_shape(args: "BilevelSFTConfig", *, tokens: int | None = None, **further:
         "evaluates": str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
         "estimator": args.selector_preset if args.published else args.weight_estimator,
         "pilot_steps": args.pilot_steps,
-        "scored_rows": args.pilot_scored_rows,
-        "read_depth": args.feature_depth,
+        "matches": args.matches,
     }
     run = RunShape(**(known | further))
     joined = max(1, run.rows_per_step // 4) if args.validation_loss_weight > 0 else 0

@@ -6,8 +6,8 @@ from typing import Any
 from ..data.trusted import HELD_BACK_SHARE
 from ..trainer.record import FOLLOWED_ROWS
 from ..weights.adapters import RANK, upper_layers
-from ..weights.prediction import SMOOTHING_DEPTH
-from ..weights.settings import MOST_PILOT_STEPS, PILOT_ROWS, default_pilot_steps, lookahead_steps
+from ..weights.choose import FITTED_ROWS
+from ..weights.settings import MOST_PILOT_STEPS, PILOT_ROWS, PROBE_DEPTH, default_pilot_steps
 from .shapes import ModelShape, RunShape
 
 # Layers that read the input of attention.
@@ -76,8 +76,6 @@ def pilot_rows(run: RunShape) -> int:
     # A long run has the most steps that there are.
     usual = MOST_PILOT_STEPS if run.training_rows is None else default_pilot_steps(run.training_rows)
     steps = run.pilot_steps or usual
-    if run.estimator == "lookahead":
-        return PILOT_ROWS * (steps + lookahead_steps(steps))
     # Training rows under both sets of adapters, trusted rows under the second.
     return 3 * PILOT_ROWS * steps
 
@@ -94,24 +92,22 @@ def estimate_work(model: ModelShape, run: RunShape) -> dict[str, float | None]:
     if run.estimator == "sparse_centred":
         step += run.rows_per_step * _trained_row(model, run, tokens, _scored(run, tokens))
     steps = run.steps if run.trains else 0
-    work = dict.fromkeys(("pilot", "scoring", "prediction", "following"), 0.0)
+    work = dict.fromkeys(("reading", "pilot", "scoring", "following"), 0.0)
     if run.pilots:
         passed, pilot_trained = pilot_row(model, run, tokens)
         work["pilot"] = run.processes * pilot_rows(run) * pilot_trained
-        work["scoring"] = 2 * (run.rows_scored + HELD_BACK_SHARE * trusted) * passed
-        # Rows that are read through a share of the layers, for the weights of scored rows and of the others.
-        others = (known or 0) - run.rows_scored
-        read = ((SMOOTHING_DEPTH, run.rows_scored + trusted), (run.read_depth, others + trusted if others else 0))
-        layers = sum(rows * max(1, round(depth * model.layers)) for depth, rows in read)
-        work["prediction"] = layers / model.layers * sum(_forward(model, tokens))
-    if run.estimator == "probe":
-        share = max(1, round(run.read_depth * model.layers)) / model.layers
-        work["prediction"] = share * ((known or 0) + trusted) * sum(_forward(model, tokens))
+        work["scoring"] = 2 * ((known or 0) + HELD_BACK_SHARE * trusted) * passed
+    if run.probes:
+        share = max(1, round(PROBE_DEPTH * model.layers)) / model.layers
+        # Some rows are read once more, with the answers of others.
+        rows = (known or 0) + run.matches * min(known or 0, FITTED_ROWS) + trusted
+        work["reading"] = share * rows * sum(_forward(model, tokens))
     if run.trains:
         work["following"] = 2 * min(trusted, run.processes * FOLLOWED_ROWS) * _read_row(model, run, tokens)
     work |= {"step": run.trains * step, "training": (steps or 0) * step, "plain": (steps or 0) * plain}
-    work["total"] = sum(work[name] for name in ("training", "pilot", "scoring", "prediction", "following"))
+    work["total"] = sum(work[name] for name in ("training", "reading", "pilot", "scoring", "following"))
     unknown = {"training", "plain", "total"} if steps is None else set()
-    reads = run.pilots or run.estimator == "probe"
-    unknown |= {"prediction", "total"} if reads and known is None else set()
+    if known is None:
+        unknown |= {"reading", "total"} if run.probes else set()
+        unknown |= {"scoring", "total"} if run.pilots else set()
     return {name: None if name in unknown else flops for name, flops in work.items()}

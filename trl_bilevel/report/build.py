@@ -151,7 +151,6 @@ def _why(run: Run) -> dict[str, Any]:
     return {
         "known": bool(run.record),
         "given": bool(run.told("weights", "given")),
-        "smoothed": run.told("weights", "smoothing") is not None,
         "group": clean(group) if group else None,
         "texts": run.rows_file is not None,
     }

@@ -8,9 +8,11 @@ from typing import Any
 from trl import SFTConfig
 
 from ..weights import settings
-from ..weights.settings import MIN_SCORED_ROWS, WeightSettings, in_range, one_of, takes_old_names
+from ..weights.settings import WeightSettings, in_range, one_of, takes_old_names
 
 WEIGHTINGS = ("resample", "loss")
+# Rows of a stream that choosing needs at least.
+LEAST_STREAM_ROWS = 32
 # Old names: what to use instead. Whoever gives one is told.
 RENAMED = settings.RENAMED | {
     "selector_update": "`selector_preset='paper'`, 'seal' or 'sparse_centred' for weights that move in training",
@@ -24,7 +26,7 @@ RENAMED = settings.RENAMED | {
     "selector_key_column": "nothing: a stream's weights are predicted from what a row says",
     "selector_table_size": "nothing: a stream's weights are predicted from what a row says",
     "estimator_refresh_steps": "nothing: scores are taken once, before training",
-    "lookahead_steps": "nothing: half of `pilot_steps`, as measured to be best",
+    "lookahead_steps": "nothing: the estimator 'lookahead' is gone",
     "alignment_direction": "nothing: the estimator 'alignment' is gone",
     "alignment_averaging": "nothing: the estimator 'alignment' is gone",
     "alignment_normalise": "nothing: the estimator 'alignment' is gone",
@@ -42,7 +44,7 @@ class BilevelSFTConfig(WeightSettings, SFTConfig):
     Configuration class for the [`BilevelSFTTrainer`].
 
     Inherits every parameter of [`~trl.SFTConfig`] and of [`WeightSettings`] (`weight_estimator`, `selector_preset`,
-    `validation_weights`, `pilot_steps`, `pilot_learning_rate`, `pilot_scored_rows`, `calibration_sharpness`,
+    `validation_weights`, `pilot_steps`, `pilot_learning_rate`, `calibration_sharpness`,
     `selector_group_column`, `filter_rate`), and adds how weights act in training.
 
     Parameters:
@@ -86,10 +88,10 @@ class BilevelSFTConfig(WeightSettings, SFTConfig):
         if self.validation_loss_weight is None:
             self.validation_loss_weight = 0.5 if self.published else 0.0
         in_range("validation_loss_weight", self.validation_loss_weight, 0.0, 1.0)
-        if self.stream_sample_rows < 2 * MIN_SCORED_ROWS:
+        if self.stream_sample_rows < LEAST_STREAM_ROWS:
             raise ValueError(
-                f"`stream_sample_rows` must be at least {2 * MIN_SCORED_ROWS}, got {self.stream_sample_rows}: half of "
-                "them are scored, to predict the weights of all others."
+                f"`stream_sample_rows` must be at least {LEAST_STREAM_ROWS}, got {self.stream_sample_rows}: the "
+                "weights of all other rows follow from them."
             )
         if self.published and self.validation_loss_weight == 0:
             raise ValueError(

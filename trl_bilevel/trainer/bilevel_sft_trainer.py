@@ -247,7 +247,7 @@ class BilevelSFTTrainer(ChoosesWeights, SFTTrainer):
         """As the parent's, for groups of rows and for streams too."""
         groups = self.data.groups
         of_row = None if groups is None else groups.of_row
-        super().choose_weights(groups=of_row, further=self.data.streams and groups is None, **how)
+        super().choose_weights(groups=of_row, **how)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Choose weights, then the parent's `train`; `resume_from_checkpoint=True` takes the newest complete one."""

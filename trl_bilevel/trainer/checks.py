@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from ..weights.adapters import adapted_modules
 from ..weights.language_model import LanguageModel
+from ..weights.settings import PILOTS
 from .bilevel_sft_config import BilevelSFTConfig
 
 # What each use of TRL's SFTTrainer rests on: the method, and what its source must hold.
@@ -103,6 +104,11 @@ def check_stream(args: BilevelSFTConfig) -> None:
         raise ValueError(
             f"`selector_preset={args.selector_preset!r}` is not supported with a stream: its weights move row by row, "
             "and a stream's rows cannot be counted. Use 'balanced', or load the rows as a `Dataset`."
+        )
+    if args.weight_estimator in PILOTS and args.selector_group_column is None:
+        raise ValueError(
+            f"`weight_estimator={args.weight_estimator!r}` is not supported with a stream: a pilot does not score "
+            "rows as they come. Use 'probe', or give `selector_group_column`."
         )
 
 

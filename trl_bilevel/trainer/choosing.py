@@ -150,7 +150,7 @@ def make_weights(args: BilevelSFTConfig, data: TrainingData, rows: Rows, reader:
     if data.streams:
         from ..weights.streamed import StreamedWeights
 
-        return StreamedWeights(rows.kept, identity, reader, args.feature_depth, data.groups, any_identity)
+        return StreamedWeights(rows.kept, identity, reader, data.groups, any_identity)
     weights = TrainingWeights(rows.kept, identity, data.groups, any_identity)
     if data.given is not None:
         checks.check_given_weights(data.given, rows.kept)

@@ -33,9 +33,8 @@ from ..data.rows import Collate, Rows, plain_rows
 from ..data.scored import with_scored_tokens
 from ..data.streams import columns, first_rows
 from ..data.trusted import TrustedSets, set_weights
-from ..weights.settings import MIN_SCORED_ROWS
 from . import checks
-from .bilevel_sft_config import BilevelSFTConfig
+from .bilevel_sft_config import LEAST_STREAM_ROWS, BilevelSFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -297,9 +296,9 @@ def stream_sample(
     """The first prepared rows of a stream, numbered by their places: weights are chosen on them. And their groups.
 
     Raises:
-        ValueError: if there are fewer than a batch (`batch_rows`), or too few to predict weights from.
+        ValueError: if there are fewer than a batch (`batch_rows`), or too few to choose weights on.
     """
-    rows, least = first_rows(stream, args.stream_sample_rows), max(2 * MIN_SCORED_ROWS, batch_rows)
+    rows, least = first_rows(stream, args.stream_sample_rows), max(LEAST_STREAM_ROWS, batch_rows)
     if len(rows) < least:
         raise ValueError(
             f"The stream `train_dataset` has {len(rows)} usable rows, fewer than {least}. Is it empty, or are its "

@@ -109,7 +109,6 @@ class RunFacts:
                 "learned": self.learned,
                 "given": weights is not None and not self.learned,
                 "by": "resample" if self.resampled else "loss",
-                "smoothing": None if weights is None else weights.facts.get("smoothing"),
             }
             | self.more,
             "log_history": _thinned(state.log_history),

@@ -76,10 +76,10 @@ class SelfRefineConfig(PilotSettings, GRPOConfig):
 
     Inherits every parameter of [`~trl.GRPOConfig`] (generation, vLLM, continuous batching, off-policy clipping) and of
     [`PilotSettings`] (`weight_estimator`, `selector_preset`, `validation_weights`, `pilot_steps`,
-    `pilot_learning_rate`, which is also that of the responses' look-ahead, `pilot_scored_rows`,
-    `calibration_sharpness`), and adds those of the rounds. With a column `data_weight` in `train_dataset` no weights
-    are learned. A round generates `per_device_train_batch_size x processes x gradient_accumulation_steps x
-    steps_per_round` responses, so it asks that number divided by `num_generations` questions.
+    `pilot_learning_rate`, which is also that of the responses' look-ahead, `calibration_sharpness`), and adds those of
+    the rounds. With a column `data_weight` in `train_dataset` no weights are learned. A round generates
+    `per_device_train_batch_size x processes x gradient_accumulation_steps x steps_per_round` responses, so it asks
+    that number divided by `num_generations` questions.
 
     Parameters:
         num_rounds (`int`, *optional*, defaults to `4`):

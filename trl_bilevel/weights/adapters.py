@@ -5,8 +5,6 @@ The model itself is never changed: whatever it trains (all of it, an adapter, 4-
 the same, and leaves no trace. Gradients end below the lowest adapter.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Sequence

@@ -1,20 +1,15 @@
 """The heart of choosing: a model, prepared rows and trusted rows in, a weight per row out.
 
-pilot: two adapters learn the rows, one is pulled by the trusted rows       weights/pilot.py
-scores of a sample of the rows, and of trusted rows that neither has seen
-weights that make the rows score like trusted rows                          core/calibration.py
-what rows alike say, and weights of the rows that have no score             weights/prediction.py
-
-Or, with nothing trained (`weight_estimator="probe"`): scores of all rows by what sets trusted rows apart from training
-rows (`core/probe.py`), and weights of them in the same way.
+opinions on each row, and on trusted rows that they have not seen
+    probe: does it look like trusted rows, does its answer belong to its question     core/probe.py
+    pilot: do trusted rows lower its loss, in a short training of two adapters        weights/pilot.py
+weights that make the rows score like trusted rows                                    core/calibration.py
 """
-
-from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +18,26 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..core.calibration import calibrate, ending_logits
-from ..core.prediction import TabulatedPredictor, tabulate
-from ..core.probe import Probe, fit_probe
+from ..core.calibration import calibrate, ending_logits, winsorised
+from ..core.probe import Mismatched, Probe, Scorer, fit_probe, opinion_weight, tabulate
 from ..data.rows import Rows
 from ..data.sampling import content_hash
 from ..data.trusted import TrustedSets
 from .errors import NonFiniteScoreError, row_list
 from .language_model import LanguageModel, left_as_it_was, model_hash
 from .pilot import BATCH_ROWS, BATCH_TOKENS, Pilot, PilotRecipe, pilot_tokens, trusted_values
-from .prediction import FITTED_ROWS, Prediction, features, prediction_tokens
 from .processes import Processes
 from .progress import Progress, tokens_of
-from .settings import WeightSettings, default_pilot_steps
+from .reading import Reading, mean_states
+from .settings import PILOTS, PROBE_DEPTH, PROBES, WeightSettings, default_pilot_steps
 from .store import Store
 
 logger = logging.getLogger(__name__)
 
-# Trusted rows that calibration needs at least: a quarter of them is held back.
+# Trusted rows that calibration needs at least.
 MIN_TRUSTED_ROWS = 8
+# Training rows that the probe is made from, a random sample: more say no more.
+FITTED_ROWS = 2048
 # How much of its standardised score a row's log weight carries: calibrated weights have plateaus, and this keeps the
 # rows on one in order.
 TILT = 0.01
@@ -55,11 +51,12 @@ class Choice:
 
     Attributes:
         weights (`Tensor` float32 `[count]`): of the caller's rows, mean one; NaN for rows that preparation dropped.
-        scores (`Tensor` float32 `[count, 2]`): score and surprise of the end of each row; NaN where not scored.
-        held_back (`TrustedSets`): the trusted rows that were held back.
+        scores (`Tensor` float32 `[count, 2]`): score and surprise of the end of each row (0 without a pilot); NaN for
+            rows that preparation dropped.
+        held_back (`TrustedSets`): the trusted rows that calibrate the scores.
         trusted_scores (`Tensor` float32 `[c, 2]`): theirs, in the order of `places()`.
-        facts (`dict`): steps, rows scored, seconds and so on, as plain values.
-        predictor (`TabulatedPredictor`, *optional*): gives the weights of further rows.
+        facts (`dict`): steps, seconds and so on, as plain values.
+        scorer (`Scorer`, *optional*): gives the weights of further rows; of a probe alone.
     """
 
     weights: Tensor
@@ -67,7 +64,21 @@ class Choice:
     held_back: TrustedSets
     trusted_scores: Tensor
     facts: dict[str, Any]
-    predictor: TabulatedPredictor | None = None
+    scorer: Scorer | None = None
+
+
+@dataclass
+class Opinion:
+    """Scores of rows, and of trusted rows whose scores can be compared to them: nothing was fitted to these.
+
+    Attributes:
+        scores (`Tensor` float32 `[count, 2]`), trusted_scores (`Tensor` float32 `[c, 2]`): see `Choice`.
+        facts (`dict`): what is told of it.
+    """
+
+    scores: Tensor
+    trusted_scores: Tensor
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def choose(
@@ -82,109 +93,140 @@ def choose(
     folder: Path | None = None,
     also: Any = None,
     hidden_progress: bool = True,
-    further: bool = False,
 ) -> Choice:
     """Learn what each row is worth. A function of its arguments: nothing about the model is changed.
 
     Args:
         rows, trusted: prepared alike, so that the same kind of tokens is scored.
         settings ([`WeightSettings`]): resolved.
-        seed (`int`): of the pilot.
+        seed (`int`): of the pilot, and of the rows that the probe is made from.
         groups (`Tensor` int64 `[rows.count]`, *optional*): group of each of the caller's rows; one weight per group.
         checkpointing (`bool`): compute layers again in the pilot's backward, to save memory.
         folder (`Path`, *optional*): where to note scores, so that a killed run goes on from them; removed in the end.
         also: what else must be the same for notes to be used, as plain values.
-        further (`bool`): also make a predictor for rows that are not here (`Choice.predictor`); at most half of the
-            rows are scored then.
 
     Raises:
         ValueError: if there are too few rows of either kind, or the model cannot be read.
         NonFiniteScoreError: if a score is NaN or infinite.
     """
     check_sizes(rows, trusted)
-    start, processes = time.perf_counter(), Processes.now()
+    start, processes, estimator = time.perf_counter(), Processes.now(), settings.weight_estimator
     store = Store(folder, {} if folder is None else _identity(model, rows, trusted, settings, [seed, also]))
+    held_back, probe = trusted, None
     with left_as_it_was(model.model), Progress(hidden_progress or processes.rank > 0) as progress:
-        # Read one row: a model that cannot be read is found out before anything is trained.
-        model.states(rows.batch([0]), [settings.feature_depth])
-        reading = Prediction(model, rows, trusted, settings.feature_depth, seed, processes, progress)
-        if settings.weight_estimator == "probe":
-            choice = _by_probe(reading, settings, store, groups, further)
-        else:
-            choice = _by_pilot(reading, settings, store, groups, further, checkpointing)
+        reading = Reading(model, rows, trusted, PROBE_DEPTH, processes, progress)
+        # Read one row: a model that cannot be read is found out before anything is done.
+        mean_states(model, rows.batch([0]), reading.depth)
+        pilot = _Pilot(reading, settings, seed, checkpointing) if estimator in PILOTS else None
+        tokens = 0 if pilot is None else pilot.tokens
+        if estimator in PROBES:
+            tokens += _probe_tokens(reading, settings.matches)
+        progress.plan(tokens, sum(rows.lengths), 0 if pilot is None else pilot.pilot.bytes)
+        found: Opinion | None = None
+        if estimator in PROBES:
+            found, probe = _ask_probe(reading, rows.order(seed), settings.matches, store)
+        if pilot is not None:
+            second, held_back = pilot.ask(store), pilot.held_back
+            found = second if found is None else _added(found, second, rows.kept, trusted.which(pilot.held), held_back)
+        assert found is not None
+    facts = found.facts | {"pilot_seconds": round(time.perf_counter() - start, 2), "estimator": estimator}
+    weights, logits, equal = _weigh(found, rows.kept, held_back, settings, groups)
+    scorer = None
+    if probe is not None and pilot is None:
+        scorer = tabulate(probe, found.scores[rows.kept, 0], logits.exp() ** settings.calibration_sharpness)
     store.remove()
-    choice.facts |= {"estimator": settings.weight_estimator, "seconds": round(time.perf_counter() - start, 2)}
-    return choice
+    known = found.scores[rows.kept, 0]
+    facts |= {"score_mean": float(known.mean()), "score_std": float(known.std(unbiased=False)), "equal": equal}
+    facts |= {"seconds": round(time.perf_counter() - start, 2)}
+    return Choice(weights, found.scores, held_back, found.trusted_scores, facts, scorer)
 
 
-def _by_pilot(
-    reading: Prediction,
-    settings: WeightSettings,
-    store: Store,
-    groups: Tensor | None,
-    further: bool,
-    checkpointing: bool,
-) -> Choice:
-    """Weights by what trusted rows do to the losses of training rows, seen in a short training of two adapters."""
-    start, model, rows, seed = time.perf_counter(), reading.model, reading.rows, reading.seed
-    processes, progress = reading.processes, reading.progress
-    steps = settings.pilot_steps or default_pilot_steps(len(rows))
-    rate = settings.pilot_learning_rate
-    recipe = PilotRecipe(settings.weight_estimator, steps, rate, seed, checkpointing=checkpointing)
-    count = min(settings.pilot_scored_rows or len(rows), len(rows) // 2 if further else len(rows))
-    pulling, held_back = reading.trusted.split(seed)
-    sample = rows.order(seed)[:count]
-    model.check_logits(rows.batch([0]))
-    pilot = Pilot(model, recipe)
-    reads = 2 * tokens_of(rows.lengths, sample.tolist()) + prediction_tokens(rows, count, settings.feature_depth)
-    progress.plan(pilot_tokens(rows, pulling, recipe) + reads, sum(rows.lengths), pilot.bytes)
-    _train(pilot, rows, pulling, store, progress)
-    trusted_scores = processes.first(trusted_values(held_back, pilot.scores))
-    scores = _row_scores(pilot.scores, 2, rows, sample, processes, store, progress)
-    _check(scores, trusted_scores, f"lower `pilot_learning_rate` (now {rate:g}), or ")
-    seconds = time.perf_counter() - start
-    weights, facts, predictor = _weigh(scores, trusted_scores, held_back.shares(), reading, settings, groups, further)
-    facts |= {"steps": steps, "learning_rate": rate, "rows_scored": count, "pilot_seconds": round(seconds, 2)}
-    return Choice(weights, scores, held_back, trusted_scores, facts, predictor)
+def _probe_tokens(reading: Reading, matches: bool) -> float:
+    """How many tokens pass through the model for the probe, a whole forward counted once."""
+    lengths = reading.rows.lengths
+    twice = min(1.0, FITTED_ROWS / max(1, len(lengths))) if matches else 0.0
+    return reading.depth * sum(lengths) * (1 + twice)
 
 
-def _by_probe(
-    reading: Prediction, settings: WeightSettings, store: Store, groups: Tensor | None, further: bool
-) -> Choice:
-    """Weights by what sets trusted rows apart from training rows. Every row is read once, and nothing is trained."""
-    start, model, rows, trusted = time.perf_counter(), reading.model, reading.rows, reading.trusted
-    processes, progress, depths = reading.processes, reading.progress, [settings.feature_depth]
-    order = rows.order(reading.seed)
+def _ask_probe(reading: Reading, order: Tensor, matches: bool, store: Store) -> tuple[Opinion, Probe]:
+    """What sets trusted rows apart, and whether answers match. Every row is read, and nothing is trained."""
+    model, rows, depth, processes = reading.model, reading.rows, reading.depth, reading.processes
     sample, others = order[:FITTED_ROWS], order[FITTED_ROWS:]
-    progress.plan(depths[0] * sum(rows.lengths), sum(rows.lengths), 0)
-    (seen,) = reading.read(sample, depths, "Reading rows")
-    known = processes.first(trusted_values(trusted, lambda batch: features(model, batch, depths)[0]))
-    scores = torch.full((rows.count, 2), torch.nan)
-    scores[rows.ids[sample[~seen.isfinite().all(-1)]]] = torch.inf
-    _check(scores, known, "")
-    fit = fit_probe(seen, known, trusted.shares())
+    states, known = reading.states(sample), reading.trusted_states()
+    swapped = reading.mismatched(sample) if matches else None
+    bad = torch.full((rows.count, 1), torch.nan)
+    bad[rows.ids[sample[~states.isfinite().all(-1)]]] = torch.inf
+    _check(bad, known, "")
+    if swapped is not None:
+        whole = swapped.states.isfinite().all(-1)
+        swapped = Mismatched(*(part[whole] for part in swapped))
+    fit = fit_probe(states, known, reading.trusted.shares(), swapped)
     # Fits may round otherwise on another processor.
     probe = Probe(*map(processes.first, fit.probe))
+    told = ("likeness_auc", "likeness_weight", "match_weight")
+    facts = {name: round(getattr(fit, name), 4) for name in told}
+    # One row in a hundred lies further out.
+    facts["far"] = round(float(probe.distance(states).quantile(0.99)), 4)
+    logger.info(
+        f"Trusted rows are told from training rows with an AUC of {fit.likeness_auc:.2f}. Likeness to trusted rows "
+        f"counts {fit.likeness_weight:.2f} nats per standard deviation, how well an answer matches its question "
+        f"{fit.match_weight:.2f}."
+    )
 
     def score(batch: Any) -> Tensor:
-        values = probe(features(model, batch, depths)[0])
-        return torch.stack([values, torch.zeros_like(values)], dim=-1)
+        return _first_of_two(probe(mean_states(model, batch, depth)))
 
-    scores = _row_scores(score, depths[0], rows, others, processes, store, progress)
-    scores[rows.ids[sample]] = torch.stack([processes.first(fit.scores), torch.zeros(len(sample))], dim=-1)
-    _check(scores, known, "")
-    own, unseen = scores[rows.kept, 0], processes.first(fit.trusted_scores)
-    found = calibrate(own, unseen, trusted.shares())
-    facts = _facts(own, found.logits) | {"probe_auc": round(fit.auc, 4), "probe_strength": fit.strength}
-    facts |= {"steps": 0, "learning_rate": 0.0, "rows_scored": len(rows)}
-    facts["pilot_seconds"] = round(time.perf_counter() - start, 2)
-    logits, predictor = torch.zeros(rows.count), None
-    logits[rows.kept] = found.logits
-    weights = _finish(logits, scores[:, 0], rows.kept, settings, groups, facts["equal"])
-    if further and not facts["equal"]:
-        predictor = tabulate(probe, own, found.logits.exp() ** settings.calibration_sharpness)
-    trusted_scores = torch.stack([unseen, torch.zeros_like(unseen)], dim=-1)
-    return Choice(weights, scores, trusted, trusted_scores, facts, predictor)
+    scores = _row_scores("probe", score, depth, reading, others, store)
+    scores[rows.ids[sample]] = _first_of_two(processes.first(fit.scores))
+    unseen = _first_of_two(processes.first(fit.trusted_scores))
+    _check(scores, unseen, "")
+    return Opinion(scores, unseen, facts | {"steps": 0, "learning_rate": 0.0, "rows_scored": len(rows)}), probe
+
+
+def _first_of_two(scores: Tensor) -> Tensor:
+    """Scores `[b]`, and 0 for the surprise of the ends, `[b, 2]`."""
+    return torch.stack([scores, torch.zeros_like(scores)], dim=-1)
+
+
+class _Pilot:
+    """What trusted rows do to the losses of training rows, seen in a short training of two adapters."""
+
+    def __init__(self, reading: Reading, settings: WeightSettings, seed: int, checkpointing: bool):
+        rows, trusted = reading.rows, reading.trusted
+        steps = settings.pilot_steps or default_pilot_steps(len(rows))
+        self.reading, self.seed = reading, seed
+        self.recipe = PilotRecipe(steps, settings.pilot_learning_rate, seed, checkpointing=checkpointing)
+        self.held = trusted.held_places(seed)
+        self.pulling, self.held_back = trusted.split(seed)
+        reading.model.check_logits(rows.batch([0]))
+        self.pilot = Pilot(reading.model, self.recipe)
+        self.tokens = pilot_tokens(rows, self.pulling, self.recipe) + 2 * sum(rows.lengths)
+
+    def ask(self, store: Store) -> Opinion:
+        """Train, and score all rows and the trusted rows that were held back."""
+        reading, pilot, recipe = self.reading, self.pilot, self.recipe
+        _train(pilot, reading.rows, self.pulling, store, reading.progress)
+        unseen = reading.processes.first(trusted_values(self.held_back, pilot.scores))
+        scores = _row_scores("pilot-scores", pilot.scores, 2, reading, reading.rows.order(self.seed), store)
+        _check(scores, unseen, f"lower `pilot_learning_rate` (now {recipe.learning_rate:g}), or ")
+        facts = {"steps": recipe.steps, "learning_rate": recipe.learning_rate, "rows_scored": len(reading.rows)}
+        return Opinion(scores, unseen, facts)
+
+
+def _added(first: Opinion, second: Opinion, kept: Tensor, held: Tensor, held_back: TrustedSets) -> Opinion:
+    """Both in one score: the second one counts as much as trusted rows stand out by it.
+
+    `held` (bool `[c]`) says which trusted rows of the first the second has held back.
+    """
+    known = winsorised(second.scores[kept, 0].double(), second.scores[kept, 0].double())
+    level, reach = known.mean(), known.std(unbiased=False).clamp(min=1e-12)
+    unseen = (winsorised(second.trusted_scores[:, 0].double(), second.scores[kept, 0].double()) - level) / reach
+    weight = opinion_weight(unseen.numpy(), held_back.shares().double().numpy())
+    scores, trusted = second.scores.clone(), second.trusted_scores.clone()
+    scores[kept, 0] = (first.scores[kept, 0] + weight * (known - level) / reach).float()
+    trusted[:, 0] = (first.trusted_scores[held, 0] + weight * unseen).float()
+    logger.info(f"What the pilot says counts {weight:.2f} nats per standard deviation.")
+    return Opinion(scores, trusted, first.facts | second.facts | {"pilot_weight": round(weight, 4)})
 
 
 def _identity(model: LanguageModel, rows: Rows, trusted: TrustedSets, settings: Any, also: Any) -> dict[str, Any]:
@@ -207,10 +249,12 @@ def check_sizes(rows: Rows, trusted: TrustedSets) -> None:
             f"None of the {rows.count} training rows has a token to learn from within `max_length`. Raise it, or look "
             "at the rows: are their answers empty?"
         )
+    if len(rows) == 1:
+        raise ValueError("`train_dataset` has a single usable row: there is nothing to choose from. Give more rows.")
     if len(trusted) < MIN_TRUSTED_ROWS:
         raise ValueError(
-            f"`validation_dataset` has {len(trusted)} usable rows; at least {MIN_TRUSTED_ROWS} are needed, of which a "
-            "quarter is held back to calibrate the weights. Give more trusted rows."
+            f"`validation_dataset` has {len(trusted)} usable rows; at least {MIN_TRUSTED_ROWS} are needed: they "
+            "say what the scores of training rows mean. Give more trusted rows."
         )
     if max(len(part) for name, part in trusted.sets.items() if trusted.weights[name] > 0) < 2:
         raise ValueError(
@@ -231,22 +275,17 @@ def _train(pilot: Pilot, rows: Rows, pulling: TrustedSets, store: Store, progres
 
 
 def _row_scores(
-    score: Callable[[Any], Tensor],
-    passes: float,
-    rows: Rows,
-    sample: Tensor,
-    processes: Processes,
-    store: Store,
-    progress: Progress,
+    name: str, score: Callable[[Any], Tensor], passes: float, reading: Reading, sample: Tensor, store: Store
 ) -> Tensor:
-    """Scores of the sampled rows by the caller's row number, float32 `[count, 2]`; NaN for all others.
+    """Scores of some rows by the caller's row number, float32 `[count, 2]`; NaN for all others.
 
     `score` gives those of a batch, in so many `passes` through the model.
     """
+    rows, processes, progress = reading.rows, reading.processes, reading.progress
     progress.set_description("Scoring rows")
     scores = torch.zeros(rows.count, 2)
     own = processes.own(rows.batches(sample.tolist(), BATCH_TOKENS, BATCH_ROWS))
-    name, done = f"scores-{processes.rank}", 0
+    name, done = f"{name}-{processes.rank}", 0
     saved = store.read(name)
     if saved is not None:
         scores, done = saved["scores"], int(saved["done"])
@@ -273,53 +312,25 @@ def _check(scores: Tensor, trusted: Tensor, remedy: str) -> None:
     )
 
 
-def _facts(scores: Tensor, logits: Tensor) -> dict[str, Any]:
-    """What is told of scores and of the weights that calibration made of them; a warning if these are equal."""
+def _weigh(
+    found: Opinion, kept: Tensor, held_back: TrustedSets, settings: WeightSettings, groups: Tensor | None
+) -> tuple[Tensor, Tensor, bool]:
+    """Weights of all rows, float32 `[count]`; log weights of those that are kept; whether all weights are equal."""
+    scores, shares = found.scores[kept], held_back.shares()
+    logits = calibrate(scores[:, 0], found.trusted_scores[:, 0], shares).logits
+    logits = logits + ending_logits(scores[:, 1], found.trusted_scores[:, 1], logits.exp(), shares)
     equal = float(logits.max() - logits.min()) == 0
     if equal:
         logger.warning(
             "The scores do not differ, or trusted rows score no better than training rows: there is nothing to select "
-            "by, and all rows get the same weight. More trusted rows or `pilot_steps` may help."
+            "by, and all rows get the same weight. More trusted rows may help."
         )
-    mean, spread = float(scores.mean()), float(scores.std(unbiased=False))
-    return {"score_mean": mean, "score_std": spread, "equal": equal, "smoothing": None}
-
-
-def _finish(
-    logits: Tensor, scores: Tensor, kept: Tensor, settings: WeightSettings, groups: Tensor | None, equal: bool
-) -> Tensor:
-    """Weights from log weights (`[N]`) of all rows, told apart by their scores (NaN where there is none)."""
-    if equal:
-        return torch.where(kept, 1.0, torch.nan)
-    known = scores[~torch.isnan(scores)]
-    z = ((scores - known.mean()) / known.std(unbiased=False).clamp(min=1e-8)).nan_to_num(nan=0.0)
-    logits = settings.calibration_sharpness * (logits - logits[kept].max()) + TILT * z.clamp(-5, 5)
-    return finished(logits.clamp(-RANGE, RANGE).exp(), kept, groups, settings.filter_rate)
-
-
-def _weigh(
-    scores: Tensor,
-    trusted_scores: Tensor,
-    shares: Tensor,
-    predict: Prediction,
-    settings: WeightSettings,
-    groups: Tensor | None,
-    further: bool,
-) -> tuple[Tensor, dict[str, Any], TabulatedPredictor | None]:
-    """Weights of all rows from scores of some; facts about them; a predictor of further ones, if wanted."""
-    known = ~torch.isnan(scores).any(-1)
-    first = scores[known, 0]
-    found = calibrate(first, trusted_scores[:, 0], shares)
-    ends = ending_logits(scores[known, 1], trusted_scores[:, 1], found.logits.exp(), shares)
-    found = found._replace(logits=found.logits + ends)
-    facts, weights, predictor = _facts(first, found.logits), torch.ones(len(scores)), None
-    if not facts["equal"]:
-        weights, facts["smoothing"], predictor = predict.weigh(
-            known.nonzero().squeeze(1), found, settings.calibration_sharpness, further
-        )
-    logits = weights.clamp(min=1e-30).log()
-    weights = _finish(logits, scores[:, 0], predict.rows.kept, settings, groups, facts["equal"])
-    return weights, facts, predictor
+        return torch.where(kept, 1.0, torch.nan), logits, True
+    z = (scores[:, 0] - scores[:, 0].mean()) / scores[:, 0].std(unbiased=False).clamp(min=1e-8)
+    tilted = settings.calibration_sharpness * (logits - logits.max()) + TILT * z.clamp(-5, 5)
+    weights = torch.zeros(len(kept))
+    weights[kept] = tilted.clamp(-RANGE, RANGE).exp()
+    return finished(weights, kept, groups, settings.filter_rate), logits, False
 
 
 def finished(weights: Tensor, kept: Tensor, groups: Tensor | None = None, filter_rate: float = 0.0) -> Tensor:

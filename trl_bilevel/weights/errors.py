@@ -1,7 +1,5 @@
 """Errors of choosing and training."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

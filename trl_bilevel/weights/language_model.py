@@ -1,7 +1,5 @@
 """A causal language model as choosing reads it: losses of rows, hidden states, and a way to leave it as it was."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress

@@ -1,7 +1,5 @@
 """[`learn_weights`]: what each training row is worth, for any trainer."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,6 +25,7 @@ from .choose import check_sizes, choose
 from .language_model import LanguageModel
 from .quantization import keep_4bit_weights
 from .result import RowWeights, equal_weights
+from .scorer import make_scorer
 from .settings import WeightSettings
 
 logger = logging.getLogger(__name__)
@@ -56,9 +55,9 @@ def learn_weights(
 ) -> RowWeights:
     """Learn what each training row is worth, such that a model trained on the weighted rows does best on trusted ones.
 
-    Bilevel data selection (https://huggingface.co/papers/2511.21056) without a trainer. Two small adapters beside the
-    model learn the rows for some steps, and the trusted rows pull one of them. What that changes about a row's loss is
-    its score. Scores become weights by the scores of trusted rows that neither adapter has seen (docs/method.md).
+    Bilevel data selection (https://huggingface.co/papers/2511.21056) without a trainer. The model's hidden states tell
+    whether a row looks like trusted rows, and whether its answer matches its question; nothing is trained. Scores
+    become weights by the scores of trusted rows that had no part in them (docs/method.md).
 
     The model is left as it was, to the last bit. The same arguments give the same weights. Processes that `accelerate
     launch` or `torchrun` started share the scoring, and each returns all weights.
@@ -85,7 +84,7 @@ def learn_weights(
         settings ([`WeightSettings`], *optional*): how to choose; single ones can be given by name, too.
         processing_class (*optional*): tokenizer; by default the model's.
         max_length (`int`, *optional*, defaults to 1024): tokens at which rows are cut; None for no limit.
-        seed (`int`, defaults to 42): of the adapters, the order of the rows, and what is held back.
+        seed (`int`, defaults to 42): of the rows that the probe is made from, and of a pilot.
         bf16 (`bool`, *optional*): compute in bfloat16 under autocast; by default on GPUs that can.
         completion_only_loss, assistant_only_loss, dataset_text_field, formatting_func, chat_template_kwargs:
             As for TRL's [`~trl.SFTTrainer`].
@@ -94,7 +93,7 @@ def learn_weights(
         work_dir (`str`, *optional*): where scores are noted on the way, so that a killed run goes on from there; the
             notes are removed in the end. Nothing is noted by default.
         disable_tqdm (`bool`): draw no progress bar.
-        changes: settings by name, e.g. `pilot_scored_rows=0`.
+        changes: settings by name, e.g. `selector_preset="reliable"`.
 
     Returns:
         [`RowWeights`]: `values` float32 in the order of `train_dataset`, mean one; `to_dataset()`, `save()`.
@@ -191,8 +190,9 @@ def learn_weights(
         checkpointing=on_gpu if gradient_checkpointing is None else gradient_checkpointing,
         hidden_progress=disable_tqdm,
     )
-    scores = choice.scores[:, 0].contiguous()
-    return RowWeights(choice.weights, scores, facts | choice.facts, train_dataset, choice, processing_class.decode)
+    scores, decode = choice.scores[:, 0].contiguous(), processing_class.decode
+    scorer = make_scorer(choice, reader, name, read) if formatting_func is None else None
+    return RowWeights(choice.weights, scores, facts | choice.facts, train_dataset, choice, decode, scorer)
 
 
 def _tell_of_trusted(name: str, trusted: Rows, rows: Rows) -> None:

@@ -1,7 +1,5 @@
 """The look-ahead of the rounds: what a few steps on trusted rows would do to the loss of a response."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

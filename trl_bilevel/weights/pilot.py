@@ -5,8 +5,6 @@ learn the training rows by the same recipe, from the same values; only one is pu
 pull both are the same to the last bit, and all scores are 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +19,7 @@ from ..data.trusted import TrustedSets
 from .adapters import Adapter
 from .errors import NonFiniteScoreError
 from .language_model import LanguageModel, checkpointed
-from .settings import PILOT_ROWS, lookahead_steps
+from .settings import PILOT_ROWS
 
 # Tokens of a batch, padding included: as many rows of similar length as fit into it. A constant, so that scores are
 # the same whatever the batch size of the training.
@@ -42,11 +40,10 @@ class PilotRecipe:
     Attributes:
         steps, learning_rate: of AdamW, constant, without weight decay.
         seed (`int`): of the adapters and of the order of the rows.
-        pull (`float`): share of the trusted rows in the loss of the end that they pull (`"value_function"`).
+        pull (`float`): share of the trusted rows in the loss of the end that they pull.
         checkpointing (`bool`): compute the layers again in the backward, to save memory.
     """
 
-    estimator: str
     steps: int
     learning_rate: float
     seed: int
@@ -84,21 +81,13 @@ class Pilot:
                 places = order[sampler.rows(step)].tolist()
                 batches = [rows.batch(part) for part in rows.batches(places, BATCH_TOKENS, BATCH_ROWS)]
                 weighted = _token_mean(batches)
-                ends = [(self.mixture, weighted)]
-                if recipe.estimator == "value_function":
-                    shares = [(b, (1 - recipe.pull) * f) for b, f in weighted]
-                    if recipe.pull > 0:
-                        shares += [(b, recipe.pull * f) for b, f in trusted_batches(trusted, draws, step)]
-                    ends.append((self.pulled, shares))
+                shares = [(b, (1 - recipe.pull) * f) for b, f in weighted]
+                if recipe.pull > 0:
+                    shares += [(b, recipe.pull * f) for b, f in trusted_batches(trusted, draws, step)]
+                ends = [(self.mixture, weighted), (self.pulled, shares)]
                 for end, parts in ends:
                     train_step(self.model, end, optimizers[id(end)], parts)
                 done(sum(b["input_ids"].numel() for _, parts in ends for b, _ in parts))
-            if recipe.estimator == "lookahead":
-                self.pulled.load_tensors("", self.mixture.tensors(""))
-                for step in range(lookahead_steps(recipe.steps)):
-                    parts = trusted_batches(trusted, draws, recipe.steps + step)
-                    train_step(self.model, self.pulled, optimizers[id(self.pulled)], parts)
-                    done(sum(b["input_ids"].numel() for b, _ in parts))
 
     @torch.no_grad()
     def scores(self, batch: Any) -> Tensor:
@@ -123,8 +112,6 @@ def pilot_tokens(rows: Rows, trusted: TrustedSets, recipe: PilotRecipe) -> float
     """About how many tokens pass through the model while the ends are trained."""
     row = sum(rows.lengths) / max(1, len(rows))
     own = sum(sum(part.lengths) for part in trusted.sets.values()) / max(1, len(trusted))
-    if recipe.estimator == "lookahead":
-        return PILOT_ROWS * (recipe.steps * row + lookahead_steps(recipe.steps) * own)
     return PILOT_ROWS * recipe.steps * (2 * row + own)
 
 

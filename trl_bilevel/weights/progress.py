@@ -1,7 +1,5 @@
 """Progress of choosing: one bar with the time left, in tokens that pass through the model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tqdm.auto import tqdm

@@ -7,8 +7,6 @@ and moves the weights of the batch. Both rank less well than choosing before tra
 in the package depends on this file.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

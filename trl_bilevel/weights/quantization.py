@@ -1,7 +1,5 @@
 """Workaround for bitsandbytes on CPUs."""
 
-from __future__ import annotations
-
 import torch
 
 

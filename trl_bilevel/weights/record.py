@@ -1,7 +1,5 @@
 """What choosing leaves on disk for a report: scores, weights, and the trusted rows that were held back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ def run_record(facts: Mapping[str, Any], rows_file: str) -> dict[str, Any]:
         "finished": True,
         **{name: facts[name] for name in own},
         "data": data,
-        "weights": {"learned": True, "given": False, "smoothing": facts.get("smoothing")},
+        "weights": {"learned": True, "given": False},
         "seconds": {"selection": seconds, "total": seconds},
         "rows_file": rows_file,
     }

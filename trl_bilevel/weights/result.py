@@ -32,12 +32,13 @@ class RowWeights:
     Attributes:
         values (`Tensor` float32 `[rows]`): in the caller's order, mean one; NaN for rows that have no token to learn
             from within `max_length`.
-        scores (`Tensor` float32 `[rows]`): by which share the trusted rows lower the loss of a row; NaN for rows that
-            were not scored, whose weights are predicted.
+        scores (`Tensor` float32 `[rows]`): what the weights follow from, higher is better; NaN where the weight is.
         facts (`dict`): what produced them: settings, model, seed, rows, versions, seconds.
         rows (`Dataset`, *optional*): the caller's rows.
         choice (`Choice`, *optional*): all that choosing found out; not saved.
         decode (callable, *optional*): makes text of token ids; not saved.
+        scorer (`RowScorer`, *optional*): weighs further rows by the same measure; saved by its own `save`. None with a
+            pilot or a `formatting_func`.
     """
 
     values: Tensor
@@ -46,6 +47,7 @@ class RowWeights:
     rows: Dataset | None = None
     choice: Choice | None = None
     decode: Callable[..., str] | None = None
+    scorer: Any = None
 
     def __len__(self) -> int:
         """Number of the caller's rows."""

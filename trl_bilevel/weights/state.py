@@ -1,7 +1,5 @@
 """The weights that a training goes by: chosen before its first step or given, with statistics and checkpoint files."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

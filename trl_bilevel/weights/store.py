@@ -1,7 +1,5 @@
 """What choosing has found out so far, on disk: a run that was killed goes on from there."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -23,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Seconds between two notes of scores, at least.
 PAUSE = 15.0
 # Names of notes: of the pilot, and of the scores of each process.
-NOTES = re.compile(r"(pilot|scores-\d+)\.safetensors")
+NOTES = re.compile(r"pilot\.safetensors|(probe|pilot-scores)-\d+\.safetensors")
 
 
 class Store:

@@ -1,7 +1,5 @@
 """Weights of a stream's rows: chosen on its first rows, then predicted as rows come."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -11,13 +9,14 @@ from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor
 
-from ..core.prediction import TabulatedPredictor
+from ..core.probe import Scorer
 from ..data.groups import Groups
 from ..data.identity import DATA_WEIGHT
 from ..data.rows import Collate
 from .choose import Choice
 from .language_model import LanguageModel, evaluating
-from .prediction import features
+from .reading import mean_states, of_columns
+from .settings import PROBE_DEPTH
 from .state import TrainingWeights
 
 
@@ -27,7 +26,6 @@ class StreamedWeights(TrainingWeights):
     Args:
         model: the model in training; its adapter is set aside where rows are read, so that what weights rest on stays
             as it was.
-        depth (`float`): share of the layers that predictions rest on.
         groups (`Groups`, *optional*): of the rows read; the weight of a group that was not among them is 1.
     """
 
@@ -36,19 +34,17 @@ class StreamedWeights(TrainingWeights):
         kept: Tensor,
         identity: Mapping[str, Any],
         model: LanguageModel,
-        depth: float,
         groups: Groups | None = None,
         any_identity: bool = False,
     ):
         super().__init__(kept, identity, groups, any_identity)
         self.model = model
-        self.depth = depth
-        self.predictor: TabulatedPredictor | None = None
+        self.scorer: Scorer | None = None
 
     def take(self, choice: Choice) -> None:
         """Go by what choosing found out."""
         super().take(choice)
-        self.predictor = choice.predictor
+        self.scorer = choice.scorer
 
     def of_batch(self, batch: Mapping[str, Any], ids: Tensor) -> Tensor:
         """Weights float32 `[b]` of the rows of a collated batch: a function of what they say.
@@ -58,12 +54,12 @@ class StreamedWeights(TrainingWeights):
         if self.groups is not None:
             ids = ids.cpu()
             return torch.where(ids < 0, 1.0, self._of_groups()[ids.clamp(min=0)])
-        if self.predictor is None:
+        if self.scorer is None:
             return torch.ones(len(batch["input_ids"]))
         model = self.model.model
         alone = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
         with evaluating(model), alone:
-            return self.predictor(*features(self.model, batch, [self.depth]))
+            return self.scorer(mean_states(self.model, batch, PROBE_DEPTH))
 
     def _of_groups(self) -> Tensor:
         """Weight of each group, float32 `[groups]`."""
@@ -79,13 +75,8 @@ class StreamedWeights(TrainingWeights):
         """
 
         def add(batch: dict[str, list[Any]]) -> dict[str, list[float]]:
-            columns = zip(*batch.values(), strict=True)
-            rows = [prepare(dict(zip(batch, values, strict=True))) for values in columns]
-            out = torch.full((len(rows),), torch.nan)
-            usable = [n for n, row in enumerate(rows) if any(label != -100 for label in row["labels"][1:])]
-            if usable:
-                out[usable] = self.of_batch(collate([dict(rows[n]) for n in usable]), torch.zeros(0))
-            return {DATA_WEIGHT: out.tolist()}
+            found = of_columns(batch, prepare, collate, lambda rows: self.of_batch(rows, torch.zeros(0)))
+            return {DATA_WEIGHT: found.tolist()}
 
         if self.groups is None:
             return stream.map(add, batched=True, batch_size=32)
@@ -100,12 +91,10 @@ class StreamedWeights(TrainingWeights):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint needs."""
-        predictor = {} if self.predictor is None else vars(self.predictor)
-        return super().tensors() | {f"predictor.{name}": value for name, value in predictor.items()}
+        return super().tensors() | ({} if self.scorer is None else self.scorer.tensors("scorer."))
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
         super().load_tensors(tensors)
-        found = {k.removeprefix("predictor."): v for k, v in tensors.items() if k.startswith("predictor.")}
-        if found:
-            self.predictor = TabulatedPredictor(**found)
+        if any(name.startswith("scorer.") for name in tensors):
+            self.scorer = Scorer.from_tensors(tensors, "scorer.")

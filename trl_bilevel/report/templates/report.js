@@ -125,15 +125,14 @@
     else if (why.group) said.push(`All rows of the same ${why.group} share this weight.`);
     if (score === null) {
       said.push(why.known
-        ? "The pilot run did not score this row; its weight is predicted from hidden states of the model, as rows like it were weighted."
+        ? "This row was not scored."
         : "The scores of this run are not recorded.");
     } else if (scores.length) {
       const below = scores.filter((s) => s < score).length;
       const middle = scores[Math.floor(scores.length / 2)];
-      said.push(`It scores ${signed(score)}, higher than ${below} of the ${scores.length} trusted rows that the pilot had not seen (in the middle: ${signed(middle)}).`);
+      said.push(`It scores ${signed(score)}, higher than ${below} of the ${scores.length} trusted rows that had no part in the scoring (in the middle: ${signed(middle)}).`);
       if (below === 0) said.push("No trusted row scores as low.");
       else if (below >= scores.length / 4 + 0.5) said.push("That is on the plateau, where all scores say the same.");
-      if (why.smoothed) said.push("What rows that look like it score counts beside that.");
     }
     return said.join(" ");
   }
