@@ -93,6 +93,8 @@ def run_one(experiment: dict, arm: str, name: str, seed: int) -> dict[str, Any]:
     record["history"] = [entry for entry in result.history if "loss" in entry]
     if result.weights is not None:
         kinds = task.train["kind"]
+        # Trusted rows that an arm trains on come last.
+        result.weights = result.weights[: len(kinds)]
         record["auc"] = ranking_quality(result.weights, kinds)
         record["good_share"] = good_share(result.weights, kinds)
         record["weights"] = [round(weight, 4) for weight in result.weights]
