@@ -38,8 +38,8 @@ seeds it is a mean of:
 `trusted thrice` is the simplest thing that a practitioner would try: all rows alike, and the trusted rows three times
 among them. `bilevel trusted` does the same on top of the weights: each trusted row is seen three times as often as the
 best rows. `pilot` is the default of earlier versions; in the row `pilot` its 24 steps are taken off, in `pilot on top`
-they come on top. On the first seed alone `pilot on top` has 91%, 98%, 90% and 99% on the first four tasks, at about twice
-the time. `perplexity` keeps the rows that the untrained model finds likeliest, `dattri` those of most
+they come on top. On the first seed alone `pilot on top` has 91%, 98%, 90% and 99% on the first four tasks, at about
+twice the time. `perplexity` keeps the rows that the untrained model finds likeliest, `dattri` those of most
 influence on the trusted rows (Grad-Cos of the library dattri): both are told how many rows are good. `seal` is the
 published update as it is.
 
