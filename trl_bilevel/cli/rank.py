@@ -31,7 +31,9 @@ class RankArguments:
     rows_split: str = option("train", "Split of the training rows.")
     trusted: list[str] | None = option(None, "Trusted rows, named alike; several sets make several objectives.")  # noqa: RUF009
     trusted_split: str = option("train", "Split of the trusted rows.")
-    scorer: str | None = option(None, "Folder of a saved scorer: weigh by it instead of by trusted rows.")
+    scorer: str | None = option(
+        None, "Folder of a saved scorer, in place of trusted rows, model and how rows are read."
+    )
     save_scorer: str | None = option(None, "Folder to keep the scorer in, for rows that come later.")
     output: str | None = option(None, "For the ranked rows: .parquet, .jsonl, .csv. Default: ROWS-ranked.parquet.")
     chat_template_kwargs: str | None = option(None, "Arguments of the chat template, as JSON.")
@@ -74,6 +76,11 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
         raise ValueError(
             "Give the rows to rank, and either trusted rows (`trl-bilevel rank ROWS --trusted ROWS`) or a saved "
             "scorer (`trl-bilevel rank ROWS --scorer FOLDER`)."
+        )
+    if args.scorer and (args.save_scorer or model_args.model_name_or_path):
+        raise ValueError(
+            f"`scorer={args.scorer!r}` names its own model and is kept already: leave `model_name_or_path` and "
+            "`save_scorer` out."
         )
     settings.resolve()
     if args.save_scorer and settings.weight_estimator != "probe":
@@ -131,10 +138,8 @@ def _by_scorer(folder: str, rows: Any, trust_remote_code: bool, model_args: Any)
 
     scorer = RowScorer.load(folder)
     quantization = get_quantization_config(model_args)
-    scorer.use(
-        **({"quantization_config": quantization} if quantization else {}),
-        trust_remote_code=trust_remote_code,
-    )
+    kwargs = {"quantization_config": quantization} if quantization else {}
+    scorer.use(**kwargs, trust_remote_code=trust_remote_code)
     return scorer.weigh(rows)
 
 

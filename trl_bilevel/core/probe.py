@@ -30,9 +30,9 @@ from torch import Tensor
 
 from .statistics import evenly_spaced
 
-# scikit-learn's C of standardised features, times the number of training rows in the fit. Any value from half to four
-# times as much ranks as well (docs/results.md). A choice by held-out trusted rows does worse where these are of
-# another topic: the weaker the penalty, the better the topic is told.
+# scikit-learn's C of standardised features, times the number of training rows in the fit. From half to four times as
+# much was tried, and ranks as well within noise (docs/method.md). A choice by held-out trusted rows does worse where
+# these are of another topic: the weaker the penalty, the better the topic is told.
 STRENGTH = 0.2
 # Parts of either kind of rows, each scored by a fit on the rest.
 FOLDS = 5
@@ -122,13 +122,8 @@ def fit_probe(rows: Tensor, trusted: Tensor, shares: Tensor, mismatched: Mismatc
     if mismatched is not None and len(mismatched.states) >= 2 * folds:
         swapped = (_expand(mismatched.states.double().cpu(), mean, scale).numpy() - middle) / spread
         opinions.append(_match(x, y, swapped, mismatched, fold))
-    scores, trusted_scores, total, constant, weights = (
-        np.zeros(len(x)),
-        np.zeros(len(y)),
-        np.zeros(x.shape[1]),
-        0.0,
-        [],
-    )
+    scores, trusted_scores, total = (np.zeros(size) for size in (len(x), len(y), x.shape[1]))
+    constant, weights = 0.0, []
     for opinion in opinions:
         level, reach = opinion.rows.mean(), max(float(opinion.rows.std()), 1e-12)
         weight = opinion_weight((opinion.trusted - level) / reach, share)
@@ -184,42 +179,49 @@ def _likeness(
     used = np.r_[0:width, 2 * width : 3 * width]
     both, is_trusted = np.concatenate([x, y])[:, used], np.arange(len(x) + len(y)) >= len(x)
     counts = np.concatenate([np.full(len(x), 0.5 / len(x)), 0.5 * share / share.sum()]) * len(both)
-    found, place = np.empty(len(both)), np.concatenate([fold, own])
-    total, intercept, folds = np.zeros(x.shape[1]), 0.0, int(place.max()) + 1
-    for n in range(folds):
-        seen = place != n
-        coefficients, constant = _fit(both[seen], is_trusted[seen], counts[seen], STRENGTH / len(x))
-        found[~seen] = both[~seen] @ coefficients + constant
-        total[used] += coefficients / folds
-        intercept += constant / folds
+    place = np.concatenate([fold, own])
+    total = np.zeros(x.shape[1])
+    found, total[used], intercept = _cross_fit(both, is_trusted, counts, place, place, STRENGTH / len(x))
     return _Opinion(found[: len(x)], found[len(x) :], total, intercept)
 
 
 def _match(
     x: NDArray[Any], y: NDArray[Any], swapped: NDArray[Any], made_of: Mismatched, fold: NDArray[Any]
 ) -> _Opinion:
-    question, answer = fold[made_of.questions.numpy()], fold[made_of.answers.numpy()]
     both, is_own = np.concatenate([x, swapped]), np.arange(len(x) + len(swapped)) < len(x)
     counts = np.where(is_own, 1.0, len(x) / len(swapped))
-    found, total, intercept, folds = np.empty(len(x)), np.zeros(x.shape[1]), 0.0, int(fold.max()) + 1
+    question, answer = (np.concatenate([fold, fold[part.numpy()]]) for part in made_of[1:])
+    found, total, intercept = _cross_fit(both, is_own, counts, question, answer, STRENGTH / len(x))
+    return _Opinion(found[: len(x)], y @ total + intercept, total, intercept)
+
+
+def _cross_fit(
+    x: NDArray[Any],
+    labels: NDArray[Any],
+    counts: NDArray[Any],
+    fold: NDArray[Any],
+    also: NDArray[Any],
+    strength: float,
+) -> tuple[NDArray[Any], NDArray[Any], float]:
+    """Logistic regressions, each on the rows of which neither `fold` nor `also` is the one left out.
+
+    Returns what is said of each row by the fit that leaves its `fold` out, `[n]`; mean coefficients and intercept. A
+    fit with one class only says nothing.
+    """
+    found, total, intercept, folds = np.zeros(len(x)), np.zeros(x.shape[1]), 0.0, int(fold.max()) + 1
     for n in range(folds):
-        seen = np.concatenate([fold != n, (question != n) & (answer != n)])
-        coefficients, constant = _fit(both[seen], is_own[seen], counts[seen], STRENGTH / len(x))
-        found[fold == n] = x[fold == n] @ coefficients + constant
-        total += coefficients / folds
-        intercept += constant / folds
-    return _Opinion(found, y @ total + intercept, total, intercept)
-
-
-def _fit(x: NDArray[Any], labels: NDArray[Any], counts: NDArray[Any], strength: float) -> tuple[NDArray[Any], float]:
-    """Coefficients `[d]` and intercept of a logistic regression; zeros if there is one class only."""
-    if labels.all() or not labels.any():
-        return np.zeros(x.shape[1]), 0.0
-    with warnings.catch_warnings():
-        # Good enough for a ranking.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=strength, tol=1e-3, max_iter=200).fit(x, labels, sample_weight=counts)
-    return model.coef_[0], float(model.intercept_[0])
+        seen, held = (fold != n) & (also != n), fold == n
+        if labels[seen].all() or not labels[seen].any():
+            continue
+        with warnings.catch_warnings():
+            # Good enough for a ranking.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = LogisticRegression(C=strength, tol=1e-3, max_iter=200)
+            model.fit(x[seen], labels[seen], sample_weight=counts[seen])
+        found[held] = model.decision_function(x[held])
+        total += model.coef_[0] / folds
+        intercept += float(model.intercept_[0]) / folds
+    return found, total, intercept
 
 
 def _folds(count: int, folds: int) -> NDArray[Any]:

@@ -34,8 +34,7 @@ def difference_score(reference_losses: Tensor, model_losses: Tensor) -> Tensor:
 
     `value_function`: the reference is the tracker of the lower level (trained without validation), the model is
     pulled by validation; the difference `ell_i(theta_hat) - ell_i(theta)` is the gradient of V-PBGD's penalty by the
-    row's weight, up to sign (SEAL, Algorithm 1). `lookahead`: the reference is the model, the second one the model
-    after K validation steps.
+    row's weight, up to sign (SEAL, Algorithm 1).
 
     The difference is taken relative to the reference loss: boilerplate is soon learned by heart at both ends, its two
     losses and their difference all tend to zero, and a plain difference then ranks it among the good rows (measured

@@ -124,7 +124,7 @@ class RowScorer:
 
         A weight of 1 is what those rows weigh on average, so the mean of these may be another one: tomorrow's rows may
         be better. Processes that `accelerate launch` or `torchrun` started share the work, and each returns all
-        weights. Memory is 8 bytes per row.
+        weights. Memory is 12 bytes per row.
 
         Args:
             rows ([`~datasets.Dataset`]): in the format of the rows that the scorer was made from.

@@ -8,7 +8,7 @@ from typing import Any
 PROBES, PILOTS = ("probe", "both"), ("value_function", "both")
 ESTIMATORS = ("probe", "value_function", "both")
 # Share of the layers after which the probe reads rows. Two thirds of them say as much, a third or nearly all less
-# (docs/results.md).
+# (docs/method.md).
 PROBE_DEPTH = 1 / 2
 # The pilot's rows of a step, of either kind: all results were measured with as many.
 PILOT_ROWS = 8
