@@ -40,8 +40,8 @@ def test_a_scorer_is_kept_and_used(files, capsys):
             "`save_scorer` needs `weight_estimator='probe'`",
         ),
         (["later.jsonl", "--scorer", "nowhere"], "nowhere has no scorer"),
-        (["later.jsonl", "--scorer", "s", "--model_name_or_path", "model"], "names its own model"),
-        (["later.jsonl", "--scorer", "s", "--save_scorer", "t"], "is kept already"),
+        (["later.jsonl", "--scorer", "s", "--model_name_or_path", "model"], "has its own model"),
+        (["later.jsonl", "--scorer", "s", "--save_scorer", "t"], "has its own model"),
     ],
 )
 def test_what_cannot_work(arguments, message, files):
