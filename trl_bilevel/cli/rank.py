@@ -79,7 +79,7 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
         )
     if args.scorer and (args.save_scorer or model_args.model_name_or_path):
         raise ValueError(
-            f"`scorer={args.scorer!r}` has its own model: leave `model_name_or_path` and `save_scorer` out."
+            f"`scorer={args.scorer!r}` has its own model: leave out `model_name_or_path`, `save_scorer`."
         )
     settings.resolve()
     if args.save_scorer and settings.weight_estimator != "probe":

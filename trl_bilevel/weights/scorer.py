@@ -168,8 +168,7 @@ class RowScorer:
 
     def _of(self, reader: LanguageModel, batch: Mapping[str, Any]) -> Tensor:
         """Weight, score and distance of the rows of a batch, float32 `[b, 3]`."""
-        states = mean_states(reader, batch, PROBE_DEPTH)
-        probe = self.scorer.probe
+        states, probe = mean_states(reader, batch, PROBE_DEPTH), self.scorer.probe
         return torch.stack([self.scorer(states), probe(states), probe.distance(states)], dim=-1)
 
     def _tell(self, distances: Tensor, rows: Rows) -> float:
