@@ -78,9 +78,7 @@ def main(args: RankArguments, reading: ReadingArguments, settings: Any, model_ar
             "scorer (`trl-bilevel rank ROWS --scorer FOLDER`)."
         )
     if args.scorer and (args.save_scorer or model_args.model_name_or_path):
-        raise ValueError(
-            f"`scorer={args.scorer!r}` has its own model: leave out `model_name_or_path`, `save_scorer`."
-        )
+        raise ValueError(f"`scorer={args.scorer!r}` has its own model: leave out `model_name_or_path`, `save_scorer`.")
     settings.resolve()
     if args.save_scorer and settings.weight_estimator != "probe":
         raise ValueError(
